@@ -1,0 +1,291 @@
+"""What a run is made of: typed settings, each a command line flag and a TOML key of the same name.
+
+A setting's help text is the docstring under its field. `result=False` marks the settings that cannot change
+the result (workers, placement, cadence): a resumed run takes them as they are given now.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from orchestrator.errors import UserError
+
+
+@dataclass(frozen=True)
+class WorkerRange:
+    """How many workers a run may have: from `minimum` to `maximum`, both included."""
+
+    minimum: int
+    maximum: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
+        if not match:
+            raise ValueError("write N or MIN:MAX, whole numbers from 1")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise ValueError("the minimum exceeds the maximum; write MIN:MAX")
+        if low < 1:
+            raise ValueError("at least 1 worker is needed")
+        return cls(low, high)
+
+    def __str__(self) -> str:
+        return str(self.minimum) if self.minimum == self.maximum else f"{self.minimum}:{self.maximum}"
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often something happens: every `steps` steps, or every `seconds` seconds; the other is 0."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(s?)", text.strip())
+        if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
+            raise ValueError("write a number of steps (100) or of seconds (60s), above 0")
+        return cls(seconds=float(match[1])) if match[2] else cls(steps=int(match[1]))
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g}s" if self.seconds else str(self.steps)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """KEY=VALUE pairs separated by commas, such as GPU=1,CPU=8; empty means none."""
+
+    items: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        if any(not (key.strip() and equals and value.strip()) for key, equals, value in pairs):
+            raise ValueError("write KEY=VALUE pairs separated by commas, such as GPU=1,CPU=8")
+        return cls(tuple((key.strip(), value.strip()) for key, _, value in pairs))
+
+    def numbers(self) -> dict[str, float]:
+        """The pairs as amounts; raises ValueError where a value is not a number above or equal to 0."""
+        amounts = {key: float(value) for key, value in self.items}
+        if any(not 0 <= amount < float("inf") for amount in amounts.values()):
+            raise ValueError("amounts are numbers from 0")
+        return amounts
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.items)
+
+
+def setting(
+    default: Any, *, result: bool = True, choices: Sequence[str] = (), low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field of a configuration.
+
+    Args:
+        default: its value when nothing is given.
+        result: whether another value gives another result.
+        choices: the allowed words, where they are few.
+        low, high: the allowed range of a number, both included.
+    """
+    return field(
+        default=default,
+        metadata={"result": result, "choices": tuple(choices), "low": low, "high": high},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings every workload has; a workload's own configuration extends and re-defaults them."""
+
+    name: str = setting("", result=False)
+    """Name of the run and of its folder; the same name on the same storage resumes it. Empty: made from the time."""
+
+    storage: str = setting("", result=False)
+    """Where run folders are kept: a folder or a URI such as s3://bucket/runs. Empty: ./runs, or ~/runs in a
+    submitted job."""
+
+    workers: WorkerRange = setting(WorkerRange(1, 8), result=False)
+    """Number of workers, N or MIN:MAX; with a range the run takes what the cluster has."""
+
+    shards: int = setting(8, low=1, high=65536)
+    """Logical shards of each batch, a power of two; at most this many workers can share the work."""
+
+    batch_size: int = setting(64, low=1)
+    """Global batch: samples per step over all workers; a multiple of the shards."""
+
+    steps: int | None = setting(None, low=1)
+    """Training length in optimizer steps; give this or --epochs."""
+
+    epochs: int | None = setting(None, low=1)
+    """Training length in passes over the training split; give this or --steps."""
+
+    seed: int = setting(0, low=0, high=2**63 - 1)
+    """Seed of everything random: initial weights, sample order, augmentation, dropout, masking."""
+
+    precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
+    """Arithmetic of forward and backward; fp16 scales the loss dynamically. auto: what the device is fastest in."""
+
+    data: str = setting("")
+    """Training data, as KIND or KIND:PATH."""
+
+    model: str = setting("")
+    """Model architecture."""
+
+    optimizer: str = setting("sgd", choices=("sgd", "adam", "adamw"))
+    """Optimizer."""
+
+    lr: float = setting(0.1, low=0)
+    """Peak learning rate, for the whole global batch."""
+
+    momentum: float = setting(0.9, low=0, high=1)
+    """Momentum of sgd, and beta1 of adam and adamw."""
+
+    beta2: float = setting(0.999, low=0, high=1)
+    """Second-moment decay of adam and adamw."""
+
+    weight_decay: float = setting(0.0, low=0)
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+
+    decay: str = setting("all", choices=("all", "matrices"))
+    """What weight decay applies to: all parameters, or matrices only (no biases, no normalization)."""
+
+    clip_norm: float = setting(0.0, low=0)
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: no clipping."""
+
+    schedule: str = setting("cosine", choices=("cosine", "step", "linear", "constant"))
+    """Learning rate after warm-up: cosine or linear to 0, step (times 0.1 at 1/3, 2/3 and 8/9 of the run), constant."""
+
+    warmup: float = setting(0.0, low=0, high=1)
+    """Share of the run in which the learning rate rises linearly from 0."""
+
+    reduce: str = setting("fixed", choices=("fixed", "ddp"))
+    """Gradient reduction: fixed (the same bits for any number of workers) or ddp (DistributedDataParallel)."""
+
+    threads: int = setting(0, low=0, high=1024)
+    """CPU threads per worker, which the bits depend on. 0: the CPUs of --resources-per-worker, at least 1."""
+
+    loader_processes: int = setting(-1, result=False, low=-1, high=256)
+    """Processes per worker that decode and augment ahead. 0: none, in the training process. -1: by kind of data."""
+
+    eval_every: int = setting(0, result=False, low=0)
+    """Epochs between evaluations on the held-out split. 0: at the end only."""
+
+    placement: str = setting("pack", result=False, choices=("pack", "spread", "strict-pack", "strict-spread"))
+    """How workers are put on nodes: few nodes, many nodes, one node, one node each."""
+
+    node_labels: Pairs = setting(Pairs(), result=False)
+    """Only nodes with these labels, k=v,... ; a value may be in(a,b) or !c as in Ray's label selectors."""
+
+    resources_per_worker: Pairs = setting(Pairs(), result=False)
+    """What each worker reserves, such as GPU=1,CPU=8 or CPU=0.5. Empty: one GPU where there are GPUs, else CPU=1."""
+
+    checkpoint_every: Cadence = setting(Cadence(seconds=60.0), result=False)
+    """Checkpoint cadence: steps (100) or seconds (60s)."""
+
+    keep_checkpoints: int = setting(3, result=False, low=1)
+    """How many checkpoints are kept."""
+
+    max_incidents: int = setting(100, result=False, low=0)
+    """How many lost workers or nodes a run survives before it stops."""
+
+    address: str = setting("", result=False)
+    """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""
+
+
+def settings(config_type: type[RunConfig]) -> dict[str, dataclasses.Field[Any]]:
+    """Field name -> dataclass field, in the order of declaration."""
+    return {f.name: f for f in dataclasses.fields(config_type)}
+
+
+def help_texts(config_type: type[RunConfig]) -> dict[str, str]:
+    """Field name -> the docstring under the field, joined to one line."""
+    texts: dict[str, str] = {}
+    for cls in reversed(config_type.__mro__):
+        if not (dataclasses.is_dataclass(cls) and cls is not object):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for node, after in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            ):
+                texts[node.target.id] = " ".join(str(after.value.value).split())
+    return texts
+
+
+def flag(name: str) -> str:
+    """A setting's name as it is typed: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_value(config_type: type[RunConfig], name: str, raw: Any) -> Any:
+    """The typed value of setting `name` from a flag's text or a TOML value; raises UserError with one line."""
+    meta = settings(config_type)[name].metadata
+    hint = typing.get_type_hints(config_type)[name]
+    kinds = [k for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if k is not type(None)]
+    try:
+        value = _convert(kinds[0], raw)
+    except ValueError as error:
+        raise UserError(f"{flag(name)} {raw}: {error}") from None
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{flag(name)} {raw}: not known; choose from {', '.join(meta['choices'])}")
+    low, high = meta["low"], meta["high"]
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"from {low:g}" + (f" to {high:g}" if high is not None else "")
+        raise UserError(f"{flag(name)} {raw}: out of range; give a number {bounds}")
+    return value
+
+
+def _convert(kind: Any, raw: Any) -> Any:
+    if hasattr(kind, "parse"):
+        return raw if isinstance(raw, kind) else kind.parse(str(raw))
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if str(raw).lower() not in words:
+            raise ValueError("write true or false")
+        return words[str(raw).lower()]
+    if kind is str:
+        if not isinstance(raw, str):
+            raise ValueError("write a text in quotes")
+        return raw
+    try:
+        if isinstance(raw, bool) or (kind is int and isinstance(raw, float)):
+            raise ValueError
+        value = kind(raw)
+    except ValueError:
+        raise ValueError("not a whole number" if kind is int else "not a number") from None
+    if kind is float and not -float("inf") < value < float("inf"):
+        raise ValueError("not a finite number")
+    return value
+
+
+def build[C: RunConfig](config_type: type[C], given: Mapping[str, Any]) -> C:
+    raise NotImplementedError
+
+
+def to_toml(config: RunConfig, workload: str) -> str:
+    """The complete configuration as TOML; `python -m orchestrator.run WORKLOAD --config` takes it back."""
+    lines = [f"workload = {json.dumps(workload)}"]
+    for name in settings(type(config)):
+        value = getattr(config, name)
+        if value is None:
+            continue
+        plain = value if isinstance(value, int | float | str) else str(value)
+        lines.append(f"{name} = {json.dumps(plain)}")
+    return "\n".join(lines) + "\n"
+
+
+def changed_settings(old: RunConfig, new: RunConfig, names: Iterable[str]) -> list[str]:
+    """The settings among `names` that decide the result and differ between the two."""
+    fields = settings(type(old))
+    return [n for n in names if fields[n].metadata["result"] and getattr(old, n) != getattr(new, n)]

@@ -1,0 +1,29 @@
+"""The errors that have a meaning to the user, each with the exit status it ends the command with."""
+
+
+class OrchestratorError(Exception):
+    """Base of what this package raises on purpose; its text is one line for the user."""
+
+    exit_status = 1
+
+
+class UserError(OrchestratorError):
+    """What was given cannot be used: says what was given, what is allowed, what to do. Exit status 2."""
+
+    exit_status = 2
+
+
+class TrainingError(OrchestratorError):
+    """Training cannot go on, and trying again would end the same way."""
+
+
+class NonFiniteLossError(TrainingError):
+    """A loss is NaN or infinite: names the step, the shards and the sample indices."""
+
+
+class DataError(TrainingError):
+    """A sample could not be read or decoded during training: names the sample."""
+
+
+class CheckpointError(OrchestratorError):
+    """A checkpoint is torn, corrupted, or of another run."""

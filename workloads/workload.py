@@ -1,0 +1,75 @@
+"""The protocol between the training loop and a workload: data, model, loss as sums, metrics, saving.
+
+The loop never sees images or tokens, and a workload never sees workers, shards or steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one forward pass adds to the batch's totals; sums, never means, so that shards can be added.
+
+    Attributes:
+        loss: scalar fp32 with gradient, the loss summed over its items.
+        count: how many items the loss is a sum over (images; masked tokens).
+        others: further scalar sums by name ("correct"), without gradient.
+    """
+
+    loss: Tensor
+    count: Tensor
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Samples(Protocol):
+    """One split of the data, random access by sample index."""
+
+    def __len__(self) -> int: ...
+
+    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+        """The samples at `indices` (int64 [microbatch]) as CPU tensors, first dimension [microbatch].
+
+        A pure function of (configuration, epoch, indices), each sample of (seed, epoch, its index) alone: which
+        other samples are in the microbatch changes nothing of it. Must not depend on, nor need to keep, the
+        state of any global generator (it may reseed torch's). Raises DataError naming a sample that cannot
+        be read.
+        """
+        ...
+
+
+class Workload(Protocol):
+    """One kind of training; built from its configuration, `SomeWorkload(config)`."""
+
+    def build_model(self) -> nn.Module:
+        """A new model on the CPU, fp32; initial weights come from torch's global generator (the caller seeds)."""
+        ...
+
+    def samples(self, split: Split) -> Samples:
+        """The training split (augmented, masked) or the held-out split (not augmented; masked by a fixed seed)."""
+        ...
+
+    def nominal_count(self, samples: int) -> float:
+        """The expected `Sums.count` of so many samples: the loss is divided by it before the backward pass."""
+        ...
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Forward pass and loss of one microbatch; model.training says whether it is training."""
+        ...
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Held-out metrics from totals: "loss", "count" and the names in `Sums.others`."""
+        ...
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the trained model (model.safetensors, config and what else is needed to load it) into `folder`."""
+        ...
