@@ -6,6 +6,7 @@ the result (workers, placement, cadence): a resumed run takes them as they are g
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import json
 import re
@@ -14,9 +15,11 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from orchestrator.errors import UserError
+
+C = TypeVar("C", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,11 @@ class Pairs:
 
 
 def setting(
-    default: Any, *, result: bool = True, choices: Sequence[str] = (), low: float | None = None,
+    default: Any,
+    *,
+    result: bool = True,
+    choices: Sequence[str] = (),
+    low: float | None = None,
     high: float | None = None,
 ) -> Any:
     """A field of a configuration.
@@ -216,8 +223,10 @@ def help_texts(config_type: type[RunConfig]) -> dict[str, str]:
         assert isinstance(body, ast.ClassDef)
         for node, after in zip(body.body, body.body[1:], strict=False):
             if (
-                isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-                and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
             ):
                 texts[node.target.id] = " ".join(str(after.value.value).split())
     return texts
@@ -232,7 +241,11 @@ def parse_value(config_type: type[RunConfig], name: str, raw: Any) -> Any:
     """The typed value of setting `name` from a flag's text or a TOML value; raises UserError with one line."""
     meta = settings(config_type)[name].metadata
     hint = typing.get_type_hints(config_type)[name]
-    kinds = [k for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if k is not type(None)]
+    kinds = [
+        k
+        for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
+        if k is not type(None)
+    ]
     try:
         value = _convert(kinds[0], raw)
     except ValueError as error:
@@ -269,8 +282,65 @@ def _convert(kind: Any, raw: Any) -> Any:
     return value
 
 
-def build[C: RunConfig](config_type: type[C], given: Mapping[str, Any]) -> C:
-    raise NotImplementedError
+def build(config_type: type[C], given: Mapping[str, Any]) -> C:
+    """The configuration of the given settings over the defaults; raises UserError with one line.
+
+    Args:
+        given: setting name -> flag text or TOML value.
+    """
+    unknown = [name for name in given if name not in settings(config_type)]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], settings(config_type), n=1)
+        hint = f"did you mean {close[0]}?" if close else "see --help for all settings"
+        raise UserError(f"{unknown[0]}: no such setting; {hint}")
+    values = {name: parse_value(config_type, name, raw) for name, raw in given.items()}
+    if values.get("steps") and values.get("epochs"):
+        raise UserError("--steps and --epochs are both given: give one of them")
+    if values.get("steps"):
+        values["epochs"] = None
+    if values.get("epochs"):
+        values["steps"] = None
+    config = config_type(**values)
+    if "workers" not in values:
+        config = dataclasses.replace(config, workers=WorkerRange(1, config.shards))
+    _check_together(config)
+    return config
+
+
+def _check_together(config: RunConfig) -> None:
+    """What no setting can tell alone."""
+    shards, batch, workers = config.shards, config.batch_size, config.workers
+    if shards & (shards - 1):
+        below = 1 << (shards.bit_length() - 1)
+        raise UserError(f"--shards {shards}: not a power of two; use {below} or {2 * below}")
+    if workers.maximum > shards:
+        enough = 1 << (workers.maximum - 1).bit_length()
+        raise UserError(
+            f"--workers {workers}: more workers than shards ({shards}); use at most {shards} workers, "
+            f"or --shards {enough}"
+        )
+    if batch % shards:
+        lower = batch - batch % shards
+        allowed = f"{lower} or {lower + shards}" if lower else str(shards)
+        raise UserError(
+            f"--batch-size {batch}: {shards} shards do not divide it; use {allowed}, or fewer --shards"
+        )
+    if not (config.steps or config.epochs):
+        raise UserError("--steps, --epochs: neither is given; give one of them")
+    _check_pairs(config)
+
+
+def _check_pairs(config: RunConfig) -> None:
+    given = config.resources_per_worker
+    try:
+        amounts = given.numbers()
+    except ValueError as error:
+        raise UserError(f"--resources-per-worker {given}: {error}; write such as GPU=1,CPU=8") from None
+    if given.items and not any(amounts.values()):
+        raise UserError(f"--resources-per-worker {given}: reserves nothing; write such as CPU=1")
+    whole = [k for k, v in amounts.items() if v > 1 and v != int(v)]
+    if whole:
+        raise UserError(f"--resources-per-worker {given}: {whole[0]} above 1 must be a whole number")
 
 
 def to_toml(config: RunConfig, workload: str) -> str:

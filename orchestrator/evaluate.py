@@ -1,0 +1,58 @@
+"""Held-out evaluation, shared among the workers, with the same bits for any number of them."""
+
+import torch
+
+from orchestrator.feed import batches
+from orchestrator.group import Group
+from orchestrator.precision import Precision
+from orchestrator.shards import even_placement
+from workloads.workload import Workload
+
+CHUNK = 64  # samples a forward pass; fixed, for bits depend on it
+
+
+@torch.no_grad()
+def evaluate(
+    workload: Workload, model: torch.nn.Module, precision: Precision, group: Group, loader_processes: int
+) -> dict[str, float]:
+    """The workload's held-out metrics; every worker calls it and gets the same.
+
+    Each fixed chunk of the split is summed alone and by one worker; a row of zeros stands for the others, so the
+    sum over workers is exact, and the rows are added in their order in fp64.
+    """
+    samples = workload.samples("heldout")
+    chunks = torch.arange(len(samples)).split(CHUNK)
+    mine = even_placement(len(chunks), group.world).range_of(group.rank)
+    was_training = model.training
+    model.eval()
+    requests = ((0, chunks[c].numpy()) for c in mine)
+    rows: torch.Tensor | None = None
+    names: list[str] = []
+    for c, batch in zip(mine, batches(samples, requests, loader_processes, group.device), strict=True):
+        with precision.autocast():
+            sums = workload.sums(model, batch)
+        names = ["loss", "count", *sorted(sums.others)]
+        if rows is None:
+            rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=group.device)
+        values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
+        rows[c] = torch.stack([torch.as_tensor(v, device=group.device).double() for v in values])
+    model.train(was_training)
+    rows, names = _agree(rows, names, len(chunks), group)
+    group.sum(rows)
+    totals = dict(zip(names, rows.sum(0).tolist(), strict=True))
+    return workload.metrics(totals)
+
+
+def _agree(
+    rows: torch.Tensor | None, names: list[str], chunks: int, group: Group
+) -> tuple[torch.Tensor, list[str]]:
+    """With more workers than chunks some have computed nothing: they learn the row's width from the others."""
+    from torch import distributed as dist
+
+    if group.world > 1 and chunks < group.world:
+        everyone: list[list[str]] = [[] for _ in range(group.world)]
+        dist.all_gather_object(everyone, names)
+        names = max(everyone, key=len)
+    if rows is None:
+        rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=group.device)
+    return rows, names

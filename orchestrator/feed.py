@@ -1,0 +1,47 @@
+"""Microbatches in the order they are asked for, prepared ahead by processes where that pays."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from workloads.workload import Batch, Samples
+
+Request = tuple[int, NDArray[np.int64]]  # (epoch, sample indices)
+
+
+class _Microbatches(Dataset[Batch]):
+    """A map from a request to its batch, in the form that torch's DataLoader takes."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitem__(self, request: Request) -> Batch:
+        epoch, indices = request
+        return self._samples.microbatch(indices, epoch)
+
+
+def batches(
+    samples: Samples, requests: Iterable[Request], processes: int, device: torch.device
+) -> Iterator[Batch]:
+    """The batches of `requests`, in their order, on `device`.
+
+    Args:
+        processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
+    """
+    microbatches = _Microbatches(samples)
+    if processes:
+        loader: Iterable[Batch] = DataLoader(
+            microbatches,
+            sampler=requests,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=processes,
+            prefetch_factor=4,
+            pin_memory=device.type == "cuda",
+        )
+    else:
+        loader = (microbatches[request] for request in requests)
+    for batch in loader:
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,90 @@
+"""The training loop."""
+
+from typing import Protocol
+
+import torch
+
+from orchestrator.evaluate import evaluate
+from orchestrator.group import Group
+from orchestrator.plan import Plan
+from orchestrator.schedule import learning_rate
+from orchestrator.shards import Placement
+from orchestrator.state import TrainingState
+from orchestrator.step import DdpGradients, GradientSource, ShardedGradients, StepTotals
+from workloads.workload import Workload
+
+
+class Observer(Protocol):
+    """Who is told of a worker's progress, and may ask it to stop."""
+
+    def stop_wanted(self) -> bool:
+        """Whether training should stop after the step that is about to begin."""
+        ...
+
+    def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
+        """A step has been taken; state.step counts it."""
+        ...
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """The held-out split was evaluated after `step` steps."""
+        ...
+
+
+def train(
+    plan: Plan,
+    workload: Workload,
+    state: TrainingState,
+    group: Group,
+    placement: Placement,
+    observer: Observer,
+) -> bool:
+    """Train from state.step to the plan's end, or until somebody asks to stop; returns whether the end was reached.
+
+    Raises:
+        NonFiniteLossError: a loss is NaN or infinite; nothing was updated with it.
+        RuntimeError: torch's own, when another worker of the group is lost.
+    """
+    gradients = gradient_source(plan, workload, state, group, placement)
+    try:
+        while state.step < plan.total_steps:
+            totals = gradients.compute(state.step, observer.stop_wanted())
+            lr = learning_rate(plan.config, state.step, plan.total_steps)
+            update(state, lr, totals.gradient_scale, plan.config.clip_norm)
+            gradients.committed(state.step)
+            state.step += 1
+            observer.committed(state, totals, lr)
+            if plan.evaluates_after(state.step):
+                processes = plan.config.loader_processes
+                observer.evaluated(
+                    state.step, evaluate(workload, state.model, state.precision, group, processes)
+                )
+            if totals.stop:
+                return state.step == plan.total_steps
+        return True
+    finally:
+        gradients.close()
+
+
+def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: float) -> None:
+    """One optimizer step with the reduced gradients in p.grad; fp16 steps with an overflow are skipped."""
+    scaler = state.precision.scaler
+    scaler.unscale_(state.optimizer)
+    gradients = [p.grad for p in state.parameters if p.grad is not None]
+    if gradient_scale != 1.0:
+        torch._foreach_mul_(gradients, gradient_scale)
+    if clip_norm:
+        torch.nn.utils.clip_grad_norm_(state.parameters, clip_norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    scaler.step(state.optimizer)
+    scaler.update()
+
+
+def gradient_source(
+    plan: Plan, workload: Workload, state: TrainingState, group: Group, placement: Placement
+) -> GradientSource:
+    """The gradients of the run's --reduce."""
+    processes = plan.config.loader_processes
+    if plan.config.reduce == "ddp":
+        return DdpGradients(plan, workload, state, group, processes)
+    return ShardedGradients(plan, workload, state, group, placement, processes)

@@ -1,0 +1,57 @@
+"""The plan of a run: everything that follows from its configuration and the size of its data."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from orchestrator.config import RunConfig, settings
+from orchestrator.shards import Schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before anyone has computed anything.
+
+    Attributes:
+        workload: name in the registry.
+        config: complete and resolved (no "auto" left, absolute paths).
+        train_samples: samples of the training split.
+        heldout_samples: samples of the held-out split.
+        fingerprint: of the data.
+    """
+
+    workload: str
+    config: RunConfig
+    train_samples: int
+    heldout_samples: int
+    fingerprint: str
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.train_samples, self.config.batch_size, self.config.shards)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps or (self.config.epochs or 0) * self.schedule.steps_per_epoch
+
+    def epoch_of(self, step: int) -> int:
+        return step // self.schedule.steps_per_epoch
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the held-out split is evaluated when `step` steps are done; the end has its own evaluation."""
+        every = self.config.eval_every * self.schedule.steps_per_epoch
+        return bool(every) and step % every == 0 and step < self.total_steps
+
+    def identity(self) -> str:
+        """SHA-256 over what decides the result; a checkpoint is only loaded into a run of the same identity."""
+        decisive = {
+            name: str(getattr(self.config, name))
+            for name, f in settings(type(self.config)).items()
+            if f.metadata["result"]
+        }
+        text = json.dumps([self.workload, self.fingerprint, decisive], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def with_config(self, **changes: object) -> "Plan":
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))  # type: ignore[arg-type]

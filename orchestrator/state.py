@@ -1,0 +1,87 @@
+"""Training state: what a checkpoint holds and a joiner receives. It never mentions the number of workers."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.precision import Precision
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over parameters and buffers in state_dict order.
+
+    Each as its name, its dtype ("torch.float32"), its shape ("(64, 3, 3, 3)") in UTF-8 and its raw bytes in
+    row-major order, without separators.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(memoryview(_raw(tensor)))
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+class TrainingState:
+    """Model, optimizer, loss scale and the number of committed steps."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.step = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, the live tensors (not copies) where there are any."""
+        named = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for key, value in entry.items():
+                if value is not None:
+                    named[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+        for key, number in self.precision.scaler.state_dict().items():
+            named[f"scaler.{key}"] = torch.tensor(float(number), dtype=torch.float64)
+        return named
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy on the CPU that later steps do not touch; tied tensors are copied once each name."""
+        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in self.tensors().items()}
+
+    def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Take over a snapshot.
+
+        Raises:
+            KeyError: a tensor is missing.
+            RuntimeError: torch's own, where names or shapes differ.
+        """
+        model = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
+        self.model.load_state_dict(model)
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                entries.setdefault(int(index), {})[key] = self._like_parameter(int(index), tensor)
+        self.optimizer.load_state_dict(
+            {"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
+        scaler = self.precision.scaler.state_dict()
+        if scaler:
+            kinds = {key: type(value) for key, value in scaler.items()}
+            self.precision.scaler.load_state_dict(
+                {key: kind(tensors[f"scaler.{key}"].item()) for key, kind in kinds.items()}
+            )
+        self.step = step
+
+    def _like_parameter(self, index: int, tensor: Tensor) -> Tensor:
+        # Fused optimizers walk memory: a buffer must have its parameter's layout, not merely its shape.
+        parameter = self.parameters[index]
+        if tensor.shape != parameter.shape:
+            return tensor.clone()
+        return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

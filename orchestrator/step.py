@@ -1,0 +1,208 @@
+"""One step's gradients: the sharded way (same bits for any number of workers) and DistributedDataParallel."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from orchestrator.batchnorm import RunningStatistics
+from orchestrator.errors import NonFiniteLossError
+from orchestrator.feed import Request, batches
+from orchestrator.group import Group
+from orchestrator.plan import Plan
+from orchestrator.reduce import TreeReducer
+from orchestrator.shards import Placement, derive_seed
+from orchestrator.state import TrainingState
+from workloads.workload import Batch, Sums, Workload
+
+ROW = ("loss", "count", "stop")  # what each shard reports beside its gradients
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What a step found out, the same on every worker.
+
+    Attributes:
+        loss: mean over the global batch.
+        samples: of the global batch.
+        gradient_scale: what the summed gradients have to be multiplied by to be those of `loss`.
+        stop: whether some worker asked to stop after this step.
+    """
+
+    loss: float
+    samples: int
+    gradient_scale: float
+    stop: bool
+
+
+class GradientSource(Protocol):
+    """Leaves the gradients of a step, summed over the global batch, in p.grad on every worker."""
+
+    def compute(self, step: int, stop: bool) -> StepTotals: ...
+
+    def committed(self, step: int) -> None:
+        """The optimizer has taken step `step`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ShardedGradients:
+    """Forward and backward of each own shard alone; gradients, losses and statistics summed by the tree."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        workload: Workload,
+        state: TrainingState,
+        group: Group,
+        placement: Placement,
+        loader_processes: int,
+    ) -> None:
+        self._plan, self._workload, self._state, self._group = plan, workload, state, group
+        self._own = placement.range_of(group.rank)
+        self._statistics = RunningStatistics(state.model)
+        self._rows = plan.config.shards * len(ROW)
+        self._reducer = TreeReducer(state.parameters, self._rows + self._statistics.numel, group)
+        self._reducer.place(placement)
+        samples = workload.samples("train")
+        self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
+        self._samples = 0
+
+    def _requests(self, step: int) -> Iterator[Request]:
+        schedule, seed = self._plan.schedule, self._plan.config.seed
+        for later in range(step, self._plan.total_steps):
+            for shard in self._own:
+                epoch, indices = schedule.indices(seed, later, shard)
+                if len(indices):
+                    yield epoch, indices
+
+    def compute(self, step: int, stop: bool) -> StepTotals:
+        """See GradientSource; raises NonFiniteLossError on every worker if any shard's loss is not finite."""
+        schedule, seed = self._plan.schedule, self._plan.config.seed
+        self._samples = schedule.samples_in_step(step)
+        nominal = self._workload.nominal_count(self._samples)
+        self._state.model.train()
+        self._statistics.start_step()
+        self._reducer.start_step()
+        for shard in self._own:
+            self._reducer.start_shard(shard)
+            _, start, end = schedule.places(step, shard)
+            if end > start:
+                torch.manual_seed(derive_seed("step", seed, step, shard))
+                self._one_shard(shard, end - start, nominal, stop)
+            self._reducer.end_shard()
+        self._reducer.finish()
+        rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
+        self._check_finite(step, rows[:, 0])
+        count = rows[:, 1].sum().item()
+        return StepTotals(
+            rows[:, 0].sum().item() / count, self._samples, nominal / count, bool(rows[:, 2].sum() > 0)
+        )
+
+    def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
+        with self._state.precision.autocast():
+            sums = self._workload.sums(self._state.model, next(self._feed))
+        extra = torch.zeros_like(self._reducer.extra)
+        row = extra[shard * len(ROW) : (shard + 1) * len(ROW)]
+        row[0], row[1], row[2] = sums.loss.detach(), sums.count, float(stop)
+        extra[self._rows :] = self._statistics.of_last_forward(samples)
+        self._reducer.add_extra(extra)
+        self._state.precision.scaler.scale(sums.loss / nominal).backward()
+
+    def _check_finite(self, step: int, losses: Tensor) -> None:
+        bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
+        if bad:
+            found = [self._plan.schedule.indices(self._plan.config.seed, step, shard) for shard in bad]
+            named = "; ".join(
+                f"shard {shard} (loss {losses[shard].item()}): samples {indices.tolist()}"
+                for shard, (_, indices) in zip(bad, found, strict=True)
+            )
+            raise NonFiniteLossError(f"step {step}, epoch {found[0][0]}: loss is not finite in {named}")
+
+    def committed(self, step: int) -> None:
+        if self._statistics.numel:
+            self._statistics.fold(self._reducer.extra[self._rows :], self._samples, step + 1)
+
+    def close(self) -> None:
+        self._reducer.close()
+        self._statistics.restore_momenta()
+
+
+class _LossModule(nn.Module):
+    """A workload's sums as a module's forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, workload: Workload, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._workload = workload
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        sums: Sums = self._workload.sums(self.model, batch)
+        return sums.loss, sums.count
+
+
+class DdpGradients:
+    """Ordinary DistributedDataParallel: each worker's part of the batch in one pass, ring all-reduce.
+
+    The sample order is that of the run; sums depend on the number of workers in their last bits.
+    """
+
+    def __init__(
+        self, plan: Plan, workload: Workload, state: TrainingState, group: Group, loader_processes: int
+    ) -> None:
+        self._plan, self._workload, self._state, self._group = plan, workload, state, group
+        self._module: nn.Module = _LossModule(workload, state.model)
+        if group.world > 1:
+            self._module = nn.parallel.DistributedDataParallel(self._module, gradient_as_bucket_view=True)
+        samples = workload.samples("train")
+        self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
+
+    def _part(self, step: int) -> tuple[int, NDArray[np.int64], float]:
+        """(epoch, sample indices, weight) of this worker in `step`."""
+        schedule, seed, world = self._plan.schedule, self._plan.config.seed, self._group.world
+        found = [schedule.indices(seed, step, shard) for shard in range(schedule.shards)]
+        indices = np.concatenate([part for _, part in found])
+        if len(indices) < 2 * world:
+            # Too few to go round (batch normalization needs two each): everyone computes all of them.
+            return found[0][0], indices, 1 / world
+        bounds = [rank * len(indices) // world for rank in range(world + 1)]
+        return found[0][0], indices[bounds[self._group.rank] : bounds[self._group.rank + 1]], 1.0
+
+    def _requests(self, step: int) -> Iterator[Request]:
+        for later in range(step, self._plan.total_steps):
+            yield self._part(later)[:2]
+
+    def compute(self, step: int, stop: bool) -> StepTotals:
+        """See GradientSource; raises NonFiniteLossError on every worker if any worker's loss is not finite."""
+        samples, world = self._plan.schedule.samples_in_step(step), self._group.world
+        nominal = self._workload.nominal_count(samples)
+        _, indices, weight = self._part(step)
+        self._state.optimizer.zero_grad(set_to_none=True)
+        self._state.model.train()
+        torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
+        with self._state.precision.autocast():
+            loss, count = self._module(next(self._feed))
+        rows = torch.zeros(world, len(ROW), dtype=torch.float64, device=self._group.device)
+        rows[self._group.rank, 0], rows[self._group.rank, 1] = loss.detach() * weight, count * weight
+        rows[self._group.rank, 2] = float(stop)
+        self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
+        self._group.sum(rows)
+        bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
+        if bad:
+            mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
+            raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
+        total = rows[:, 1].sum().item()
+        return StepTotals(
+            rows[:, 0].sum().item() / total, samples, nominal / total, bool(rows[:, 2].sum() > 0)
+        )
+
+    def committed(self, step: int) -> None:
+        """Nothing is left to do: DistributedDataParallel keeps buffers alike itself."""
+
+    def close(self) -> None:
+        del self._module

@@ -1,0 +1,133 @@
+"""A folder in storage: local or any URI that pyarrow.fs knows, with atomic writes."""
+
+import contextlib
+import os
+import re
+import uuid
+from pathlib import Path
+
+from orchestrator.errors import UserError
+
+
+class Folder:
+    """One folder; every write of a whole file is atomic: the old content or the new, never a part.
+
+    A local file is written beside its place, flushed to the disk and renamed. Object stores put an object when its
+    stream is closed without error, which is atomic there.
+    """
+
+    def __init__(self, uri: str) -> None:
+        """Args:
+            uri: a path or a URI such as s3://bucket/runs.
+
+        Raises:
+            UserError: the URI cannot be used.
+        """
+        from pyarrow import fs
+
+        self.uri = uri.rstrip("/") or "/"
+        self.is_local = not re.match(r"[a-z][a-z0-9+.-]*://", uri) or uri.startswith("file://")
+        if self.is_local:
+            self._root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
+            self.uri = self._root
+            self._fs = fs.LocalFileSystem()
+            return
+        try:
+            self._fs, self._root = fs.FileSystem.from_uri(self.uri)
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise UserError(
+                f"--storage {uri}: {_line(error)}; give a folder or a URI such as s3://bucket/runs"
+            ) from None
+
+    def child(self, name: str) -> "Folder":
+        return Folder(f"{self.uri}/{name}")
+
+    def path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError where there is no such file."""
+        with self._fs.open_input_stream(self.path(name)) as stream:
+            data: bytes = stream.read()
+            return data
+
+    def read_text(self, name: str) -> str | None:
+        """The file's text, or None where there is no such file."""
+        try:
+            return self.read(name).decode()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file, atomically; folders on the way are made."""
+        if not self.is_local:
+            with self._fs.open_output_stream(self.path(name)) as stream:
+                stream.write(data)
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                beside.unlink()
+            raise
+        _sync_folder(target.parent)
+
+    def append(self, name: str, text: str) -> None:
+        """Add whole lines at the end; object stores cannot, so there the object is written anew."""
+        if not self.is_local:
+            self.write(name, (self.read_text(name) or "").encode() + text.encode())
+            return
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a") as file:
+            file.write(text)
+
+    def names(self) -> list[str]:
+        """Names of what is in the folder, sorted; none where the folder does not exist."""
+        from pyarrow import fs
+
+        found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, or a folder with all in it; not there is fine."""
+        from pyarrow import fs
+
+        kind = self._fs.get_file_info(self.path(name)).type
+        if kind == fs.FileType.Directory:
+            self._fs.delete_dir(self.path(name))
+        elif kind == fs.FileType.File:
+            self._fs.delete_file(self.path(name))
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a small file; raises UserError with the reason."""
+        probe = f".probe-{uuid.uuid4().hex[:8]}"
+        try:
+            self.write(probe, b"probe")
+            if self.read(probe) != b"probe":
+                raise OSError("what was read back differs from what was written")
+            self.delete(probe)
+        except OSError as error:
+            raise UserError(
+                f"--storage {self.uri}: cannot be written ({_line(error)}); give a folder or URI that can"
+            ) from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename survives a power cut only when the folder itself is flushed.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
