@@ -2,6 +2,7 @@
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,3 +51,10 @@ class Group:
         """Overwrite `tensor` with the sum over workers; exact only where at most one adds a non-zero."""
         if self.world > 1:
             dist.all_reduce(tensor)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The `value` that rank 0 gave."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, 0, device=self.device)
+        return values[0]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from orchestrator.group import Group
 from orchestrator.precision import Precision
 
 
@@ -85,3 +86,17 @@ class TrainingState:
         if tensor.shape != parameter.shape:
             return tensor.clone()
         return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+
+    def receive(self, group: Group, step: int) -> None:
+        """Take over the state of rank 0, which has `step` steps done; every worker of the group calls it."""
+        tensors = self.tensors() if group.rank == 0 else {}
+        described = group.broadcast_object([(name, t.shape, t.dtype) for name, t in tensors.items()])
+        received: dict[str, Tensor] = {}
+        for name, shape, dtype in described:
+            if group.rank == 0:
+                received[name] = tensors[name].detach().to(group.device).contiguous()
+            else:
+                received[name] = torch.empty(shape, dtype=dtype, device=group.device)
+            group.broadcast(received[name], 0)
+        if group.rank != 0:
+            self.load(received, step)

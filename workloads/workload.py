@@ -50,6 +50,11 @@ class Samples(Protocol):
 class Workload(Protocol):
     """One kind of training; built from its configuration, `SomeWorkload(config)`."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether preparing a microbatch is heavy work (image files), so that it pays to do it ahead."""
+        ...
+
     def build_model(self) -> nn.Module:
         """A new model on the CPU, fp32; initial weights come from torch's global generator (the caller seeds)."""
         ...

@@ -1,0 +1,239 @@
+"""From a plan to a running training: the cluster, the coordinator, Ray Train's TorchTrainer, and the way back."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cluster_fit import Node, choose_workers
+from orchestrator.config import RunConfig
+from orchestrator.coordinator import NAMESPACE, Coordinator, Status
+from orchestrator.errors import UserError
+from orchestrator.plan import Plan
+from orchestrator.progress import Progress
+from orchestrator.runfolder import RunFolder
+
+POLL_S = 0.2
+GROUP_TIMEOUT_S = 300.0  # a slow machine may load data for minutes before its first collective
+TEARDOWN_S = 20.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a command ended."""
+
+    outcome: str
+    message: str
+    exit_status: int
+    result: dict[str, Any] | None
+
+
+@contextlib.contextmanager
+def cluster(address: str, log_file: Path) -> Iterator[bool]:
+    """A connection to Ray, found or started; yields whether the cluster is a local one of our own.
+
+    Raises:
+        UserError: there is no cluster at `address`.
+    """
+    _quiet_ray(log_file)
+    import ray
+
+    own = not (address or os.environ.get("RAY_ADDRESS") or _cluster_on_this_machine())
+    arguments: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if own:
+        # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
+        arguments |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        arguments |= {"address": "local"}
+    elif address:
+        arguments |= {"address": address}
+    else:
+        arguments |= {"address": "auto"} if not os.environ.get("RAY_ADDRESS") else {}
+    try:
+        ray.init(**arguments)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--address {address or os.environ.get('RAY_ADDRESS') or 'auto'}: no Ray cluster answers ({reason}); "
+            "start one with `ray start --head` or leave --address out"
+        ) from None
+    try:
+        yield own
+    finally:
+        ray.shutdown()
+
+
+def _cluster_on_this_machine() -> bool:
+    """Whether `ray start` runs a cluster here (ray.init looks in the same place)."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    found = canonicalize_bootstrap_address("auto") if Path("/tmp/ray/ray_current_cluster").exists() else None
+    if not found:
+        return False
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _quiet_ray(log_file: Path) -> None:
+    """Ray's own messages go to a file: the terminal belongs to the run."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("ray")
+    logger.addHandler(handler)
+    logger.propagate = False
+    # Ray's own variables: the controller looks after the workers this often, and asks nobody about usage.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def nodes() -> list[Node]:
+    """The cluster's living nodes."""
+    import ray
+
+    return [Node(n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
+
+
+def resources_per_worker(config: RunConfig, found: list[Node]) -> dict[str, float]:
+    """What a worker reserves: as configured, else a GPU where there are GPUs, else one CPU."""
+    if config.resources_per_worker.items:
+        return config.resources_per_worker.numbers()
+    if any(node.resources.get("GPU") for node in found):
+        return {"GPU": 1.0, "CPU": 1.0}
+    return {"CPU": 1.0}
+
+
+def launch(plan: Plan, folder: RunFolder, description: str, started_s: float, own_cluster: bool) -> Ending:
+    """Train `plan` on the connected cluster and wait for the end.
+
+    SIGINT and SIGTERM ask for a checkpoint and a stop; a second one stops at once.
+
+    Raises:
+        UserError: the request does not fit on the cluster, or the run is going on already.
+    """
+    import ray
+
+    found = nodes()
+    per_worker = resources_per_worker(plan.config, found)
+    workers = choose_workers(plan.config, per_worker, found)
+    name = f"run {folder.uri}"
+    try:
+        coordinator: Any = (
+            ray.remote(Coordinator)
+            .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=10_000)
+            .remote(plan, folder.uri, workers, description, started_s)
+        )
+    except ValueError:
+        raise UserError(f"--name {plan.config.name}: this run is going on already on this cluster") from None
+    trainer = threading.Thread(
+        target=_fit, args=(plan, folder, name, coordinator, workers, per_worker, own_cluster), daemon=True
+    )
+    trainer.start()
+    with _signals(coordinator) as interrupted:
+        status = _follow(plan, coordinator, trainer, interrupted)
+    trainer.join(TEARDOWN_S if status.outcome != "failed" else 1.0)
+    return Ending(status.outcome, status.message, status.exit_status, status.result)
+
+
+def _fit(
+    plan: Plan,
+    folder: RunFolder,
+    name: str,
+    coordinator: Any,
+    workers: int,
+    per_worker: dict[str, float],
+    own_cluster: bool,
+) -> None:
+    """Run TorchTrainer.fit; in a thread, for the main thread shows progress and takes signals."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from orchestrator.ray_backend import OwnGroupConfig
+    from orchestrator.worker import train_worker
+
+    config = plan.config
+    task = {
+        "plan": plan,
+        "uri": folder.uri,
+        "coordinator": name,
+        "group_timeout_s": GROUP_TIMEOUT_S,
+        "loopback": own_cluster,
+    }
+    scaling = ScalingConfig(
+        num_workers=workers,
+        use_gpu=bool(per_worker.get("GPU")),
+        resources_per_worker=per_worker,
+        placement_strategy=config.placement.upper().replace("-", "_"),
+        label_selector=dict(config.node_labels.items) or None,
+    )
+    try:
+        # Ray Train's own bookkeeping is not the run's state: it goes to a folder of its own, deleted at the end.
+        with tempfile.TemporaryDirectory(prefix="orchestrator-ray-") as scratch:
+            TorchTrainer(
+                train_worker,
+                train_loop_config=task,
+                torch_config=OwnGroupConfig(),
+                scaling_config=scaling,
+                run_config=RunConfig(
+                    storage_path=scratch,
+                    name="ray-train",
+                    failure_config=FailureConfig(max_failures=config.max_incidents),
+                ),
+            ).fit()
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(coordinator.fail.remote(text.splitlines()[0], 1, text))
+
+
+@contextlib.contextmanager
+def _signals(coordinator: Any) -> Iterator[list[int]]:
+    """First SIGINT or SIGTERM: ask for a checkpoint and a stop. Second: KeyboardInterrupt."""
+    taken: list[int] = []
+
+    def take(number: int, _: object) -> None:
+        taken.append(number)
+        if len(taken) > 1:
+            raise KeyboardInterrupt
+        coordinator.request_stop.remote()
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield taken
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted: list[int]) -> Status:
+    import ray
+
+    with Progress(plan.total_steps) as progress:
+        while True:
+            alive = trainer.is_alive()
+            status: Status = ray.get(coordinator.status.remote())
+            progress.show(status, stopping=bool(interrupted))
+            if status.outcome:
+                return status
+            if not alive:
+                reason = (
+                    "Ray Train ended before the run did; see logs/errors.log and ray.log in the run folder"
+                )
+                ray.get(coordinator.fail.remote(reason, 1, reason))
+                continue
+            time.sleep(POLL_S)

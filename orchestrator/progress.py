@@ -1,0 +1,82 @@
+"""What a person sees of a run: a live bar on a terminal, one line every few seconds elsewhere."""
+
+import math
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from orchestrator.coordinator import Status
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Shows Status after Status; on a terminal with tqdm, else in lines without control characters."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total = total_steps
+        self._bar: Any = None
+        self._last_line_s = 0.0
+        self._phase = ""
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, unit="step", dynamic_ncols=True, leave=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, status: Status, stopping: bool) -> None:
+        """Show where the run is."""
+        phase = "stopping after a checkpoint" if stopping and not status.outcome else status.phase
+        if self._bar is not None:
+            self._show_bar(status, phase)
+        else:
+            self._show_line(status, phase)
+
+    def _show_bar(self, status: Status, phase: str) -> None:
+        self._bar.n = status.step
+        if phase == "training":
+            self._bar.set_description(f"generation {status.generation}")
+            self._bar.set_postfix_str(_figures(status), refresh=False)
+        else:
+            self._bar.set_description(waiting_for(status, phase))
+        self._bar.refresh()
+
+    def _show_line(self, status: Status, phase: str) -> None:
+        """A line when the phase changes, and every few seconds."""
+        now = time.monotonic()
+        if phase == self._phase and now - self._last_line_s < LINE_EVERY_S:
+            return
+        if phase == "training":
+            line = f"step {status.step}/{self._total}  {_figures(status)}{self._left(status)}"
+        else:
+            line = waiting_for(status, phase)
+        print(line, file=sys.stderr, flush=True)
+        self._phase, self._last_line_s = phase, now
+
+    def _left(self, status: Status) -> str:
+        if not status.steps_per_s or status.step >= self._total:
+            return ""
+        seconds = (self._total - status.step) / status.steps_per_s
+        return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
+
+
+def waiting_for(status: Status, phase: str) -> str:
+    """One line on what is being waited for."""
+    missing = status.workers - status.joined
+    if missing and phase in ("starting workers", "restarting workers"):
+        return f"{phase}: waiting for {missing} more, {status.joined} of {status.workers} are there"
+    return phase
+
+
+def _figures(status: Status) -> str:
+    loss = "" if math.isnan(status.loss) else f"loss {status.loss:.4f}  "
+    return f"{loss}{status.samples_per_s:.0f} samples/s  {status.workers} workers"

@@ -1,0 +1,91 @@
+"""From given settings to settled ones: names, paths, "auto", and what a resumed run was started with."""
+
+import dataclasses
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.config import RunConfig, build, flag, settings
+from orchestrator.errors import UserError
+from orchestrator.runfolder import RunFolder
+
+C = TypeVar("C", bound=RunConfig)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def resolve(config: C) -> C:
+    """The same settings with name and storage settled."""
+    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first"
+        )
+    storage = config.storage or default_storage()
+    if "://" not in storage:
+        storage = str(Path(storage).expanduser().absolute())
+    return dataclasses.replace(config, name=name, storage=storage)
+
+
+def default_storage() -> str:
+    """./runs; in a submitted job ~/runs, for a job's working directory is deleted after it."""
+    return "~/runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
+
+
+def settle_arithmetic(config: C, gpu: bool) -> C:
+    """The same settings without "auto" in what the bits depend on: precision and threads."""
+    cpus = config.resources_per_worker.numbers().get("CPU", 1.0)
+    threads = config.threads or max(1, int(cpus))
+    precision = config.precision if config.precision != "auto" else ("bf16" if gpu or _has_amx() else "fp32")
+    return dataclasses.replace(config, threads=threads, precision=precision)
+
+
+def _has_amx() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware tiles; without, bf16 was slower than fp32 here."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: str) -> C:
+    """The configuration to train with: as given for a new run, as stored for a resumed one.
+
+    A resumed run takes what cannot change the result as it is given now, and keeps what was not given.
+
+    Raises:
+        UserError: a given setting would change the result of the run in `folder`.
+    """
+    stored = folder.config()
+    if stored is None:
+        return settle_arithmetic(config, gpu_wanted(config))
+    was = stored.pop("workload", workload)
+    if was != workload:
+        raise UserError(f"--name {config.name}: is a run of {was} in {folder.uri}; use another --name")
+    known = {name: value for name, value in stored.items() if name in settings(type(config))}
+    old = build(type(config), known)
+    fields = settings(type(config))
+    for name in given:
+        automatic = (name == "precision" and config.precision == "auto") or (
+            name == "threads" and not config.threads
+        )
+        if fields[name].metadata["result"] and not automatic and getattr(old, name) != getattr(config, name):
+            raise UserError(
+                f"{flag(name)} {getattr(config, name)}: run {config.name} was started with {getattr(old, name)}, and "
+                "another value changes its result; leave it out, or use another --name"
+            )
+    taken = {name: getattr(config, name) for name in given if not fields[name].metadata["result"]}
+    taken |= {"name": config.name, "storage": config.storage}
+    if "workers" not in given and "workers" not in known:
+        taken["workers"] = config.workers
+    return dataclasses.replace(old, **taken)
+
+
+def gpu_wanted(config: RunConfig) -> bool:
+    """Whether workers will use GPUs: as configured, else whether this machine has one."""
+    if config.resources_per_worker.items:
+        return config.resources_per_worker.numbers().get("GPU", 0) > 0
+    return Path("/dev/nvidia0").exists()

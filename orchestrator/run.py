@@ -1,0 +1,194 @@
+"""`python -m orchestrator.run WORKLOAD`: train, or resume, a run.
+
+Exit status: 0 finished (or stopped on request after a checkpoint); 2 unusable configuration; 1 failed.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from orchestrator.config import RunConfig, build, flag, help_texts, settings, to_toml
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.plan import Plan
+from orchestrator.resume import resolve, take_up
+from orchestrator.runfolder import CONFIG, RunFolder
+from orchestrator.storage import Folder
+from workloads.registry import WORKLOADS
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors in one line, and a guess at what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [o for action in self._actions for o in action.option_strings]
+            close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"see `{self.prog} --help`"
+            raise UserError(f"{rest[0]}: not known here; {hint}")
+        return parsed
+
+
+def workload_parser(workload: str) -> argparse.ArgumentParser:
+    """The command line of one workload, made from its configuration's fields."""
+    entry = WORKLOADS[workload]
+    config_type = entry.config_type()
+    parser = _Parser(
+        prog=f"python -m orchestrator.run {workload}",
+        description=f"Train {entry.title}. The result is a function of these settings; the number of workers is not among them.",
+        epilog="Settings marked * decide the result; the others only how fast it is computed and what is kept.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file with any of these settings; flags win over it."
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print the complete plan and stop; Ray is not started."
+    )
+    texts = help_texts(config_type)
+    defaults = config_type()
+    for name, field in settings(config_type).items():
+        meta = field.metadata
+        default = getattr(defaults, name)
+        shown = "1:SHARDS" if name == "workers" else str(default)
+        mark = " *" if meta["result"] else ""
+        choices = f" One of: {', '.join(meta['choices'])}." if meta["choices"] else ""
+        suffix = f" [{shown}]" if default is not None and shown else ""
+        parser.add_argument(
+            flag(name),
+            metavar=name.split("_")[-1].upper(),
+            help=f"{texts[name]}{choices}{suffix}{mark}".replace("%", "%%"),
+        )
+    return parser
+
+
+def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
+    """(settings given by TOML and flags, whether it is a dry run); raises UserError."""
+    parsed = vars(workload_parser(workload).parse_args(arguments))
+    file, dry = parsed.pop("config"), parsed.pop("dry_run")
+    flags = {name: text for name, text in parsed.items() if text is not None}
+    given = _read_toml(Path(file), workload) if file else {}
+    # --steps on the command line replaces the file's epochs, and the other way round.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if one in flags and other not in flags:
+            given.pop(other, None)
+    return given | flags, dry
+
+
+def _read_toml(file: Path, workload: str) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"--config {file}: cannot be read ({error.strerror}); give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: not valid TOML ({error})") from None
+    content = {key.replace("-", "_"): value for key, value in content.items()}
+    for_workload = content.pop("workload", workload)
+    if for_workload != workload:
+        raise UserError(
+            f"--config {file}: is for the workload {for_workload}; run that, or give another file"
+        )
+    try:
+        build(WORKLOADS[workload].config_type(), content)
+    except UserError as error:
+        raise UserError(f"--config {file}: {error}") from None
+    return content
+
+
+def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
+    """The whole command; returns the exit status."""
+    given, dry = read_settings(workload, arguments)
+    entry = WORKLOADS[workload]
+    config = build(entry.config_type(), given)
+    config = resolve(entry.absolute_paths(config))
+    folder = RunFolder(Folder(config.storage).child(config.name))
+    config = take_up(config, given, folder, workload)
+    finished = folder.result()
+    if finished and finished.get("status") == "finished" and not dry:
+        print(
+            f"finished already: {folder.uri} ({finished['steps']} steps, weights {finished['weights_sha256'][:12]})"
+        )
+        print("nothing was changed; give another --name to train again")
+        return 0
+    summary = entry.check_data(config)
+    plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint)
+    if dry:
+        from orchestrator.dry_run import describe
+
+        print(describe(plan, folder, summary.description))
+        return 0
+    folder.folder.check_writable()
+    if folder.folder.read_text(CONFIG) is None:
+        folder.folder.write(CONFIG, to_toml(config, workload).encode())
+    return _train(plan, folder, summary.description, started_s)
+
+
+def _train(plan: Plan, folder: RunFolder, description: str, started_s: float) -> int:
+    from orchestrator.launch import cluster, launch
+
+    log_file = (
+        Path(folder.folder.path("logs/ray.log"))
+        if folder.folder.is_local
+        else Path(f"/tmp/orchestrator-{plan.config.name}.log")
+    )
+    print(f"{plan.workload} on {description}")
+    print(f"run folder: {folder.uri}", flush=True)
+    with cluster(plan.config.address, log_file) as own:
+        ending = launch(plan, folder, description, started_s, own)
+    command = f"python -m orchestrator.run {plan.workload} --storage {plan.config.storage} --name {plan.config.name}"
+    if ending.outcome == "finished" and ending.result:
+        print(_summary(ending.result))
+        print(f"trained model: {folder.uri}/model")
+        print(
+            f"next: look at {folder.uri}/result.json, or train another: python -m orchestrator.run {plan.workload} --seed 1"
+        )
+        return 0
+    print(f"{ending.outcome}: {ending.message}", file=sys.stderr)
+    print(f"kept: {folder.uri}; resume with: {command}", file=sys.stderr)
+    return ending.exit_status
+
+
+def _summary(result: dict[str, Any]) -> str:
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items())
+    return (
+        f"finished: {result['steps']} steps, {result['samples']} samples in {result['wall_s']:.1f} s "
+        f"({result['samples_per_s']:.0f} samples/s)\nheld-out: {metrics}\nweights: {result['weights_sha256']}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: one line and status 2 for a user's mistake, a traceback for ours."""
+    started_s = time.time()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    names = "\n".join(f"  {name:10} {entry.title}" for name, entry in WORKLOADS.items())
+    usage = f"usage: python -m orchestrator.run WORKLOAD [settings]\n\nworkloads:\n{names}\n\n`python -m orchestrator.run WORKLOAD --help` shows a workload's settings."
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in WORKLOADS:
+            raise UserError(f"{arguments[0]}: no such workload; choose from {', '.join(WORKLOADS)}")
+        return run(arguments[0], arguments[1:], started_s)
+    except OrchestratorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped at once; the run resumes from its last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status) if status == 130 else sys.exit(status)

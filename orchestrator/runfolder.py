@@ -1,0 +1,81 @@
+"""A run's folder: config.toml, events.jsonl, metrics.jsonl, checkpoints/, model/, result.json, logs/."""
+
+import json
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+from orchestrator.events import Event, record
+from orchestrator.storage import Folder
+
+CONFIG, EVENTS, METRICS, RESULT = "config.toml", "events.jsonl", "metrics.jsonl", "result.json"
+
+
+class RunFolder:
+    """Reads and writes one run's folder; only one process writes the logs of a run (its coordinator)."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    @property
+    def uri(self) -> str:
+        return self.folder.uri
+
+    def config(self) -> dict[str, Any] | None:
+        """The settings the run was started with, or None where there is no such run."""
+        text = self.folder.read_text(CONFIG)
+        if text is None:
+            return None
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, or None while there is none."""
+        text = self.folder.read_text(RESULT)
+        try:
+            return None if text is None else dict(json.loads(text))
+        except ValueError:
+            raise UserError(f"{self.uri}/{RESULT}: not valid JSON; delete it or use another --name") from None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        self.folder.write(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+
+    def events(self, events: Sequence[Event]) -> None:
+        """Append events, stamped with the time now."""
+        now = time.time()
+        self.folder.append(EVENTS, "".join(json.dumps(record(e, now)) + "\n" for e in events))
+
+    def metrics(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append step records."""
+        self.folder.append(METRICS, "".join(json.dumps(r) + "\n" for r in records))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the records beyond `step` (those steps are taken again), and a torn last line."""
+        text = self.folder.read_text(METRICS)
+        if text is None:
+            return
+        kept = [line for line in text.splitlines() if _step_of(line) <= step]
+        if len(kept) < len(text.splitlines()):
+            self.folder.write(METRICS, "".join(line + "\n" for line in kept).encode())
+
+    def error(self, text: str) -> None:
+        """Append a traceback to logs/errors.log."""
+        self.folder.append("logs/errors.log", text.rstrip() + "\n")
+
+    def save_model(self, local: Path) -> None:
+        """Copy the files of a local folder to model/."""
+        for file in sorted(local.rglob("*")):
+            if file.is_file():
+                self.folder.write(f"model/{file.relative_to(local)}", file.read_bytes())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

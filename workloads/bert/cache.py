@@ -1,0 +1,137 @@
+"""Prepared data on disk, found by what it was made from; never trusted unread.
+
+    FOLDER/entries/KEY/    one prepared text: its files and manifest.json (their sizes and SHA-256)
+    FOLDER/facts/KEY.json  cheap facts about the sources (paths, sizes, times) -> the entry's key
+
+FOLDER is ORCHESTRATOR_CACHE, or ~/.cache/elastic-orchestrator. Everything is written beside its place and
+renamed, so processes that prepare the same text at once do the work twice and end with one entry.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestratorError, UserError
+
+MANIFEST = "manifest.json"
+ATTEMPTS = 5  # each lost one means that another process replaced the entry at the same moment
+
+
+def cache_folder() -> Path:
+    """Where prepared data is kept on this machine."""
+    given = os.environ.get("ORCHESTRATOR_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "elastic-orchestrator"
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, as hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def recall(facts: Any) -> str | None:
+    """The entry's key that was remembered for these facts, if any."""
+    try:
+        key = json.loads(_facts_file(facts).read_text())["entry"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # never remembered, or torn: the key is found the long way
+    return key if isinstance(key, str) else None
+
+
+def remember(facts: Any, key: str) -> None:
+    """Remember which entry these facts lead to."""
+    file = _facts_file(facts)
+    with _writable():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        number, name = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+        with os.fdopen(number, "w") as stream:
+            json.dump({"entry": key}, stream)
+        os.replace(name, file)
+
+
+def open_entry(key: str, verify: bool) -> Path | None:
+    """The folder of an entry, or None where there is none that is whole.
+
+    Args:
+        verify: whether to compare every file's SHA-256; otherwise only the sizes.
+    """
+    folder = _entries() / key
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name, about in files.items():
+            if (folder / name).stat().st_size != about["bytes"]:
+                return None
+            if verify and file_sha256(folder / name) != about["sha256"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return folder
+
+
+def build_entry(key: str, write: Callable[[Path], None]) -> Path:
+    """Make an entry by `write(folder)` and put it in place; an entry that is not whole is replaced.
+
+    Raises UserError where the cache cannot be written.
+    """
+    final = _entries() / key
+    with _writable():
+        _entries().mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=_entries(), prefix=".building-"))
+    try:
+        with _writable():
+            write(building)
+            files = {
+                file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in sorted(building.iterdir())
+            }
+            (building / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        for _ in range(ATTEMPTS):
+            if whole := open_entry(key, verify=True):
+                return whole
+            _replace(building, final)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    raise OrchestratorError(f"{final} is not whole after it was written; is the disk in order?")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _replace(building: Path, final: Path) -> None:
+    """Move what is in the way aside, then the new folder in; another process may win at either move."""
+    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=".broken-"))
+    try:
+        if final.exists() and building.exists():
+            os.rename(final, aside / "entry")
+        if building.exists():
+            os.rename(building, final)
+    except OSError:
+        return  # the caller looks at what is in place now
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _entries() -> Path:
+    return cache_folder() / "entries"
+
+
+def _facts_file(facts: Any) -> Path:
+    return cache_folder() / "facts" / f"{digest(facts)}.json"
+
+
+@contextmanager
+def _writable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"ORCHESTRATOR_CACHE {cache_folder()}: cannot be written ({error.strerror}); name another folder"
+        ) from None

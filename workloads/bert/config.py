@@ -1,0 +1,111 @@
+"""The settings of BERT pretraining; imports neither torch nor transformers."""
+
+from dataclasses import dataclass
+
+from orchestrator.config import RunConfig, setting
+
+# (hidden size, layers, heads) by name: tiny to medium from Turc et al. 2019 (arXiv:1908.08962), base and
+# large from Devlin et al. 2019 (arXiv:1810.04805).
+SIZES = {
+    "tiny": (128, 2, 2),
+    "mini": (256, 4, 4),
+    "small": (512, 4, 8),
+    "medium": (512, 8, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The resolved size of the network."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(RunConfig):
+    """Masked-language-model pretraining (Devlin et al. 2019), without next-sentence prediction.
+
+    The defaults are for data="docs": a small model that two cores train in about two minutes.
+    """
+
+    data: str = setting("docs")
+    """Training text: docs (the documentation inside this Python), or text:GLOB, UTF-8 text files in which
+    blank lines separate documents."""
+
+    model: str = setting("tiny", choices=tuple(SIZES))
+    """Model size of Turc et al. 2019; the four settings below replace single numbers of it."""
+
+    hidden_size: int = setting(0, low=0, high=65536)
+    """Width of the network. 0: by model."""
+
+    layers: int = setting(0, low=0, high=1024)
+    """Number of transformer layers. 0: by model."""
+
+    heads: int = setting(0, low=0, high=1024)
+    """Attention heads per layer; must divide the width. 0: by model."""
+
+    intermediate_size: int = setting(0, low=0, high=1048576)
+    """Width inside the feed-forward blocks. 0: four times the network's width."""
+
+    tokenizer: str = setting("")
+    """A vocab.txt, or a folder with tokenizer.json or vocab.txt, read as WordPiece. Empty: train one on the
+    training text."""
+
+    vocab_size: int = setting(4096, low=256, high=1048576)
+    """Size of the WordPiece vocabulary that is trained where no tokenizer is given."""
+
+    sequence_length: int = setting(64, low=8, high=8192)
+    """Tokens per sequence, the two special tokens at its ends included."""
+
+    mask_rate: float = setting(0.15, low=0.01, high=0.9)
+    """Share of a sequence's tokens that are to be predicted."""
+
+    dropout: float = setting(0.1, low=0, high=0.9)
+    """Dropout rate of hidden states and of attention weights."""
+
+    batch_size: int = setting(64, low=1)
+    """Global batch: sequences per step over all workers; a multiple of the shards."""
+
+    steps: int | None = setting(None, low=1)
+    """Training length in optimizer steps; give this or --epochs."""
+
+    epochs: int | None = setting(None, low=1)
+    """Training length in passes over the training split; give this or --steps."""
+
+    optimizer: str = setting("adamw", choices=("sgd", "adam", "adamw"))
+    """Optimizer."""
+
+    lr: float = setting(1e-3, low=0)
+    """Peak learning rate, for the whole global batch."""
+
+    weight_decay: float = setting(0.01, low=0)
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+
+    decay: str = setting("matrices", choices=("all", "matrices"))
+    """What weight decay applies to: all parameters, or matrices only (as BERT: no biases, no norms)."""
+
+    clip_norm: float = setting(1.0, low=0)
+    """Largest global gradient norm, 1 as in BERT; larger gradients are scaled down to it. 0: no clipping."""
+
+    schedule: str = setting("linear", choices=("cosine", "step", "linear", "constant"))
+    """Learning rate after warm-up: cosine or linear to 0, step (times 0.1 at 1/3, 2/3 and 8/9 of the run),
+    constant."""
+
+    warmup: float = setting(0.1, low=0, high=1)
+    """Share of the run in which the learning rate rises linearly from 0."""
+
+    def architecture(self) -> Architecture:
+        """The network's size: `model`'s, with the numbers that were given in its place."""
+        hidden, layers, heads = SIZES[self.model]
+        hidden = self.hidden_size or hidden
+        return Architecture(
+            hidden_size=hidden,
+            layers=self.layers or layers,
+            heads=self.heads or heads,
+            intermediate_size=self.intermediate_size or 4 * hidden,
+        )

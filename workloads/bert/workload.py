@@ -1,0 +1,111 @@
+"""BERT pretraining as a workload: masked tokens, the loss summed over them, and a model to load elsewhere."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from workloads.bert import model as bert
+from workloads.bert.config import BertConfig
+from workloads.bert.data import prepare
+from workloads.bert.export import save
+from workloads.bert.masking import Masking, heldout_seeds, train_seeds
+from workloads.bert.wordpiece import MASK, PAD
+from workloads.workload import Batch, Split, Sums
+
+
+class BertSamples:
+    """One split: packed sequences, masked when they are asked for."""
+
+    def __init__(self, sequences: NDArray[np.int32], masking: Masking, seed: int | None) -> None:
+        """Args:
+        sequences: token ids [sequences, T].
+        masking: how they are masked.
+        seed: of the masking in training; None: held out, masked by fixed seeds.
+        """
+        self._sequences = sequences
+        self._masking = masking
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+        """The samples at `indices` [B].
+
+        Returns:
+            input_ids: int64 [B, T]; masked: int64 [K], places in [B * T]; labels: int64 [K], the tokens
+            there.
+        """
+        seeds = heldout_seeds(indices) if self._seed is None else train_seeds(self._seed, epoch, indices)
+        masked = self._masking.apply(self._sequences[indices], seeds)
+        return {
+            "input_ids": torch.from_numpy(masked.input_ids),
+            "masked": torch.from_numpy(masked.masked),
+            "labels": torch.from_numpy(masked.labels),
+        }
+
+
+class BertWorkload:
+    """Masked-language-model pretraining; see workloads.workload.Workload for what each method promises."""
+
+    def __init__(self, config: BertConfig) -> None:
+        """Prepares the data or finds it in the cache. Raises UserError where that fails."""
+        self._config = config
+        self._prepared = prepare(config)
+        vocabulary = self._prepared.vocabulary
+        self._masking = Masking(
+            config.mask_rate, len(vocabulary), vocabulary.id(MASK), vocabulary.special_ids
+        )
+
+    @property
+    def decodes(self) -> bool:
+        """Sequences are tokenized already."""
+        return False
+
+    def build_model(self) -> nn.Module:
+        """A new BertForMaskedLM, fp32, on the CPU; weights from torch's global generator."""
+        vocabulary = self._prepared.vocabulary
+        model: nn.Module = bert.build(self._config, len(vocabulary), vocabulary.id(PAD))
+        return model
+
+    def samples(self, split: Split) -> BertSamples:
+        """The training split, masked anew in every epoch, or the held-out one, masked alike in every run."""
+        if split == "train":
+            return BertSamples(self._prepared.train, self._masking, self._config.seed)
+        return BertSamples(self._prepared.heldout, self._masking, None)
+
+    def nominal_count(self, samples: int) -> float:
+        """Masked tokens expected in so many training sequences."""
+        return samples * max(1.0, self._config.mask_rate * self._prepared.maskable)
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Cross entropy summed over the masked tokens, their number, and how many are predicted right."""
+        labels_K = batch["labels"]
+        logits_KV = bert.masked_logits(model, batch["input_ids"], batch["masked"])
+        count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
+        return Sums(
+            bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)}
+        )
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Held-out loss in nats, its exponential, the share predicted right, and the training text's entropy.
+
+        The entropy is what a model without context would reach on the training text: the loss to beat.
+        """
+        count = max(totals["count"], 1.0)
+        loss = totals["loss"] / count
+        return {
+            "masked_lm_loss": loss,
+            "perplexity": math.exp(loss) if loss < math.log(1e300) else math.inf,
+            "masked_accuracy": totals["correct"] / count,
+            "unigram_entropy": self._prepared.unigram_entropy,
+        }
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what transformers' from_pretrained needs, for the model and for the tokenizer."""
+        save(model, self._prepared, self._config.sequence_length, folder)

@@ -1,0 +1,62 @@
+"""Settings of image classification; the defaults train the digits in well under a minute on one core."""
+
+from dataclasses import dataclass
+
+from orchestrator.config import RunConfig, setting
+
+# He et al. 2015, section 4.2: n of 6n + 2 layers.
+CIFAR_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
+IMAGENET_FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# The ImageNet stem divides height and width by 4 and the stages by 8 more: under 64 pixels the last stage
+# would be left with 1x1. Smaller images get a 3x3 stem with stride 1 and without pooling instead.
+SMALL_IMAGE = 64
+
+
+def downsampling(model: str, image_size: int) -> int:
+    """By how much the network divides height and width (rounding up) before it averages over them."""
+    if model in CIFAR_BLOCKS:
+        return 4
+    return 8 if image_size < SMALL_IMAGE else 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResnetConfig(RunConfig):
+    """The common settings, re-defaulted for the digits, and those of images."""
+
+    data: str = setting("digits")
+    """Images: digits (ships with scikit-learn), cifar10:DIR (the python version), fashion-mnist:DIR (IDX
+    files), imagefolder:DIR (DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg)."""
+
+    model: str = setting("resnet8", choices=(*CIFAR_BLOCKS, *IMAGENET_FAMILY))
+    """Network: resnet8 to resnet56 of the CIFAR family, resnet18 to resnet152 of the ImageNet family (with a
+    3x3 stem for images under 64 pixels)."""
+
+    batch_size: int = setting(256, low=1)
+    """Global batch: images per step over all workers; a multiple of the shards."""
+
+    epochs: int | None = setting(30, low=1)
+    """Training length in passes over the training split; give this or --steps."""
+
+    optimizer: str = setting("sgd", choices=("sgd", "adam", "adamw"))
+    """Optimizer."""
+
+    lr: float = setting(0.2, low=0)
+    """Peak learning rate, for the whole global batch."""
+
+    weight_decay: float = setting(5e-4, low=0)
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+
+    warmup: float = setting(0.1, low=0, high=1)
+    """Share of the run in which the learning rate rises linearly from 0."""
+
+    label_smoothing: float = setting(0.0, low=0, high=1)
+    """Share of each training label that is spread evenly over all classes; evaluation uses plain labels."""
+
+    augment: str = setting("auto", choices=("auto", "none", "shift", "crop-flip", "resized-crop-flip"))
+    """Training augmentation: none; shift by up to 1/8 of the size; crop-flip: shift and mirror;
+    resized-crop-flip: a random part of the image, mirrored. auto: none for digits, crop-flip for cifar10 and
+    fashion-mnist, resized-crop-flip for imagefolder."""
+
+    image_size: int = setting(0, low=0, high=1024)
+    """Height and width of the network's input in pixels, 8 to 1024. 0: 224 for imagefolder, else as the
+    images are."""

@@ -1,0 +1,97 @@
+"""Image files in one folder per class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; Pillow, no torch."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from orchestrator.errors import DataError
+from workloads.resnet.readers import ImageSet, Split, UnusableDataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+SPLIT_FOLDERS = {"train": "train", "heldout": "val"}
+HEADERS_CHECKED = 1000  # of each split, before a run: about a second from a local disk
+
+
+def read_image_folder(folder: Path, split: Split) -> ImageSet:
+    """The paths and labels of one split; classes are the folder names in order; hidden files are left out."""
+    root = folder / SPLIT_FOLDERS[split]
+    names = class_names(folder)
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        found = sorted(_image_files(root / name))
+        if not found:
+            allowed = " ".join(EXTENSIONS)
+            raise UnusableDataError(
+                f"{root / name} holds no images ({allowed}); add some or remove the class"
+            )
+        paths += found
+        labels += [label] * len(found)
+    return ImageSet(paths, np.asarray(labels, dtype=np.int64), names)
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The class folders, which train/ and val/ must agree on."""
+    classes = {}
+    for part in SPLIT_FOLDERS.values():
+        root = folder / part
+        if not root.is_dir():
+            raise UnusableDataError(
+                f"{folder} has no folder {part}; it needs train/CLASS/*.jpg and val/CLASS/*.jpg"
+            )
+        classes[part] = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    train, val = classes["train"], classes["val"]
+    if train != val:
+        here, there = ("train", "val") if train - val else ("val", "train")
+        one = min(classes[here] - classes[there])
+        raise UnusableDataError(
+            f"class {one} is in {here}/ but not in {there}/ of {folder}; both need the same classes"
+        )
+    if len(train) < 2:
+        raise UnusableDataError(
+            f"{folder / 'train'} has {len(train)} class folders; classification needs at least 2"
+        )
+    return tuple(sorted(train))
+
+
+def _image_files(folder: Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and entry.is_file():
+                yield entry.path
+
+
+def check_files(paths: list[str]) -> list[int]:
+    """The sizes of all files in bytes; refuses an empty one, and an unreadable one of HEADERS_CHECKED.
+
+    Those are spread evenly over the list, and so over the classes.
+    """
+    sizes = [os.stat(path).st_size for path in paths]
+    if 0 in sizes:
+        raise UnusableDataError(f"{paths[sizes.index(0)]} is empty; replace or remove it")
+    stride = -(-len(paths) // HEADERS_CHECKED)
+    for path in paths[::stride]:
+        try:
+            with Image.open(path):
+                pass
+        except PermissionError:
+            raise
+        except Exception:  # Pillow lets through what its parsers meet, from SyntaxError to struct.error
+            raise UnusableDataError(
+                f"{path} is not an image that Pillow can open; replace or remove it"
+            ) from None
+    return sizes
+
+
+def decode(path: str) -> Image.Image:
+    """The image as RGB; raises DataError naming the file where it cannot be read or is truncated."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path} cannot be decoded ({reason}); replace or remove it") from None

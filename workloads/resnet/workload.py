@@ -1,0 +1,170 @@
+"""Image classification as the training loop sees it: cross-entropy as sums, accuracy, saving."""
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import orchestrator.vision_ops  # noqa: F401  # before torchvision: defines the operators that its import needs
+
+# isort: split
+from torchvision.transforms import v2
+
+from workloads.resnet import data, models
+from workloads.resnet.augment import Augmentation, normalize
+from workloads.resnet.config import ResnetConfig
+from workloads.resnet.folder import decode
+from workloads.resnet.readers import ImageSet, Split
+from workloads.workload import Batch, Sums
+
+# m = microbatch, C = channels, H, W = height and width, K = classes
+# Krizhevsky et al. 2012, section 2 and 4.1: the shorter side of a held-out image is brought to 256, then its
+# middle cut out for an input of 224.
+RESIZE_RATIO = 256 / 224
+TOP5 = 5
+
+
+class ImageSamples:
+    """One split: random access to augmented (training) or plain (held-out) normalized images."""
+
+    def __init__(self, images: ImageSet, split: Split, config: ResnetConfig) -> None:
+        self.images, self.labels = images.images, images.labels
+        self.seed = config.seed
+        self.kind = data.kind(config)
+        self.size = data.image_size(config, images)
+        self.augmentation = Augmentation(data.augment_name(config) if split == "train" else "none", self.size)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+        """{"images": float32 [m, C, H, W], "labels": int64 [m]}; raises DataError naming a file."""
+        loaded = (
+            self._decoded(indices) if isinstance(self.images, list) else self._in_memory(self.images, indices)
+        )
+        augmented = [
+            self.augmentation(image, self.seed, epoch, int(index))
+            for image, index in zip(loaded, indices, strict=True)
+        ]
+        images_mCHW = normalize(torch.stack(augmented), self.kind.mean, self.kind.std)
+        return {"images": images_mCHW, "labels": torch.from_numpy(self.labels[indices])}
+
+    def _in_memory(self, images_NHWC: NDArray[np.uint8], indices: NDArray[np.int64]) -> Iterable[Tensor]:
+        """uint8 [m, C, H, W], ready for the augmentation."""
+        images_mCHW = torch.from_numpy(images_NHWC[indices]).permute(0, 3, 1, 2).contiguous()
+        # resized-crop-flip brings its result to size itself, from the full resolution.
+        if images_mCHW.shape[2:] != (self.size, self.size) and not self.augmentation.resizes:
+            # One by one: an image's bits must not depend on its neighbours in a vectorized loop.
+            resized = [
+                v2.functional.resize(image, [self.size, self.size], antialias=True) for image in images_mCHW
+            ]
+            images_mCHW = torch.stack(resized)
+        return self.augmentation.pad(images_mCHW)
+
+    def _decoded(self, indices: NDArray[np.int64]) -> Iterable[Tensor]:
+        """m images uint8 [C, H, W], ready for the augmentation; of differing sizes if that resizes."""
+        for index in indices:
+            image = decode(self.images[index])
+            if not self.augmentation.resizes:
+                image = v2.functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
+                image = v2.functional.center_crop(image, [self.size])
+            yield self.augmentation.pad(v2.functional.pil_to_tensor(image))
+
+
+class ResnetWorkload:
+    """The protocol of workloads/workload.py for images; the data is opened when it is first asked for."""
+
+    def __init__(self, config: ResnetConfig) -> None:
+        self.config = config
+        self._opened: dict[Split, ImageSet] = {}
+
+    def _open(self, split: Split) -> ImageSet:
+        if split not in self._opened:
+            self._opened[split] = data.open_split(self.config, split)
+        return self._opened[split]
+
+    @property
+    def decodes(self) -> bool:
+        """Image files are decoded sample by sample; the other kinds lie in memory."""
+        return data.kind(self.config).decodes
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        """What config.json holds: everything needed to build the model and feed it."""
+        heldout = self._open("heldout")
+        kind = data.kind(self.config)
+        return {
+            "model": self.config.model,
+            "classes": len(heldout.class_names),
+            "class_names": list(heldout.class_names),
+            "channels": len(kind.mean),
+            "image_size": data.image_size(self.config, heldout),
+            "mean": list(kind.mean),
+            "std": list(kind.std),
+        }
+
+    def build_model(self) -> nn.Module:
+        """A new model; initial weights from torch's global generator."""
+        return _build(self._description)
+
+    def samples(self, split: Split) -> ImageSamples:
+        """The training split, augmented, or the held-out split as it is."""
+        return ImageSamples(self._open(split), split, self.config)
+
+    def nominal_count(self, samples: int) -> float:
+        """Every image counts once."""
+        return samples
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Cross-entropy and correct answers summed over the microbatch; label smoothing in training only."""
+        labels_m = batch["labels"]
+        logits_mK: Tensor = model(batch["images"]).float()
+        smoothing = self.config.label_smoothing if model.training else 0.0
+        loss = F.cross_entropy(logits_mK, labels_m, reduction="sum", label_smoothing=smoothing)
+        logits_mK = logits_mK.detach()
+        others = {"correct": (logits_mK.argmax(dim=1) == labels_m).sum()}
+        if _reports_top5(logits_mK.shape[1]):
+            hits_m5 = logits_mK.topk(TOP5, dim=1).indices == labels_m[:, None]
+            others["correct_top5"] = hits_m5.sum()
+        return Sums(loss, torch.tensor(len(labels_m), device=labels_m.device), others)
+
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """accuracy and top5_accuracy (beyond 10 classes) as shares of 1; cross_entropy as a mean."""
+        count = totals["count"]
+        values = {"accuracy": totals["correct"] / count, "cross_entropy": totals["loss"] / count}
+        if "correct_top5" in totals:
+            values["top5_accuracy"] = totals["correct_top5"] / count
+        return values
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write model.safetensors and config.json into `folder`; `load` reads them back."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self._description, indent=2) + "\n")
+
+
+def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that `ResnetWorkload.save` wrote, in evaluation mode, and its config.json."""
+    description: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    model = _build(description)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval(), description
+
+
+def _build(description: Mapping[str, Any]) -> nn.Module:
+    return models.build(
+        description["model"], description["classes"], description["channels"], description["image_size"]
+    )
+
+
+def _reports_top5(classes: int) -> bool:
+    return classes > 10  # of ten classes, five guesses say little
