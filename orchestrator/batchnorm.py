@@ -27,6 +27,7 @@ class RunningStatistics:
 
     def of_last_forward(self, samples: int) -> Tensor:
         """Statistics of the last forward pass times its number of samples, fp32 [numel]."""
+        assert self._buffers
         return torch.cat([b.flatten() for b in self._buffers]).mul_(samples)
 
     def start_step(self) -> None:

@@ -28,16 +28,10 @@ def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     return True
 
 
-def capacity(
-    nodes: Sequence[Node], per_worker: Mapping[str, float], placement: str, labels: Mapping[str, str]
-) -> int:
+def capacity(nodes: Sequence[Node], per_worker: Mapping[str, float], placement: str, labels: Mapping[str, str]) -> int:
     """How many workers could run at once if nothing else did."""
     each = [
-        min(
-            math.floor(node.resources.get(name, 0.0) / amount + 1e-9)
-            for name, amount in per_worker.items()
-            if amount
-        )
+        min(math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount)
         for node in nodes
         if matches(node.labels, labels)
     ]

@@ -9,82 +9,17 @@ import dataclasses
 import difflib
 import inspect
 import json
-import re
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.errors import UserError
+from orchestrator.values import Cadence, Pairs, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
-
-
-@dataclass(frozen=True)
-class WorkerRange:
-    """How many workers a run may have: from `minimum` to `maximum`, both included."""
-
-    minimum: int
-    maximum: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
-        if not match:
-            raise ValueError("write N or MIN:MAX, whole numbers from 1")
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low > high:
-            raise ValueError("the minimum exceeds the maximum; write MIN:MAX")
-        if low < 1:
-            raise ValueError("at least 1 worker is needed")
-        return cls(low, high)
-
-    def __str__(self) -> str:
-        return str(self.minimum) if self.minimum == self.maximum else f"{self.minimum}:{self.maximum}"
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How often something happens: every `steps` steps, or every `seconds` seconds; the other is 0."""
-
-    steps: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)(s?)", text.strip())
-        if not match or float(match[1]) <= 0 or (not match[2] and "." in match[1]):
-            raise ValueError("write a number of steps (100) or of seconds (60s), above 0")
-        return cls(seconds=float(match[1])) if match[2] else cls(steps=int(match[1]))
-
-    def __str__(self) -> str:
-        return f"{self.seconds:g}s" if self.seconds else str(self.steps)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """KEY=VALUE pairs separated by commas, such as GPU=1,CPU=8; empty means none."""
-
-    items: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-        if any(not (key.strip() and equals and value.strip()) for key, equals, value in pairs):
-            raise ValueError("write KEY=VALUE pairs separated by commas, such as GPU=1,CPU=8")
-        return cls(tuple((key.strip(), value.strip()) for key, _, value in pairs))
-
-    def numbers(self) -> dict[str, float]:
-        """The pairs as amounts; raises ValueError where a value is not a number above or equal to 0."""
-        amounts = {key: float(value) for key, value in self.items}
-        if any(not 0 <= amount < float("inf") for amount in amounts.values()):
-            raise ValueError("amounts are numbers from 0")
-        return amounts
-
-    def __str__(self) -> str:
-        return ",".join(f"{key}={value}" for key, value in self.items)
 
 
 def setting(
@@ -242,9 +177,7 @@ def parse_value(config_type: type[RunConfig], name: str, raw: Any) -> Any:
     meta = settings(config_type)[name].metadata
     hint = typing.get_type_hints(config_type)[name]
     kinds = [
-        k
-        for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
-        if k is not type(None)
+        k for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if k is not type(None)
     ]
     try:
         value = _convert(kinds[0], raw)
@@ -322,9 +255,7 @@ def _check_together(config: RunConfig) -> None:
     if batch % shards:
         lower = batch - batch % shards
         allowed = f"{lower} or {lower + shards}" if lower else str(shards)
-        raise UserError(
-            f"--batch-size {batch}: {shards} shards do not divide it; use {allowed}, or fewer --shards"
-        )
+        raise UserError(f"--batch-size {batch}: {shards} shards do not divide it; use {allowed}, or fewer --shards")
     if not (config.steps or config.epochs):
         raise UserError("--steps, --epochs: neither is given; give one of them")
     _check_pairs(config)

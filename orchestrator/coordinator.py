@@ -4,8 +4,12 @@ It imports neither torch nor the workload, so it is up before the workers are.
 """
 
 import asyncio
+import dataclasses
+import math
 import time
+import uuid
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +87,22 @@ class Coordinator:
         self._phase = "starting workers"
         self._outcome, self._message, self._exit_status = "", "", 0
         self._result: dict[str, Any] | None = None
+        self._superseded = False
+        self._token = uuid.uuid4().hex
         config = plan.config
         resumed = self._folder.folder.read_text("events.jsonl") is not None
-        self._log(
-            RunStarted(
-                plan.workload, plan.total_steps, config.shards, config.batch_size, description, resumed
-            )
-        )
+        self._folder.take_ownership(self._token)
+        self._log(RunStarted(plan.workload, plan.total_steps, config.shards, config.batch_size, description, resumed))
 
     def _log(self, *events: Event) -> None:
-        self._folder.events(events)
+        if not self._superseded:
+            self._folder.events(events)
+
+    def _check_owner(self) -> None:
+        """A command whose driver was killed may outlive it for seconds: the run belongs to the newest command."""
+        if not self._superseded and self._folder.owner() != self._token:
+            self._superseded = True
+            self._end("failed", "another command has taken this run over", 1)
 
     async def join(self, rank: int, node: str, device: str) -> Seat | None:
         """A worker is there; answers when all of the generation are. None: the run is over."""
@@ -130,9 +140,7 @@ class Coordinator:
         self._folder.cut_metrics(step)
         if self._lost_at is not None:
             lost, recovery = max(0, self._best_step - step), time.time() - self._lost_at
-            incident = Incident(
-                "worker_lost", self._best_step, self._workers, self._workers, lost, round(recovery, 3)
-            )
+            incident = Incident("worker_lost", self._best_step, self._workers, self._workers, lost, round(recovery, 3))
             self._incidents.append(incident)
             self._log(incident)
             self._lost_at = None
@@ -147,6 +155,9 @@ class Coordinator:
 
     async def report(self, records: list[dict[str, Any]], events: list[Event]) -> bool:
         """Committed steps and events of rank 0, in order; answers whether training should stop."""
+        self._check_owner()
+        if self._superseded:
+            return True
         if records:
             self._folder.metrics(records)
             last = records[-1]
@@ -184,9 +195,7 @@ class Coordinator:
         """Ask the workers to checkpoint and stop after the current step."""
         self._stop = True
 
-    async def finish(
-        self, rank: int, finished: bool, sha256: str, step: int, metrics: dict[str, float]
-    ) -> None:
+    async def finish(self, rank: int, finished: bool, sha256: str, step: int, metrics: dict[str, float]) -> None:
         """A worker is done; the run's end is written when all are, and only if all hold the same weights."""
         self._hashes[rank] = sha256
         if len(self._hashes) < self._workers or self._outcome:
@@ -195,33 +204,44 @@ class Coordinator:
             self._end("failed", f"workers disagree on the final weights: {self._hashes}", 1)
             return
         self._step = step
-        if not finished:
-            self._end("stopped", f"stopped after step {step}", 0)
-            return
-        self._result = self._summary(sha256, metrics)
-        self._folder.write_result(self._result)
-        self._end("finished", "", 0)
+        if finished:
+            self._end("finished", "", 0, sha256, metrics)
+        else:
+            total = self._plan.total_steps
+            self._end("stopped", f"on request, after step {step} of {total} and a checkpoint", 130, sha256)
 
-    def _summary(self, sha256: str, metrics: dict[str, float]) -> dict[str, Any]:
+    def _summary(self, status: str, sha256: str, metrics: dict[str, float]) -> dict[str, Any]:
         schedule = self._plan.schedule
-        trained = schedule.samples_before(self._step) - schedule.samples_before(self._first_step)
+        trained = schedule.samples_before(max(0, self._step)) - schedule.samples_before(max(0, self._first_step))
         return {
-            "status": "finished",
+            "status": status,
             "workload": self._plan.workload,
-            "steps": self._step,
-            "samples": schedule.samples_before(self._step),
-            "loss": self._loss,
+            "steps": max(0, self._step),
+            "samples": schedule.samples_before(max(0, self._step)),
+            "loss": None if math.isnan(self._loss) else self._loss,
             "metrics": metrics,
             "weights_sha256": sha256,
             "wall_s": round(time.time() - self._started_s, 3),
             "samples_per_s": round(trained / self._training_s, 3) if self._training_s else 0.0,
             "generations": self._generation,
-            "incidents": [{k: v for k, v in vars(incident).items()} for incident in self._incidents],
+            "incidents": [dataclasses.asdict(incident) for incident in self._incidents],
         }
 
-    def _end(self, outcome: str, message: str, exit_status: int) -> None:
-        self._outcome, self._message, self._exit_status = outcome, message, exit_status
+    def _end(
+        self,
+        outcome: str,
+        message: str,
+        exit_status: int,
+        sha256: str = "",
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Write the end into the run folder, result.json last."""
+        self._message, self._exit_status = message, exit_status
         self._log(RunEnded(outcome, max(0, self._step), message))
+        self._result = self._summary(outcome, sha256, dict(metrics or {}))
+        if not self._superseded:
+            self._folder.write_result(self._result)
+        self._outcome = outcome
 
     async def status(self) -> Status:
         now = time.time()

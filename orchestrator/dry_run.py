@@ -30,13 +30,14 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
     placement = even_placement(config.shards, workers)
     ranges = ", ".join(f"worker {rank}: {own.start}-{own.stop - 1}" for rank, own in enumerate(placement))
+    reserved = ", ".join(f"{name}={amount:g}" for name, amount in per_worker.items())
     lines = [
         f"workload      {plan.workload}: {config.model}, {parameters:,} parameters",
         f"data          {data}",
         f"steps         {plan.total_steps} of {config.batch_size} samples ({schedule.steps_per_epoch} an epoch)",
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
         f"workers       {config.workers} asked for; {workers} {note}",
-        f"each          {', '.join(f'{k}={v:g}' for k, v in per_worker.items())}, {config.threads} thread(s), {config.precision}",
+        f"each          {reserved}, {config.threads} thread(s), {config.precision}",
         f"placement     {config.placement}; shards by {ranges}",
         f"memory        about {_size(state + gradients + forward_bytes)} a worker beside torch's own "
         f"(state {_size(state)}, gradients at most {_size(gradients)}, activations about {_size(forward_bytes)})",

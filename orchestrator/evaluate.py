@@ -43,9 +43,7 @@ def evaluate(
     return workload.metrics(totals)
 
 
-def _agree(
-    rows: torch.Tensor | None, names: list[str], chunks: int, group: Group
-) -> tuple[torch.Tensor, list[str]]:
+def _agree(rows: torch.Tensor | None, names: list[str], chunks: int, group: Group) -> tuple[torch.Tensor, list[str]]:
     """With more workers than chunks some have computed nothing: they learn the row's width from the others."""
     from torch import distributed as dist
 

@@ -23,9 +23,7 @@ class _Microbatches(Dataset[Batch]):
         return self._samples.microbatch(indices, epoch)
 
 
-def batches(
-    samples: Samples, requests: Iterable[Request], processes: int, device: torch.device
-) -> Iterator[Batch]:
+def batches(samples: Samples, requests: Iterable[Request], processes: int, device: torch.device) -> Iterator[Batch]:
     """The batches of `requests`, in their order, on `device`.
 
     Args:

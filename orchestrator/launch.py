@@ -1,6 +1,7 @@
 """From a plan to a running training: the cluster, the coordinator, Ray Train's TorchTrainer, and the way back."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -56,6 +57,9 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
         arguments |= {"address": address}
     else:
         arguments |= {"address": "auto"} if not os.environ.get("RAY_ADDRESS") else {}
+    # Importing Ray Train takes as long as starting a cluster: side by side.
+    ahead = threading.Thread(target=importlib.import_module, args=("orchestrator.ray_backend",), daemon=True)
+    ahead.start()
     try:
         ray.init(**arguments)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -87,18 +91,20 @@ def _cluster_on_this_machine() -> bool:
 
 def _quiet_ray(log_file: Path) -> None:
     """Ray's own messages go to a file: the terminal belongs to the run."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logger = logging.getLogger("ray")
-    logger.addHandler(handler)
-    logger.propagate = False
     # Ray's own variables: the controller looks after the workers this often, and asks nobody about usage.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # noqa: F401  (importing it resets its loggers)
+
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("ray")
+    logger.addHandler(handler)
+    logger.propagate = False
 
 
 def nodes() -> list[Node]:
@@ -161,9 +167,8 @@ def _fit(
     """Run TorchTrainer.fit; in a thread, for the main thread shows progress and takes signals."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    from orchestrator.ray_backend import OwnGroupConfig
+    from orchestrator.ray_backend import OwnGroupConfig, Trainer
     from orchestrator.worker import train_worker
 
     config = plan.config
@@ -184,8 +189,9 @@ def _fit(
     try:
         # Ray Train's own bookkeeping is not the run's state: it goes to a folder of its own, deleted at the end.
         with tempfile.TemporaryDirectory(prefix="orchestrator-ray-") as scratch:
-            TorchTrainer(
+            Trainer(
                 train_worker,
+                own_cluster=own_cluster,
                 train_loop_config=task,
                 torch_config=OwnGroupConfig(),
                 scaling_config=scaling,
@@ -231,9 +237,7 @@ def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted
             if status.outcome:
                 return status
             if not alive:
-                reason = (
-                    "Ray Train ended before the run did; see logs/errors.log and ray.log in the run folder"
-                )
+                reason = "Ray Train ended before the run did; see logs/errors.log and ray.log in the run folder"
                 ray.get(coordinator.fail.remote(reason, 1, reason))
                 continue
             time.sleep(POLL_S)

@@ -55,9 +55,7 @@ def train(
             observer.committed(state, totals, lr)
             if plan.evaluates_after(state.step):
                 processes = plan.config.loader_processes
-                observer.evaluated(
-                    state.step, evaluate(workload, state.model, state.precision, group, processes)
-                )
+                observer.evaluated(state.step, evaluate(workload, state.model, state.precision, group, processes))
             if totals.stop:
                 return state.step == plan.total_steps
         return True

@@ -1,19 +1,35 @@
-"""The backend that Ray Train is given: none of its own, for the process group is the orchestrator's."""
+"""What Ray Train is told to leave out: process groups are the orchestrator's, and nothing unused is started.
 
-from dataclasses import dataclass
+TorchTrainer starts five actors beside the workers. Each is a Python process that imports ray.train and ray.data,
+which on two cores is most of the time from the command to the first step. Those that this run cannot use are
+left out (internals of Ray 2.60, which is why its version is pinned).
+"""
 
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from typing import Any
+
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+from orchestrator.ray_policy import OwnGroupConfig, StaticPolicy
+
+__all__ = ["OwnGroupConfig", "Trainer"]
 
 
-class OwnGroupBackend(Backend):
-    """Leaves process groups to the workers, which build one a generation."""
+class Trainer(TorchTrainer):
+    """TorchTrainer without data sets (a workload reads its own data).
 
+    On a cluster of the command's own it also has no autoscaler to ask, and no cleaner that outlives it.
+    """
 
-@dataclass
-class OwnGroupConfig(TorchConfig):
-    """TorchTrainer's torch_config with `OwnGroupBackend`."""
+    def __init__(self, *arguments: Any, own_cluster: bool, **named: Any) -> None:
+        self._own_cluster = own_cluster
+        super().__init__(*arguments, **named)
 
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return OwnGroupBackend
+    def _initialize_and_run_controller(self, **controller: Any) -> Any:
+        unused: tuple[type, ...] = (DatasetsCallback,)
+        if self._own_cluster:
+            unused += (PlacementGroupCleanerCallback,)
+            controller["scaling_policy"] = StaticPolicy(self.scaling_config)
+        controller["callbacks"] = [c for c in controller["callbacks"] if not isinstance(c, unused)]
+        return super()._initialize_and_run_controller(**controller)

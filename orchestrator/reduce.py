@@ -54,9 +54,7 @@ class TreeReducer:
         self._stacks: list[list[Tensor]] = [[] for _ in self._slots]
         self._pushed = [0] * len(self._slots)
         self._buckets = _pack(self._slots, group.world)
-        self._home = {
-            i: (b, k) for b, bucket in enumerate(self._buckets) for k, i in enumerate(bucket.members)
-        }
+        self._home = {i: (b, k) for b, bucket in enumerate(self._buckets) for k, i in enumerate(bucket.members)}
         self._launched = 0
         self._shards_done = 0
         self._merges = 0
@@ -64,9 +62,7 @@ class TreeReducer:
         self._range = range(0)
         self._blocks: list[Block] = []
         self.extra = torch.zeros(extra_numel, device=device)
-        self._handles = [
-            p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(parameters)
-        ]
+        self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(parameters)]
 
     def close(self) -> None:
         """Let go of the parameters."""
@@ -86,10 +82,10 @@ class TreeReducer:
         for bucket in self._buckets:
             if world > 1:
                 chunk = bucket.numel // world
-                like = {"dtype": torch.float32, "device": self._group.device}
-                bucket.blocks = torch.zeros(len(self._own), world, chunk, **like)
-                bucket.received = torch.empty(0 if self._plain else len(self._order), chunk, **like)
-                bucket.total = bucket.blocks[0].view(-1) if self._plain else torch.empty(bucket.numel, **like)
+                device = self._group.device
+                bucket.blocks = torch.zeros(len(self._own), world, chunk, device=device)
+                bucket.received = torch.empty(0 if self._plain else len(self._order), chunk, device=device)
+                bucket.total = bucket.blocks[0].view(-1) if self._plain else torch.empty(bucket.numel, device=device)
                 rows = bucket.blocks.view(len(self._own), bucket.numel)
                 bucket.views = [
                     [
@@ -221,9 +217,7 @@ def _wait(bucket: _Bucket) -> None:
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     """The part of `flat` at `offset` with the shape and memory layout of `like`."""
-    return flat[offset : offset + like.numel()].as_strided(
-        like.shape, like.stride(), flat.storage_offset() + offset
-    )
+    return flat[offset : offset + like.numel()].as_strided(like.shape, like.stride(), flat.storage_offset() + offset)
 
 
 def _pack(slots: list[nn.Parameter], world: int) -> list[_Bucket]:

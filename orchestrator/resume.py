@@ -21,11 +21,10 @@ def resolve(config: C) -> C:
     """The same settings with name and storage settled."""
     name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     if not NAME.fullmatch(name):
-        raise UserError(
-            f"--name {name}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first"
-        )
+        raise UserError(f"--name {name}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
     storage = config.storage or default_storage()
-    if "://" not in storage:
+    if "://" not in storage or storage.startswith("file://"):
+        storage = storage.removeprefix("file://")
         storage = str(Path(storage).expanduser().absolute())
     return dataclasses.replace(config, name=name, storage=storage)
 
@@ -69,9 +68,7 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     old = build(type(config), known)
     fields = settings(type(config))
     for name in given:
-        automatic = (name == "precision" and config.precision == "auto") or (
-            name == "threads" and not config.threads
-        )
+        automatic = (name == "precision" and config.precision == "auto") or (name == "threads" and not config.threads)
         if fields[name].metadata["result"] and not automatic and getattr(old, name) != getattr(config, name):
             raise UserError(
                 f"{flag(name)} {getattr(config, name)}: run {config.name} was started with {getattr(old, name)}, and "

@@ -1,6 +1,6 @@
 """`python -m orchestrator.run WORKLOAD`: train, or resume, a run.
 
-Exit status: 0 finished (or stopped on request after a checkpoint); 2 unusable configuration; 1 failed.
+Exit status: 0 finished; 2 unusable configuration; 1 failed; 130 stopped on request after a checkpoint.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config import RunConfig, build, flag, help_texts, settings, to_toml
+from orchestrator.config import build, flag, help_texts, settings, to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
@@ -44,17 +44,13 @@ def workload_parser(workload: str) -> argparse.ArgumentParser:
     config_type = entry.config_type()
     parser = _Parser(
         prog=f"python -m orchestrator.run {workload}",
-        description=f"Train {entry.title}. The result is a function of these settings; the number of workers is not among them.",
+        description=f"Train {entry.title}. The number of workers does not change the result.",
         epilog="Settings marked * decide the result; the others only how fast it is computed and what is kept.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML file with any of these settings; flags win over it."
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Print the complete plan and stop; Ray is not started."
-    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it.")
+    parser.add_argument("--dry-run", action="store_true", help="Print the complete plan and stop; Ray is not started.")
     texts = help_texts(config_type)
     defaults = config_type()
     for name, field in settings(config_type).items():
@@ -95,9 +91,7 @@ def _read_toml(file: Path, workload: str) -> dict[str, Any]:
     content = {key.replace("-", "_"): value for key, value in content.items()}
     for_workload = content.pop("workload", workload)
     if for_workload != workload:
-        raise UserError(
-            f"--config {file}: is for the workload {for_workload}; run that, or give another file"
-        )
+        raise UserError(f"--config {file}: is for the workload {for_workload}; run that, or give another file")
     try:
         build(WORKLOADS[workload].config_type(), content)
     except UserError as error:
@@ -115,9 +109,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     config = take_up(config, given, folder, workload)
     finished = folder.result()
     if finished and finished.get("status") == "finished" and not dry:
-        print(
-            f"finished already: {folder.uri} ({finished['steps']} steps, weights {finished['weights_sha256'][:12]})"
-        )
+        print(f"finished already: {folder.uri} ({finished['steps']} steps, weights {finished['weights_sha256'][:12]})")
         print("nothing was changed; give another --name to train again")
         return 0
     summary = entry.check_data(config)
@@ -149,9 +141,7 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float) ->
     if ending.outcome == "finished" and ending.result:
         print(_summary(ending.result))
         print(f"trained model: {folder.uri}/model")
-        print(
-            f"next: look at {folder.uri}/result.json, or train another: python -m orchestrator.run {plan.workload} --seed 1"
-        )
+        print(f"next: see {folder.uri}/result.json, or train on: python -m orchestrator.run {plan.workload} --seed 1")
         return 0
     print(f"{ending.outcome}: {ending.message}", file=sys.stderr)
     print(f"kept: {folder.uri}; resume with: {command}", file=sys.stderr)
@@ -166,14 +156,21 @@ def _summary(result: dict[str, Any]) -> str:
     )
 
 
+def usage() -> str:
+    """What `--help` without a workload prints."""
+    names = "\n".join(f"  {name:10} {entry.title}" for name, entry in WORKLOADS.items())
+    return (
+        f"usage: python -m orchestrator.run WORKLOAD [settings]\n\nworkloads:\n{names}\n\n"
+        "`python -m orchestrator.run WORKLOAD --help` shows a workload's settings."
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: one line and status 2 for a user's mistake, a traceback for ours."""
     started_s = time.time()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    names = "\n".join(f"  {name:10} {entry.title}" for name, entry in WORKLOADS.items())
-    usage = f"usage: python -m orchestrator.run WORKLOAD [settings]\n\nworkloads:\n{names}\n\n`python -m orchestrator.run WORKLOAD --help` shows a workload's settings."
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
+        print(usage())
         return 0 if arguments else 2
     try:
         if arguments[0] not in WORKLOADS:

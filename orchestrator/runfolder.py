@@ -12,6 +12,7 @@ from orchestrator.events import Event, record
 from orchestrator.storage import Folder
 
 CONFIG, EVENTS, METRICS, RESULT = "config.toml", "events.jsonl", "metrics.jsonl", "result.json"
+OWNER = "logs/owner"
 
 
 class RunFolder:
@@ -44,6 +45,15 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.folder.write(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+
+    def take_ownership(self, token: str) -> None:
+        """From now on the run belongs to the command with this token; the end of an earlier one is void."""
+        self.folder.write(OWNER, token.encode())
+        self.folder.delete(RESULT)
+
+    def owner(self) -> str | None:
+        """The token of the command that the run belongs to."""
+        return self.folder.read_text(OWNER)
 
     def events(self, events: Sequence[Event]) -> None:
         """Append events, stamped with the time now."""

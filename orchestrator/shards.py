@@ -112,11 +112,7 @@ class Block:
     size: int
 
     def is_left_sibling_of(self, other: "Block") -> bool:
-        return (
-            self.size == other.size
-            and self.start + self.size == other.start
-            and self.start % (2 * self.size) == 0
-        )
+        return self.size == other.size and self.start + self.size == other.start and self.start % (2 * self.size) == 0
 
 
 def push_block(stack: list[Block], block: Block) -> int:

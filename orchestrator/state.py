@@ -69,9 +69,7 @@ class TrainingState:
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 entries.setdefault(int(index), {})[key] = self._like_parameter(int(index), tensor)
-        self.optimizer.load_state_dict(
-            {"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": entries, "param_groups": self.optimizer.state_dict()["param_groups"]})
         scaler = self.precision.scaler.state_dict()
         if scaler:
             kinds = {key: type(value) for key, value in scaler.items()}

@@ -100,9 +100,7 @@ class ShardedGradients:
         rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item()
-        return StepTotals(
-            rows[:, 0].sum().item() / count, self._samples, nominal / count, bool(rows[:, 2].sum() > 0)
-        )
+        return StepTotals(rows[:, 0].sum().item() / count, self._samples, nominal / count, bool(rows[:, 2].sum() > 0))
 
     def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
         with self._state.precision.autocast():
@@ -110,7 +108,8 @@ class ShardedGradients:
         extra = torch.zeros_like(self._reducer.extra)
         row = extra[shard * len(ROW) : (shard + 1) * len(ROW)]
         row[0], row[1], row[2] = sums.loss.detach(), sums.count, float(stop)
-        extra[self._rows :] = self._statistics.of_last_forward(samples)
+        if self._statistics.numel:
+            extra[self._rows :] = self._statistics.of_last_forward(samples)
         self._reducer.add_extra(extra)
         self._state.precision.scaler.scale(sums.loss / nominal).backward()
 
@@ -197,9 +196,7 @@ class DdpGradients:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
         total = rows[:, 1].sum().item()
-        return StepTotals(
-            rows[:, 0].sum().item() / total, samples, nominal / total, bool(rows[:, 2].sum() > 0)
-        )
+        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, bool(rows[:, 2].sum() > 0))
 
     def committed(self, step: int) -> None:
         """Nothing is left to do: DistributedDataParallel keeps buffers alike itself."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import uuid
 from pathlib import Path
 
@@ -18,31 +17,48 @@ class Folder:
 
     def __init__(self, uri: str) -> None:
         """Args:
-            uri: a path or a URI such as s3://bucket/runs.
+            uri: a path or a URI such as s3://bucket/runs; a query (?region=...) stays with every part of it.
 
         Raises:
             UserError: the URI cannot be used.
         """
         from pyarrow import fs
 
-        self.uri = uri.rstrip("/") or "/"
-        self.is_local = not re.match(r"[a-z][a-z0-9+.-]*://", uri) or uri.startswith("file://")
+        self.is_local = "://" not in uri or uri.startswith("file://")
         if self.is_local:
             self._root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
-            self.uri = self._root
+            self._query = ""
             self._fs = fs.LocalFileSystem()
             return
-        try:
-            self._fs, self._root = fs.FileSystem.from_uri(self.uri)
-        except (ValueError, OSError, NotImplementedError) as error:
+        allowed = "give a folder or a URI such as s3://bucket/runs"
+        address, mark, query = uri.partition("?")
+        self._scheme, _, rest = address.partition("://")
+        self._query = mark + query
+        if "@" in rest.split("/")[0] or "secret" in query.lower():
+            # The URI is written to the run folder and to logs.
             raise UserError(
-                f"--storage {uri}: {_line(error)}; give a folder or a URI such as s3://bucket/runs"
-            ) from None
+                f"--storage {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables"
+            )
+        try:
+            self._fs, self._root = fs.FileSystem.from_uri(uri.rstrip("/"))
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise UserError(f"--storage {uri}: {_line(error)}; {allowed}") from None
+        self._root = self._root.rstrip("/")
+        self._address = address.rstrip("/")
+
+    @property
+    def uri(self) -> str:
+        """The folder's address; `Folder(uri)` is the same folder."""
+        return self._root if self.is_local else self._address + self._query
 
     def child(self, name: str) -> "Folder":
-        return Folder(f"{self.uri}/{name}")
+        """The folder `name` in this one."""
+        if self.is_local:
+            return Folder(f"{self._root}/{name}")
+        return Folder(f"{self._address}/{name}{self._query}")
 
     def path(self, name: str) -> str:
+        """Where file `name` is, in the words of the file system."""
         return f"{self._root}/{name}"
 
     def read(self, name: str) -> bytes:

@@ -1,11 +1,9 @@
 """What runs in a Ray Train worker: take a seat, build state and process group, train, hand over the result."""
 
 import contextlib
-import logging
 import os
 import socket
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,9 +14,7 @@ from orchestrator.coordinator import NAMESPACE, Seat
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import CheckpointSaved, Evaluated, Event
 from orchestrator.plan import Plan
-
-REPORT_EVERY_S = 0.2
-log = logging.getLogger("orchestrator.worker")
+from orchestrator.reporter import Reporter
 
 
 def train_worker(task: dict[str, Any]) -> None:
@@ -90,7 +86,7 @@ class Worker:
     def _connected(self, device: Any) -> Iterator[Any]:
         """The generation's process group; rank 0 serves its store."""
         import ray
-        import torch.distributed as dist
+        from torch import distributed as dist
 
         from orchestrator.group import Group
 
@@ -124,9 +120,7 @@ class Worker:
         folder = Folder(self._task["uri"]).child("checkpoints")
         self._checkpoints = CheckpointStore(folder, self._plan.identity(), self._plan.config.keep_checkpoints)
         self._reporter = Reporter(self._coordinator) if rank == 0 else None
-        self._writer = BackgroundWriter(
-            self._checkpoints, lambda saved: self._event(CheckpointSaved(**saved))
-        )  # type: ignore[arg-type]
+        self._writer = BackgroundWriter(self._checkpoints, lambda saved: self._event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
         try:
             yield
         finally:
@@ -234,49 +228,6 @@ class Worker:
         self._event(Evaluated(step, metrics))
 
 
-class Reporter:
-    """Sends what rank 0 notes to the coordinator in batches, off the training thread."""
-
-    def __init__(self, coordinator: Any) -> None:
-        self._coordinator = coordinator
-        self._lock = threading.Lock()
-        self._records: list[dict[str, Any]] = []
-        self._events: list[Event] = []
-        self._closing = threading.Event()
-        self.stop = False
-        self._thread = threading.Thread(target=self._loop, name="reporter", daemon=True)
-        self._thread.start()
-
-    def step(self, record: dict[str, Any]) -> None:
-        with self._lock:
-            self._records.append(record)
-
-    def event(self, event: Event) -> None:
-        with self._lock:
-            self._events.append(event)
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._closing.set()
-        self._thread.join()
-
-    def _loop(self) -> None:
-        while not self._closing.wait(REPORT_EVERY_S):
-            self._send()
-        self._send()
-
-    def _send(self) -> None:
-        import ray
-
-        with self._lock:
-            records, events = self._records, self._events
-            self._records, self._events = [], []
-        try:
-            self.stop = ray.get(self._coordinator.report.remote(records, events)) or self.stop
-        except ray.exceptions.RayError:
-            log.exception("the coordinator did not take a report of %d steps", len(records))
-
-
 def _prepare_torch(threads: int) -> None:
     """Threads and deterministic kernels, before anything is computed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch: "Reproducibility", cuBLAS
@@ -284,7 +235,7 @@ def _prepare_torch(threads: int) -> None:
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over memory, changes no result
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 costs a pass over memory, changes no result
     torch.backends.cudnn.benchmark = False
 
 
@@ -305,6 +256,4 @@ def _build_state(plan: Plan, workload: Any, device: Any) -> Any:
 
     torch.manual_seed(derive_seed("weights", plan.config.seed))
     model = workload.build_model().to(device)
-    return TrainingState(
-        model, build_optimizer(plan.config, model), Precision(plan.config.precision, device.type)
-    )
+    return TrainingState(model, build_optimizer(plan.config, model), Precision(plan.config.precision, device.type))

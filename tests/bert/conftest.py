@@ -6,16 +6,18 @@ import pytest
 
 from workloads.bert.config import BertConfig
 
-NOUNS = "dog cat bird fish horse snake tiger mouse".split()
-VERBS = "sees hears likes feeds follows finds".split()
-PLACES = "garden river forest house market".split()
+NOUNS = ["dog", "cat", "bird", "fish", "horse", "snake", "tiger", "mouse"]
+VERBS = ["sees", "hears", "likes", "feeds", "follows", "finds"]
+PLACES = ["garden", "river", "forest", "house", "market"]
 
 
 def sentence(number: int) -> str:
     """A sentence that is like no other: documents of equal content land in the same split."""
     noun, other = NOUNS[number % 8], NOUNS[(number // 8) % 8]
-    verb, place = VERBS[(number // 64) % 6], PLACES[(number // 384) % 5]
-    return f"Sentence {number}: the {noun} {verb} the {other} in the {place}, and then it goes home to sleep."
+    verb, place = VERBS[(number // 64) % 6], PLACES[(number * 3) % 5]
+    # Of changing length: with one length, packing puts each word at the same few positions.
+    old = "very " * (number * 5 % 7) + "old"
+    return f"Sentence {number}: the {old} {noun} {verb} the {other} in the {place}, then it goes home to sleep."
 
 
 @pytest.fixture(autouse=True)
@@ -36,5 +38,11 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def config(text: Path) -> BertConfig:
     return BertConfig(
-        data=f"text:{text}", hidden_size=16, layers=2, heads=2, vocab_size=300, sequence_length=16, batch_size=16
+        data=f"text:{text}",
+        hidden_size=16,
+        layers=2,
+        heads=2,
+        vocab_size=300,
+        sequence_length=16,
+        batch_size=16,
     )

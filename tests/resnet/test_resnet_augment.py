@@ -142,8 +142,6 @@ def test_forked_loader_processes_give_the_same_bits():
         def __getitem__(self, n):
             return images(samples, range(8 * n, 8 * n + 8), epoch=n)
 
-    loader = torch.utils.data.DataLoader(
-        Microbatches(), batch_size=None, num_workers=2, multiprocessing_context="fork"
-    )
+    loader = torch.utils.data.DataLoader(Microbatches(), batch_size=None, num_workers=2, multiprocessing_context="fork")
     for n, found in enumerate(loader):
         assert torch.equal(found, Microbatches()[n])

@@ -10,12 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from orchestrator.errors import DataError, UserError
+from orchestrator.errors import UserError
 from workloads.resnet import data, readers
 from workloads.resnet.config import ResnetConfig
-from workloads.resnet.folder import decode
 
 
 def config(spec, **settings):
@@ -215,69 +213,6 @@ def test_idx_splits_of_different_sizes(idx):
     folder = idx("", size=28)
     (folder / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 6, 20, 20) + bytes(2400))
     assert "28x28x1, held-out ones 20x20x1" in refusal(f"fashion-mnist:{folder}")
-
-
-@pytest.mark.parametrize("extension", ["jpg", "JPEG", "png", "bmp", "webp", "ppm", "tif"])
-def test_image_folder(image_folder, extension):
-    folder = image_folder(extension)
-    summary = data.check(config(f"imagefolder:{folder}", batch_size=64))
-    assert (summary.train_samples, summary.heldout_samples) == (6, 4)
-    assert summary.description == "imagefolder: 6 + 4 colour image files 224x224, 2 classes"
-    train = data.open_split(config(f"imagefolder:{folder}"), "train")
-    assert train.class_names == ("cat", "dog")
-    assert list(train.labels) == [0, 0, 0, 1, 1, 1]
-    assert train.images[0].endswith(f"train/cat/0.{extension}")
-    assert decode(train.images[1]).mode == "RGB"
-
-
-def test_image_folder_leaves_out_hidden_and_other_files(image_folder):
-    folder = image_folder("png")
-    before = data.check(config(f"imagefolder:{folder}"))
-    (folder / "train" / ".cache").mkdir()
-    (folder / "train" / "cat" / "._0.png").write_bytes(b"x")
-    (folder / "train" / "cat" / "notes.txt").write_bytes(b"x")
-    assert data.check(config(f"imagefolder:{folder}")) == before
-    image_file = folder / "train" / "cat" / "0.png"
-    Image.open(image_file).rotate(90).crop((0, 0, 5, 5)).save(image_file)
-    assert data.check(config(f"imagefolder:{folder}")).fingerprint != before.fingerprint
-
-
-def test_image_folder_refusals(image_folder):
-    folder = image_folder()
-    spec = f"imagefolder:{folder}"
-    (folder / "val" / "bird").mkdir()
-    assert "class bird is in val/ but not in train/" in refusal(spec)
-    (folder / "train" / "bird").mkdir()
-    assert f"{folder}/train/bird holds no images" in refusal(spec)
-    (folder / "train" / "bird").rmdir()
-    (folder / "val" / "bird").rmdir()
-    broken = folder / "val" / "dog" / "1.jpg"
-    broken.write_bytes(b"not an image")
-    assert f"{broken} is not an image" in refusal(spec)
-    broken.write_bytes(b"")
-    assert f"{broken} is empty" in refusal(spec)
-    assert "no folder val" in refusal(f"imagefolder:{_with_empty(folder, 'train')}")
-    assert "no folder train" in refusal(f"imagefolder:{folder / 'train'}")
-
-
-def _with_empty(folder, name):
-    (folder / "empty" / name).mkdir(parents=True)
-    return folder / "empty"
-
-
-def test_image_folder_needs_two_classes(tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / part / "only").mkdir(parents=True)
-    assert "at least 2" in refusal(f"imagefolder:{tmp_path}")
-
-
-def test_a_truncated_image_is_named(image_folder):
-    path = image_folder() / "train" / "dog" / "2.jpg"
-    path.write_bytes(path.read_bytes()[:-500])
-    data.check(config(f"imagefolder:{path.parents[2]}"))  # its header is whole
-    with pytest.raises(DataError, match=r"dog/2\.jpg cannot be decoded") as caught:
-        decode(str(path))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

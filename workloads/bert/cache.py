@@ -12,14 +12,17 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, UserError
 
 MANIFEST = "manifest.json"
+SMALL_BYTES = 16 * 2**20  # hashed in some 10 ms, so always compared
+LEFT_BEHIND_S = 86400.0  # age at which an unfinished folder belongs to no living process
 ATTEMPTS = 5  # each lost one means that another process replaced the entry at the same moment
 
 
@@ -58,7 +61,7 @@ def open_entry(key: str, verify: bool) -> Path | None:
     """The folder of an entry, or None where there is none that is whole.
 
     Args:
-        verify: whether to compare every file's SHA-256; otherwise only the sizes.
+        verify: whether to compare the SHA-256 of large files too; otherwise only their sizes.
     """
     folder = _entries() / key
     try:
@@ -66,7 +69,7 @@ def open_entry(key: str, verify: bool) -> Path | None:
         for name, about in files.items():
             if (folder / name).stat().st_size != about["bytes"]:
                 return None
-            if verify and file_sha256(folder / name) != about["sha256"]:
+            if (verify or about["bytes"] <= SMALL_BYTES) and file_sha256(folder / name) != about["sha256"]:
                 return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -81,6 +84,7 @@ def build_entry(key: str, write: Callable[[Path], None]) -> Path:
     final = _entries() / key
     with _writable():
         _entries().mkdir(parents=True, exist_ok=True)
+        _sweep()
         building = Path(tempfile.mkdtemp(dir=_entries(), prefix=".building-"))
     try:
         with _writable():
@@ -117,6 +121,14 @@ def _replace(building: Path, final: Path) -> None:
         return  # the caller looks at what is in place now
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep() -> None:
+    """Remove what killed processes left behind."""
+    for folder in _entries().glob(".*-*"):
+        with suppress(FileNotFoundError):  # its owner has just finished with it
+            if time.time() - folder.stat().st_mtime > LEFT_BEHIND_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _entries() -> Path:

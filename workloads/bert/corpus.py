@@ -64,14 +64,10 @@ def find_corpus(data: str) -> Corpus:
         root = Path(sysconfig.get_path("stdlib"))
         files = tuple(_stdlib_sources(root))
         if not files:
-            raise UserError(
-                f"--data docs: this Python has no sources in {root}; give text files: --data 'text:GLOB'"
-            )
+            raise UserError(f"--data docs: this Python has no sources in {root}; give text files: --data 'text:GLOB'")
         return Corpus(kind, root, files)
     if kind != "text" or not pattern:
-        raise UserError(
-            f"--data {data}: not known; write docs or text:GLOB, such as --data 'text:corpus/*.txt'"
-        )
+        raise UserError(f"--data {data}: not known; write docs or text:GLOB, such as --data 'text:corpus/*.txt'")
     found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     files = tuple(Path(name) for name in found if os.path.isfile(name))
     if not files:
@@ -81,7 +77,7 @@ def find_corpus(data: str) -> Corpus:
 
 def is_heldout(document: str) -> bool:
     """Whether a document is held out: by its content alone, so equal documents are never on both sides."""
-    digest = hashlib.sha256(" ".join(document.split()).encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(" ".join(document.split()).encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0
 
 
@@ -89,7 +85,7 @@ def fingerprint(corpus: Corpus) -> str:
     """SHA-256 over the documents in order, as hexadecimal."""
     total = hashlib.sha256()
     for document in corpus.documents():
-        raw = document.encode("utf-8", "surrogatepass")
+        raw = document.encode("utf-8")
         total.update(len(raw).to_bytes(8, "big") + raw)
     return total.hexdigest()
 
@@ -115,7 +111,9 @@ def _docs(root: Path, files: tuple[Path, ...]) -> tuple[str, ...]:
             continue
         is_topics = path.relative_to(root).as_posix() == TOPICS
         found = _topics(tree) if is_topics else _docstrings(tree)
-        texts = [text for text in dict.fromkeys(found) if text not in seen]
+        # A literal may hold a lone surrogate, which no UTF-8 text can.
+        plain = [text.encode("utf-8", "replace").decode() for text in found]
+        texts = [text for text in dict.fromkeys(plain) if text not in seen]
         seen.update(texts)
         # A help topic is a document of its own; the docstrings of a module belong together.
         documents += texts if is_topics or not texts else ["\n\n".join(texts)]
@@ -155,12 +153,8 @@ def _paragraphs(files: tuple[Path, ...]) -> Iterator[str]:
                         yield "\n".join(lines)
                         lines = []
         except OSError as error:
-            raise UserError(
-                f"--data: {path} cannot be read ({error.strerror}); give files that can be"
-            ) from None
+            raise UserError(f"--data: {path} cannot be read ({error.strerror}); give files that can be") from None
         except UnicodeDecodeError:
-            raise UserError(
-                f"--data: {path} is not UTF-8 text; convert it, or leave it out of the pattern"
-            ) from None
+            raise UserError(f"--data: {path} is not UTF-8 text; convert it, or leave it out of the pattern") from None
         if lines:
             yield "\n".join(lines)

@@ -94,8 +94,9 @@ def prepare(config: BertConfig) -> Prepared:
 
 def absolute_data(config: BertConfig) -> BertConfig:
     """The configuration with the paths in `data` and `tokenizer` absolute: workers run in other folders."""
-    kind, colon, pattern = config.data.partition(":")
-    data = f"{kind}:{os.path.abspath(os.path.expanduser(pattern))}" if colon and pattern else config.data
+    kind, _, pattern = config.data.partition(":")
+    is_text = kind == "text" and pattern
+    data = f"text:{os.path.abspath(os.path.expanduser(pattern))}" if is_text else config.data
     tokenizer = os.path.abspath(os.path.expanduser(config.tokenizer)) if config.tokenizer else ""
     return replace(config, data=data, tokenizer=tokenizer)
 
@@ -115,9 +116,7 @@ def check_settings(config: BertConfig) -> None:
         )
 
 
-def pack(
-    documents: Iterable[Sequence[int]], length: int, cls_id: int, sep_id: int
-) -> Iterator[NDArray[np.int32]]:
+def pack(documents: Iterable[Sequence[int]], length: int, cls_id: int, sep_id: int) -> Iterator[NDArray[np.int32]]:
     """Full sequences, int32 [some, length], by the rule at the top of this file."""
     piece = length - 2
     rest = np.empty(0, np.int32)
@@ -137,7 +136,6 @@ def pack(
 def _find(config: BertConfig, verify: bool) -> Path:
     """The cache entry of this configuration's data, made where it is missing or not whole."""
     corpus = find_corpus(config.data)
-    given = tokenizer_file(Path(config.tokenizer).expanduser()) if config.tokenizer else None
     # Everything beside the text that decides the contents of an entry.
     recipe = {
         "format": FORMAT,
@@ -145,7 +143,7 @@ def _find(config: BertConfig, verify: bool) -> Path:
         "python": platform.python_version(),
         "tokenizers": version("tokenizers"),
         "sequence_length": config.sequence_length,
-        "tokenizer": [given.suffix, cache.file_sha256(given)] if given else config.vocab_size,
+        "tokenizer": _tokenizer_identity(config),
     }
     facts = {"recipe": recipe, "files": corpus.facts()}
     key = cache.recall(facts)
@@ -156,6 +154,19 @@ def _find(config: BertConfig, verify: bool) -> Path:
         folder = folder or cache.build_entry(key, lambda building: _write(config, corpus, building))
         cache.remember(facts, key)
     return folder
+
+
+def _tokenizer_identity(config: BertConfig) -> list[Any]:
+    """What decides the tokenizer: a file's contents, or the size of the vocabulary to train."""
+    if not config.tokenizer:
+        return [config.vocab_size]
+    file = tokenizer_file(Path(config.tokenizer).expanduser())
+    try:
+        return [file.suffix, cache.file_sha256(file)]
+    except OSError as error:
+        raise UserError(
+            f"--tokenizer {config.tokenizer}: {file.name} cannot be read ({error.strerror}); give another"
+        ) from None
 
 
 def _write(config: BertConfig, corpus: Corpus, folder: Path) -> None:
@@ -201,9 +212,7 @@ def entropy(counts: NDArray[np.int64]) -> float:
 
 def folder_fingerprint(folder: Path, vocabulary: Vocabulary) -> str:
     """What the run trains on, hashed: the sequences and the vocabulary, not where they came from."""
-    return cache.digest(
-        [vocabulary.tokens, *(cache.file_sha256(folder / f"{split}.int32") for split in SPLITS)]
-    )
+    return cache.digest([vocabulary.tokens, *(cache.file_sha256(folder / f"{split}.int32") for split in SPLITS)])
 
 
 def _token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:

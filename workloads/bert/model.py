@@ -19,8 +19,8 @@ from workloads.bert.config import BertConfig
 def build(config: BertConfig, vocab_size: int, pad_id: int) -> Any:
     """A new BertForMaskedLM, fp32, on the CPU; weights from torch's global generator.
 
-    They are N(0, 0.02), as in Devlin et al. 2019. There is one position embedding per token of a sequence; the
-    output layer is tied to the token embeddings.
+    They are N(0, 0.02), as in Devlin et al. 2019. There is one position embedding per token of a sequence;
+    the output layer is tied to the token embeddings.
     """
     size = config.architecture()
     return transformers.BertForMaskedLM(

@@ -95,9 +95,7 @@ def read_tokenizer(path: Path) -> tuple[Any, Vocabulary]:
         text = file.read_text(encoding="utf-8")
         tokenizer = _from_json(text) if file.suffix == ".json" else _from_vocab(text)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--tokenizer {path}: {file.name} cannot be used ({_line(error)}); {_WANTED}"
-        ) from None
+        raise UserError(f"--tokenizer {path}: {file.name} cannot be used ({_line(error)}); {_WANTED}") from None
     by_token = tokenizer.get_vocab(with_added_tokens=True)
     missing = [token for token in SPECIAL if token not in by_token]
     if missing:
@@ -115,9 +113,7 @@ def tokenizer_file(path: Path) -> Path:
     raise UserError(f"--tokenizer {path}: no such vocabulary; {_WANTED}")
 
 
-_WANTED = (
-    f"give a WordPiece vocab.txt with {' '.join(SPECIAL)}, or a folder with one or with a tokenizer.json"
-)
+_WANTED = f"give a WordPiece vocab.txt with {' '.join(SPECIAL)}, or a folder with one or with a tokenizer.json"
 
 
 def _line(error: Exception) -> str:

@@ -58,9 +58,7 @@ class BertWorkload:
         self._config = config
         self._prepared = prepare(config)
         vocabulary = self._prepared.vocabulary
-        self._masking = Masking(
-            config.mask_rate, len(vocabulary), vocabulary.id(MASK), vocabulary.special_ids
-        )
+        self._masking = Masking(config.mask_rate, len(vocabulary), vocabulary.id(MASK), vocabulary.special_ids)
 
     @property
     def decodes(self) -> bool:
@@ -88,9 +86,7 @@ class BertWorkload:
         labels_K = batch["labels"]
         logits_KV = bert.masked_logits(model, batch["input_ids"], batch["masked"])
         count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
-        return Sums(
-            bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)}
-        )
+        return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Held-out loss in nats, its exponential, the share predicted right, and the training text's entropy.

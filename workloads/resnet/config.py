@@ -31,7 +31,7 @@ class ResnetConfig(RunConfig):
     """Network: resnet8 to resnet56 of the CIFAR family, resnet18 to resnet152 of the ImageNet family (with a
     3x3 stem for images under 64 pixels)."""
 
-    batch_size: int = setting(256, low=1)
+    batch_size: int = setting(128, low=1)
     """Global batch: images per step over all workers; a multiple of the shards."""
 
     epochs: int | None = setting(30, low=1)
@@ -40,7 +40,7 @@ class ResnetConfig(RunConfig):
     optimizer: str = setting("sgd", choices=("sgd", "adam", "adamw"))
     """Optimizer."""
 
-    lr: float = setting(0.2, low=0)
+    lr: float = setting(0.1, low=0)
     """Peak learning rate, for the whole global batch."""
 
     weight_decay: float = setting(5e-4, low=0)
@@ -49,7 +49,7 @@ class ResnetConfig(RunConfig):
     warmup: float = setting(0.1, low=0, high=1)
     """Share of the run in which the learning rate rises linearly from 0."""
 
-    label_smoothing: float = setting(0.0, low=0, high=1)
+    label_smoothing: float = setting(0.1, low=0, high=1)
     """Share of each training label that is spread evenly over all classes; evaluation uses plain labels."""
 
     augment: str = setting("auto", choices=("auto", "none", "shift", "crop-flip", "resized-crop-flip"))

@@ -58,9 +58,7 @@ KINDS = {
     "digits": Kind(lambda _, split: read_digits(split), "none", 0, (0.3053,), (0.3762,), "grey"),
     "fashion-mnist": Kind(read_fashion_mnist, "crop-flip", 0, (0.2860,), (0.3530,), "grey"),
     # The published training set's: mean and std of each channel over its 50,000 images.
-    "cifar10": Kind(
-        read_cifar10, "crop-flip", 0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "colour"
-    ),
+    "cifar10": Kind(read_cifar10, "crop-flip", 0, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "colour"),
     # ImageNet's, as torchvision's published weights use them.
     "imagefolder": Kind(
         read_image_folder,
@@ -140,9 +138,7 @@ def check(config: RunConfig) -> DataSummary:
     with _user_errors(config):
         fingerprint = _fingerprint(splits)
         if _shape(train) != _shape(heldout):
-            raise UnusableDataError(
-                f"train images are {_shape(train)}, held-out ones {_shape(heldout)}; use one size"
-            )
+            raise UnusableDataError(f"train images are {_shape(train)}, held-out ones {_shape(heldout)}; use one size")
     size = image_size(config, train)
     if not SMALLEST_IMAGE <= size <= LARGEST_IMAGE:
         allowed = f"use {SMALLEST_IMAGE} to {LARGEST_IMAGE}, or 0 for the data's own size"
@@ -180,9 +176,7 @@ def _fingerprint(splits: Sequence[ImageSet]) -> str:
         if isinstance(images.images, list):
             root = os.path.commonpath(images.images)
             for path, file_bytes in zip(images.images, check_files(images.images), strict=True):
-                digest.update(
-                    f"{os.path.relpath(path, root)}\0{file_bytes}\n".encode("utf-8", "surrogateescape")
-                )
+                digest.update(f"{os.path.relpath(path, root)}\0{file_bytes}\n".encode("utf-8", "surrogateescape"))
         else:
             digest.update(str(images.images.shape).encode())
             digest.update(np.ascontiguousarray(images.images).data)
@@ -210,6 +204,4 @@ def _user_errors(config: ResnetConfig) -> Iterator[None]:
     except OSError as error:
         where, reason = error.filename or config.data, error.strerror or str(error)
         advice = "make it readable for the user who runs the workers"
-        raise UserError(
-            _one_line(f"--data {config.data}: {where} cannot be read ({reason}); {advice}")
-        ) from None
+        raise UserError(_one_line(f"--data {config.data}: {where} cannot be read ({reason}); {advice}")) from None

@@ -25,9 +25,7 @@ def read_image_folder(folder: Path, split: Split) -> ImageSet:
         found = sorted(_image_files(root / name))
         if not found:
             allowed = " ".join(EXTENSIONS)
-            raise UnusableDataError(
-                f"{root / name} holds no images ({allowed}); add some or remove the class"
-            )
+            raise UnusableDataError(f"{root / name} holds no images ({allowed}); add some or remove the class")
         paths += found
         labels += [label] * len(found)
     return ImageSet(paths, np.asarray(labels, dtype=np.int64), names)
@@ -39,9 +37,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     for part in SPLIT_FOLDERS.values():
         root = folder / part
         if not root.is_dir():
-            raise UnusableDataError(
-                f"{folder} has no folder {part}; it needs train/CLASS/*.jpg and val/CLASS/*.jpg"
-            )
+            raise UnusableDataError(f"{folder} has no folder {part}; it needs train/CLASS/*.jpg and val/CLASS/*.jpg")
         classes[part] = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
     train, val = classes["train"], classes["val"]
     if train != val:
@@ -51,9 +47,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
             f"class {one} is in {here}/ but not in {there}/ of {folder}; both need the same classes"
         )
     if len(train) < 2:
-        raise UnusableDataError(
-            f"{folder / 'train'} has {len(train)} class folders; classification needs at least 2"
-        )
+        raise UnusableDataError(f"{folder / 'train'} has {len(train)} class folders; classification needs at least 2")
     return tuple(sorted(train))
 
 
@@ -81,9 +75,7 @@ def check_files(paths: list[str]) -> list[int]:
         except PermissionError:
             raise
         except Exception:  # Pillow lets through what its parsers meet, from SyntaxError to struct.error
-            raise UnusableDataError(
-                f"{path} is not an image that Pillow can open; replace or remove it"
-            ) from None
+            raise UnusableDataError(f"{path} is not an image that Pillow can open; replace or remove it") from None
     return sizes
 
 

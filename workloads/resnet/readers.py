@@ -66,9 +66,7 @@ def read_digits(split: Split) -> ImageSet:
 def _digits_table() -> NDArray[np.float64]:
     spec = importlib.util.find_spec("sklearn")
     if spec is None:
-        raise UnusableDataError(
-            "scikit-learn, which carries the digits, is not installed; pip install scikit-learn"
-        )
+        raise UnusableDataError("scikit-learn, which carries the digits, is not installed; pip install scikit-learn")
     for folder in spec.submodule_search_locations or ():
         path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
         if path.is_file():
@@ -91,9 +89,7 @@ def read_cifar10(folder: Path, split: Split) -> ImageSet:
     wanted = [*CIFAR_BATCHES["train"], *CIFAR_BATCHES["heldout"], "batches.meta"]
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
-        raise UnusableDataError(
-            f"{folder} lacks {', '.join(missing)}; give the unpacked cifar-10-batches-py folder"
-        )
+        raise UnusableDataError(f"{folder} lacks {', '.join(missing)}; give the unpacked cifar-10-batches-py folder")
     names = _cifar10_names(folder / "batches.meta")
     parts = [_cifar10_batch(folder / name, len(names)) for name in CIFAR_BATCHES[split]]
     rows = np.concatenate([images for images, _ in parts])
@@ -103,11 +99,7 @@ def read_cifar10(folder: Path, split: Split) -> ImageSet:
 
 def _cifar10_names(path: Path) -> tuple[str, ...]:
     names = _unpickle(path).get("label_names")
-    if not (
-        isinstance(names, list | tuple)
-        and len(names) == 10
-        and all(isinstance(n, str | bytes) for n in names)
-    ):
+    if not (isinstance(names, list | tuple) and len(names) == 10 and all(isinstance(n, str | bytes) for n in names)):
         raise UnusableDataError(f"{path}: label_names is not a list of 10 names; download the archive again")
     return tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else n for n in names)
 
@@ -131,9 +123,7 @@ def _labels(path: Path, labels: Any, count: int, classes: int) -> NDArray[np.int
     except ValueError:  # a ragged list
         array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise UnusableDataError(
-            f"{path}: the labels are not a list of whole numbers; download the data again"
-        )
+        raise UnusableDataError(f"{path}: the labels are not a list of whole numbers; download the data again")
     if len(array) != count:
         raise UnusableDataError(f"{path}: {len(array)} labels for {count} images; download the data again")
     if count and (array.min() < 0 or array.max() >= classes):
@@ -188,9 +178,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
             raise
         except Exception as error:  # a damaged or hostile pickle can raise anything
             reason = str(error) or type(error).__name__
-            raise UnusableDataError(
-                f"{path} is not a CIFAR-10 batch ({reason}); download the archive again"
-            ) from None
+            raise UnusableDataError(f"{path} is not a CIFAR-10 batch ({reason}); download the archive again") from None
     if not isinstance(content, dict):
         raise UnusableDataError(f"{path} is not a CIFAR-10 batch (no dictionary); download the archive again")
     return {k.decode("utf-8", "replace") if isinstance(k, bytes) else str(k): v for k, v in content.items()}
@@ -248,7 +236,5 @@ def _read_exactly(file: io.BufferedIOBase, path: Path, shape: Sequence[int]) -> 
         values += piece
     if len(values) != wanted:
         held = f"more than {wanted}" if len(values) > wanted else str(len(values))
-        raise UnusableDataError(
-            f"{path}: its header promises {wanted} values, it holds {held}; download it again"
-        )
+        raise UnusableDataError(f"{path}: its header promises {wanted} values, it holds {held}; download it again")
     return bytes(values)

@@ -47,12 +47,9 @@ class ImageSamples:
 
     def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """{"images": float32 [m, C, H, W], "labels": int64 [m]}; raises DataError naming a file."""
-        loaded = (
-            self._decoded(indices) if isinstance(self.images, list) else self._in_memory(self.images, indices)
-        )
+        loaded = self._decoded(indices) if isinstance(self.images, list) else self._in_memory(self.images, indices)
         augmented = [
-            self.augmentation(image, self.seed, epoch, int(index))
-            for image, index in zip(loaded, indices, strict=True)
+            self.augmentation(image, self.seed, epoch, int(index)) for image, index in zip(loaded, indices, strict=True)
         ]
         images_mCHW = normalize(torch.stack(augmented), self.kind.mean, self.kind.std)
         return {"images": images_mCHW, "labels": torch.from_numpy(self.labels[indices])}
@@ -63,9 +60,7 @@ class ImageSamples:
         # resized-crop-flip brings its result to size itself, from the full resolution.
         if images_mCHW.shape[2:] != (self.size, self.size) and not self.augmentation.resizes:
             # One by one: an image's bits must not depend on its neighbours in a vectorized loop.
-            resized = [
-                v2.functional.resize(image, [self.size, self.size], antialias=True) for image in images_mCHW
-            ]
+            resized = [v2.functional.resize(image, [self.size, self.size], antialias=True) for image in images_mCHW]
             images_mCHW = torch.stack(resized)
         return self.augmentation.pad(images_mCHW)
 

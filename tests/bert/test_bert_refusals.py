@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
-import os
+from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import UserError
 from workloads.bert import data
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer
+
+UNREADABLE = Path("/proc/self/mem")  # a regular file whose start not even root can read
 
 
 def refusal(config, **changes) -> str:
@@ -38,10 +40,9 @@ def test_text_that_is_not_utf8(config, tmp_path):
     assert "latin1.txt is not UTF-8" in refusal(config, data=f"text:{tmp_path}/latin1.txt")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file that exists and cannot be opened")
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that nobody can read")
 def test_text_that_cannot_be_read(config, tmp_path, monkeypatch):
-    # root may read everything; /proc/self/mem is a regular file that even root cannot read from its start.
-    (tmp_path / "memory.txt").symlink_to("/proc/self/mem")
+    (tmp_path / "memory.txt").symlink_to(UNREADABLE)
     assert "memory.txt cannot be read" in refusal(config, data=f"text:{tmp_path}/memory.txt")
 
 
@@ -81,6 +82,12 @@ def test_a_tokenizer_that_is_not_there(config, tmp_path):
     assert "no such vocabulary" in refusal(config, tokenizer=str(tmp_path / "none.txt"))
     (tmp_path / "empty").mkdir()
     assert "no such vocabulary" in refusal(config, tokenizer=str(tmp_path / "empty"))
+
+
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that nobody can read")
+def test_a_tokenizer_that_cannot_be_read(config, tmp_path):
+    (tmp_path / "vocab.txt").symlink_to(UNREADABLE)
+    assert "vocab.txt cannot be read" in refusal(config, tokenizer=str(tmp_path))
 
 
 @pytest.mark.parametrize("token", SPECIAL)

@@ -59,7 +59,7 @@ def test_four_fifths_become_mask_a_tenth_random_a_tenth_stay():
     random = seen[(seen != MASK) & (seen != 7)]
     assert set(random) == set(range(5, VOCAB)) - {7}
     places = np.bincount(masked.masked % 42, minlength=42)[1:-1]
-    assert places.min() > 850 and places.max() < 1150  # each of 40 places expects 1000
+    assert abs(places - 1000).max() < 150, "each of 40 places expects 1000"
 
 
 def test_masking_differs_between_epochs_seeds_and_samples():
@@ -83,5 +83,5 @@ def test_the_masking_is_the_one_it_always_was():
     assert masked.input_ids.reshape(-1)[masked.masked].tolist() == GOLDEN_SEEN
 
 
-GOLDEN_PLACES = []
-GOLDEN_SEEN = []
+GOLDEN_PLACES = [0, 1, 6, 11, 12, 17, 19, 21]
+GOLDEN_SEEN = [4, 4, 4, 4, 17, 4, 4, 4]

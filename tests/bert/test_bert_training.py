@@ -13,9 +13,10 @@ import torch
 from orchestrator.config import parse_value, settings
 from workloads.bert import data
 from workloads.bert.config import SIZES, BertConfig
-from workloads.bert.workload import BertWorkload
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer
+from workloads.bert.workload import BertWorkload
 
+WORDS = ["dog", "cat", "bird", "fish", "horse", "snake", "tiger", "mouse"]
 RECIPES = sorted((Path(__file__).parents[2] / "workloads" / "bert").glob("*.toml"))
 
 
@@ -47,6 +48,15 @@ def test_a_microbatch(workload, config):
     assert (again["input_ids"][0] == batch["input_ids"][1]).all()
 
 
+def test_a_microbatch_of_no_samples(workload):
+    batch = workload.samples("train").microbatch(np.array([], np.int64), 0)
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
+        "input_ids": (0, 16),
+        "masked": (0,),
+        "labels": (0,),
+    }
+
+
 def test_held_out_masking_does_not_depend_on_the_seed(config):
     batches = [
         BertWorkload(dataclasses.replace(config, seed=seed)).samples("heldout").microbatch(np.arange(4), 0)
@@ -55,11 +65,11 @@ def test_held_out_masking_does_not_depend_on_the_seed(config):
     assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
 
 
-@pytest.mark.parametrize("model_name", ["eval", "train"])
-def test_the_loss_is_that_of_transformers(workload, model_name):
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_loss_is_that_of_transformers(workload, mode):
     """The head on masked places alone gives the loss and the gradients of BertForMaskedLM with labels."""
     torch.manual_seed(0)
-    model = workload.build_model().train(model_name == "train")
+    model = workload.build_model().train(mode == "train")
     batch = workload.samples("train").microbatch(np.arange(8), 0)
     torch.manual_seed(1)
     sums = workload.sums(model, batch)
@@ -140,7 +150,7 @@ def test_metrics(workload):
 def train(workload: BertWorkload, steps: int) -> torch.nn.Module:
     torch.manual_seed(0)
     model = workload.build_model().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.004)
     samples = workload.samples("train")
     for step in range(steps):
         batch = samples.microbatch(np.arange(32) + 32 * (step % 8), step // 8)
@@ -151,20 +161,22 @@ def train(workload: BertWorkload, steps: int) -> torch.nn.Module:
     return model
 
 
-def test_a_trained_and_saved_model_fills_a_mask(config, tmp_path):
-    """Trained on sentences of one pattern, the model that transformers loads knows what the pattern wants."""
+def test_a_trained_and_saved_model_fills_a_mask(config, text, tmp_path):
+    """Trained on documents that repeat one word, the model that transformers loads repeats the one given."""
     import transformers
 
+    text.write_text("\n\n".join(" ".join([WORDS[n % 8]] * (20 + n)) for n in range(80)))
     workload = BertWorkload(dataclasses.replace(config, hidden_size=32, dropout=0.0))
-    workload.save(train(workload, 150), tmp_path / "model")
+    workload.save(train(workload, 100), tmp_path / "model")
     model = transformers.BertForMaskedLM.from_pretrained(tmp_path / "model").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.model_max_length == 16
-    inputs = tokenizer("goes home to [MASK].", return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    (place,) = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
-    assert tokenizer.decode([int(logits[0, place].argmax())]) == "sleep"
+    for word in WORDS:
+        inputs = tokenizer(f"{word} {word} {word} {word} [MASK] {word} {word}", return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        (place,) = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten().tolist()
+        assert tokenizer.decode([int(logits[0, place].argmax())]) == word
 
 
 def test_saved_weights_are_the_weights(workload, tmp_path):
@@ -174,9 +186,17 @@ def test_saved_weights_are_the_weights(workload, tmp_path):
     workload.save(model, tmp_path / "model")
     loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path / "model")
     assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     names = {file.name for file in (tmp_path / "model").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    } <= names
 
 
 @pytest.mark.parametrize("form", ["vocab.txt", "folder", "tokenizer.json"])

@@ -1,0 +1,31 @@
+"""What Ray Train's controller unpickles of ours; imports no torch, which the controller has no use for."""
+
+from dataclasses import dataclass
+
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+
+
+class OwnGroupBackend(Backend):
+    """Leaves process groups to the workers, which build one a generation."""
+
+
+@dataclass
+class OwnGroupConfig(BackendConfig):
+    """TorchTrainer's torch_config with `OwnGroupBackend`. `backend` is what TorchTrainer asks for by name."""
+
+    backend: str = "own"
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return OwnGroupBackend
+
+
+class StaticPolicy(FixedScalingPolicy):
+    """A fixed number of workers on a cluster without an autoscaler: nobody is asked for nodes."""
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        """Nothing to register."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nothing to renew."""

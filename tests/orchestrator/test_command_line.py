@@ -1,0 +1,208 @@
+"""`python -m orchestrator.run`: every flag has a text, every mistake one line, and a dry run never meets Ray."""
+
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.config import flag, help_texts, settings
+from orchestrator.run import main, workload_parser
+from workloads.registry import WORKLOADS
+
+DESIGN_FLAGS = """--name --storage --workers --shards --batch-size --steps --epochs --seed --precision --data --model
+--lr --optimizer --placement --node-labels --resources-per-worker --reduce --checkpoint-every --keep-checkpoints
+--max-incidents --address --dry-run --config""".split()  # noqa: SIM905
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_flag_of_the_design_is_there_with_its_text(workload):
+    shown = workload_parser(workload).format_help()
+    config_type = WORKLOADS[workload].config_type()
+    texts = help_texts(config_type)
+    for name in DESIGN_FLAGS:
+        assert f"\n  {name} " in shown, name
+    for name, field in settings(config_type).items():
+        assert texts[name].endswith((".", ")")), f"{name} has no docstring"
+        assert f"\n  {flag(name)} " in shown
+        assert all(word in shown for word in field.metadata["choices"])
+    assert shown.isascii()
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_help_is_printed(workload, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([workload, "--help"])
+    assert ended.value.code == 0
+    assert "--batch-size" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in WORKLOADS)
+
+
+BAD = {
+    "no workload": ([], "usage:"),
+    "unknown workload": (["vgg"], "choose from resnet, bert"),
+    "unknown flag": (["resnet", "--worker", "4"], "--workers"),
+    "unknown flag 2": (["resnet", "--frobnicate"], "--frobnicate"),
+    "stray word": (["resnet", "extra"], "extra"),
+    "missing value": (["resnet", "--lr"], "--lr"),
+    "workers 8:4": (["resnet", "--workers", "8:4"], "--workers 8:4: the minimum exceeds the maximum"),
+    "workers 0": (["resnet", "--workers", "0"], "at least 1 worker"),
+    "workers 0:3": (["resnet", "--workers", "0:3"], "at least 1 worker"),
+    "workers abc": (["resnet", "--workers", "abc"], "--workers abc: write N or MIN:MAX"),
+    "workers empty": (["resnet", "--workers", ""], "MIN:MAX"),
+    "workers 1:": (["resnet", "--workers", "1:"], "MIN:MAX"),
+    "more workers than shards": (["resnet", "--workers", "9"], "use at most 8 workers, or --shards 16"),
+    "shards 6": (["resnet", "--shards", "6"], "use 4 or 8"),
+    "shards 0": (["resnet", "--shards", "0"], "--shards 0"),
+    "batch": (["resnet", "--batch-size", "100"], "use 96 or 104"),
+    "batch below shards": (["resnet", "--batch-size", "4"], "use 8"),
+    "negative lr": (["resnet", "--lr", "-1"], "--lr -1"),
+    "nan lr": (["resnet", "--lr", "nan"], "--lr nan"),
+    "inf lr": (["resnet", "--lr", "inf"], "--lr inf"),
+    "lr word": (["resnet", "--lr", "fast"], "--lr fast"),
+    "steps and epochs": (["resnet", "--steps", "3", "--epochs", "3"], "give one of them"),
+    "steps 0": (["resnet", "--steps", "0"], "--steps 0"),
+    "steps 1.5": (["resnet", "--steps", "1.5"], "--steps 1.5"),
+    "seed": (["resnet", "--seed", "-3"], "--seed -3"),
+    "precision": (["resnet", "--precision", "fp8"], "choose from auto, fp32, bf16, fp16"),
+    "optimizer": (["resnet", "--optimizer", "lion"], "sgd, adam, adamw"),
+    "reduce": (["resnet", "--reduce", "ring"], "fixed, ddp"),
+    "model": (["resnet", "--model", "vgg16"], "resnet50"),
+    "placement": (["resnet", "--placement", "anywhere"], "strict-spread"),
+    "cadence": (["resnet", "--checkpoint-every", "often"], "--checkpoint-every often"),
+    "cadence 0": (["resnet", "--checkpoint-every", "0"], "--checkpoint-every 0"),
+    "cadence 1.5": (["resnet", "--checkpoint-every", "1.5"], "--checkpoint-every 1.5"),
+    "cadence minutes": (["resnet", "--checkpoint-every", "5m"], "--checkpoint-every 5m"),
+    "keep 0": (["resnet", "--keep-checkpoints", "0"], "--keep-checkpoints 0"),
+    "resources word": (["resnet", "--resources-per-worker", "CPU=many"], "--resources-per-worker CPU=many"),
+    "resources bare": (["resnet", "--resources-per-worker", "CPU"], "KEY=VALUE"),
+    "resources nothing": (["resnet", "--resources-per-worker", "CPU=0"], "reserves nothing"),
+    "resources 1.5": (["resnet", "--resources-per-worker", "GPU=1.5"], "whole number"),
+    "resources -1": (["resnet", "--resources-per-worker", "CPU=-1"], "CPU=-1"),
+    "resources nan": (["resnet", "--resources-per-worker", "CPU=nan"], "CPU=nan"),
+    "labels": (["resnet", "--node-labels", "zone"], "KEY=VALUE"),
+    "name with a slash": (["resnet", "--name", "a/b"], "--name a/b"),
+    "name with dots": (["resnet", "--name", ".."], "--name .."),
+    "name with a line end": (["resnet", "--name", "a\nb"], "--name"),
+    "no config file": (["resnet", "--config", "/nonexistent.toml"], "cannot be read"),
+    "config is a folder": (["resnet", "--config", "/"], "cannot be read"),
+    "no image folder": (["resnet", "--data", "imagefolder:/nonexistent"], "/nonexistent"),
+    "no cifar": (["resnet", "--data", "cifar10:/nonexistent"], "/nonexistent"),
+    "cifar without a folder": (["resnet", "--data", "cifar10"], "--data cifar10"),
+    "unknown data": (["resnet", "--data", "pictures"], "--data pictures"),
+    "no text": (["bert", "--steps", "2", "--data", "text:/nonexistent/*.txt"], "/nonexistent"),
+    "bert workers": (["bert", "--steps", "2", "--workers", "x"], "--workers x"),
+    "unknown storage": (["resnet", "--storage", "gopher://x/y"], "--storage gopher://x/y"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_line_and_status_2(case, tmp_path, monkeypatch, capfd):
+    arguments, part = BAD[case]
+    storage = tmp_path / "runs"
+    monkeypatch.chdir(tmp_path)
+    if arguments and "--storage" not in arguments:
+        arguments = [arguments[0], "--storage", str(storage), *arguments[1:]]
+    assert main(arguments) == 2
+    shown = capfd.readouterr()
+    if not arguments:
+        assert part in shown.out
+        return
+    assert shown.err.count("\n") == 1, shown.err
+    assert shown.err.startswith("error: ")
+    assert part in shown.err
+    assert not shown.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("lr = = 1\n", "not valid TOML"),
+        ("\xff\n", "not valid TOML"),
+        ("learning_rate = 1.0\n", "learning_rate: no such setting"),
+        ("worker = 4\n", "did you mean workers?"),
+        ('workload = "bert"\n', "bert"),
+        ("lr = -1.0\n", "--lr -1.0"),
+        ("lr = nan\n", "--lr nan"),
+        ('steps = "many"\n', "--steps many"),
+        ("steps = 1.5\n", "--steps 1.5"),
+        ("steps = true\n", "--steps True"),
+        ("model = 50\n", "--model 50"),
+        ("steps = 1\nepochs = 1\n", "give one of them"),
+        ("[lr]\npeak = 1\n", "--lr"),
+        ("shards = 6\n", "use 4 or 8"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(content, part, tmp_path, capfd):
+    file = tmp_path / "settings.toml"
+    file.write_bytes(content.encode("latin-1"))
+    assert main(["resnet", "--storage", str(tmp_path / "runs"), "--config", str(file)]) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith(f"error: --config {file}: ")
+    assert part in shown
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_storage_that_is_a_file_is_refused(tmp_path, capfd):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    assert main(["resnet", "--storage", str(file), "--name", "x"]) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith("error: --storage")
+    assert shown.count("\n") == 1
+
+
+def test_the_status_of_the_process_is_2(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-m", "orchestrator.run", "resnet", "--storage", str(tmp_path), "--lr", "nan"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "error: --lr nan: not a finite number\n"
+    assert not ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("workload", "given", "words"),
+    [
+        ("resnet", ["--steps", "7", "--workers", "3"], ["1,437", "worker 2: 5-7", "steps         7 of 256"]),
+        ("resnet", ["--batch-size", "64", "--shards", "4"], ["worker", "steps         690 of 64"]),
+        ("bert", ["--steps", "5", "--data", "text:{text}", "--vocab-size", "300"], ["steps         5 of 64"]),
+    ],
+)
+def test_a_dry_run_tells_the_plan_without_ray(workload, given, words, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The cat number {n} sees the dog number {n + 1} run." * 6 for n in range(400)))
+    given = [part.replace("{text}", str(text)) for part in given]
+    arguments = [workload, "--dry-run", "--storage", str(tmp_path / "runs"), "--name", "dry", *given]
+    code = (
+        "import sys\nfrom orchestrator.run import main\n"
+        f"status = main({arguments!r})\n"
+        "print('RAY', sorted(m for m in sys.modules if m == 'ray' or m.startswith('ray.')))\n"
+        "sys.exit(status)\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    for word in ["workers", "shards", "placement", "steps", "parameters", "memory", "data", *words]:
+        assert word in ended.stdout
+    assert f"run folder    {tmp_path}/runs/dry" in ended.stdout
+    assert "RAY []" in ended.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_plan_of_a_dry_run_is_a_configuration(tmp_path, capfd):
+    """What it prints after the empty line is a file for --config, which gives the same plan."""
+    given = ["resnet", "--dry-run", "--storage", str(tmp_path / "runs"), "--name", "dry", "--steps", "7"]
+    assert main([*given, "--lr", "0.03", "--shards", "4"]) == 0
+    first = capfd.readouterr().out
+    file = tmp_path / "again.toml"
+    file.write_text(first.partition("\n\n")[2])
+    assert main(["resnet", "--dry-run", "--config", str(file)]) == 0
+    assert capfd.readouterr().out == first
