@@ -20,6 +20,8 @@ class RunningStatistics:
             module.momentum = 1.0
         self._buffers = [b for m in self._modules for b in (m.running_mean, m.running_var) if b is not None]
         self._kept = [b.clone() for b in self._buffers]
+        self._tracked: list[int] = []
+        self._open = False  # a step has begun and is not committed
 
     @property
     def numel(self) -> int:
@@ -34,6 +36,8 @@ class RunningStatistics:
         """Remember the running statistics: forward passes overwrite the modules' own."""
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             kept.copy_(buffer)
+        self._tracked = [int(m.num_batches_tracked) for m in self._modules if m.num_batches_tracked is not None]
+        self._open = True
 
     def fold(self, total: Tensor, samples: int, steps_done: int) -> None:
         """Update the modules: running = (1 - momentum) running + momentum total / samples.
@@ -43,6 +47,7 @@ class RunningStatistics:
             samples: of all shards.
             steps_done: updates so far, this one included; a momentum of None averages over them (as in torch).
         """
+        self._open = False
         mean = total / samples
         parts = mean.split([b.numel() for b in self._buffers])
         momenta = [m for m in self._momenta for _ in range(2)]
@@ -53,7 +58,14 @@ class RunningStatistics:
             if module.num_batches_tracked is not None:
                 module.num_batches_tracked.fill_(steps_done)
 
-    def restore_momenta(self) -> None:
-        """Give the modules their own momentum back."""
+    def close(self) -> None:
+        """Leave the modules as they were made, and as the last committed step left their statistics."""
         for module, momentum in zip(self._modules, self._momenta, strict=True):
             module.momentum = momentum
+        if not self._open:
+            return
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)
+        counters = [m.num_batches_tracked for m in self._modules if m.num_batches_tracked is not None]
+        for counter, tracked in zip(counters, self._tracked, strict=True):
+            counter.fill_(tracked)

@@ -55,7 +55,6 @@ class CheckpointStore:
         from safetensors.torch import save
 
         name = f"step-{step}"
-        self._folder.delete(name)
         state = save(dict(tensors))
         self._folder.write(f"{name}/{STATE}", state)
         manifest = {
@@ -77,16 +76,16 @@ class CheckpointStore:
         from safetensors.torch import load
 
         where = f"{self._folder.uri}/step-{step}"
-        text = self._folder.read_text(f"step-{step}/{MANIFEST}")
-        if text is None:
-            raise CheckpointError(f"{where}: unfinished (no {MANIFEST})")
         try:
+            text = self._folder.read_text(f"step-{step}/{MANIFEST}")
+            if text is None:
+                raise CheckpointError(f"{where}: unfinished (no {MANIFEST})")
             manifest = json.loads(text)
-            wanted = manifest["files"][STATE]
+            size, sha256 = manifest["files"][STATE]["bytes"], manifest["files"][STATE]["sha256"]
             identity, state = manifest["identity"], self._folder.read(f"step-{step}/{STATE}")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise CheckpointError(f"{where}: {MANIFEST} or {STATE} unreadable ({error!r})") from None
-        if len(state) != wanted["bytes"] or hashlib.sha256(state).hexdigest() != wanted["sha256"]:
+        if len(state) != size or hashlib.sha256(state).hexdigest() != sha256:
             raise CheckpointError(f"{where}: corrupted ({STATE} does not match its checksum)")
         if identity != self._identity:
             raise CheckpointError(f"{where}: of another configuration or other data")

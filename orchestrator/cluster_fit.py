@@ -66,11 +66,9 @@ def _smaller_cpu(config: RunConfig, per_worker: Mapping[str, float], nodes: Sequ
     cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
     if set(per_worker) != {"CPU"} or not cpus:
         return ""
-    share = math.floor(100 * cpus / config.workers.minimum) / 100
-    less = {**per_worker, "CPU": share}
-    if (
-        0 < share < 1
-        and capacity(nodes, less, config.placement, dict(config.node_labels.items)) >= config.workers.minimum
-    ):
-        return f", or --resources-per-worker CPU={share:g}"
+    for share in (math.floor(100 * cpus / config.workers.minimum) / 100, 0.75, 0.5, 0.25, 0.2, 0.1):
+        less = {**per_worker, "CPU": share}
+        fits = capacity(nodes, less, config.placement, dict(config.node_labels.items)) if 0 < share < 1 else 0
+        if fits >= config.workers.minimum:
+            return f", or --resources-per-worker CPU={share:g}"
     return ""

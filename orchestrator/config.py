@@ -12,7 +12,7 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from orchestrator.errors import UserError
 from orchestrator.values import Cadence, Pairs, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
+TOGETHER = {"shards", "workers", "batch_size", "steps", "epochs"}  # what check_together looks at side by side
 
 
 def setting(
@@ -175,6 +176,8 @@ def flag(name: str) -> str:
 def parse_value(config_type: type[RunConfig], name: str, raw: Any) -> Any:
     """The typed value of setting `name` from a flag's text or a TOML value; raises UserError with one line."""
     meta = settings(config_type)[name].metadata
+    if isinstance(raw, dict | list):
+        raise UserError(f"{flag(name)}: a table or list in TOML; give one value, as on the command line")
     hint = typing.get_type_hints(config_type)[name]
     kinds = [
         k for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if k is not type(None)
@@ -216,7 +219,14 @@ def _convert(kind: Any, raw: Any) -> Any:
 
 
 def build(config_type: type[C], given: Mapping[str, Any]) -> C:
-    """The configuration of the given settings over the defaults; raises UserError with one line.
+    """The configuration of the given settings over the defaults, checked; raises UserError with one line."""
+    config = assemble(config_type, given)
+    check_together(config)
+    return config
+
+
+def assemble(config_type: type[C], given: Mapping[str, Any]) -> C:
+    """The configuration of the given settings over the defaults, each checked alone; raises UserError.
 
     Args:
         given: setting name -> flag text or TOML value.
@@ -236,12 +246,11 @@ def build(config_type: type[C], given: Mapping[str, Any]) -> C:
     config = config_type(**values)
     if "workers" not in values:
         config = dataclasses.replace(config, workers=WorkerRange(1, config.shards))
-    _check_together(config)
     return config
 
 
-def _check_together(config: RunConfig) -> None:
-    """What no setting can tell alone."""
+def check_together(config: RunConfig) -> None:
+    """What no setting can tell alone; raises UserError with one line."""
     shards, batch, workers = config.shards, config.batch_size, config.workers
     if shards & (shards - 1):
         below = 1 << (shards.bit_length() - 1)
@@ -282,11 +291,6 @@ def to_toml(config: RunConfig, workload: str) -> str:
         if value is None:
             continue
         plain = value if isinstance(value, int | float | str) else str(value)
-        lines.append(f"{name} = {json.dumps(plain)}")
+        # JSON's scalars are TOML's, but for surrogate pairs and an unescaped DEL.
+        lines.append(f"{name} = {json.dumps(plain, ensure_ascii=False)}".replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"
-
-
-def changed_settings(old: RunConfig, new: RunConfig, names: Iterable[str]) -> list[str]:
-    """The settings among `names` that decide the result and differ between the two."""
-    fields = settings(type(old))
-    return [n for n in names if fields[n].metadata["result"] and getattr(old, n) != getattr(new, n)]

@@ -70,7 +70,7 @@ class Coordinator:
         """
         self._plan, self._workers, self._started_s = plan, workers, started_s
         self._folder = RunFolder(Folder(uri))
-        self._joining: dict[int, tuple[str, str]] = {}
+        self._joining: dict[int, tuple[str, int, str]] = {}
         self._changed = asyncio.Condition()
         self._generation = 0
         self._store: dict[int, tuple[str, int]] = {}
@@ -104,14 +104,14 @@ class Coordinator:
             self._superseded = True
             self._end("failed", "another command has taken this run over", 1)
 
-    async def join(self, rank: int, node: str, device: str) -> Seat | None:
+    async def join(self, rank: int, node: str, pid: int, device: str) -> Seat | None:
         """A worker is there; answers when all of the generation are. None: the run is over."""
         async with self._changed:
             if self._outcome:
                 return None
             if self._joining.get(rank) is not None or len(self._joining) == self._workers:
                 self._joining = {}
-            self._joining[rank] = (node, device)
+            self._joining[rank] = (node, pid, device)
             if len(self._joining) == self._workers:
                 self._generation += 1
                 self._phase = "loading data and model"
@@ -145,9 +145,8 @@ class Coordinator:
             self._log(incident)
             self._lost_at = None
         ranges = [[r.start, r.stop] for r in even_placement(self._plan.config.shards, self._workers)]
-        nodes = [self._joining[rank][0] for rank in sorted(self._joining)]
-        device = self._joining[0][1]
-        self._log(GenerationStarted(generation, step, self._workers, ranges, nodes, device))
+        nodes, pids, devices = zip(*(self._joining[rank] for rank in sorted(self._joining)), strict=True)
+        self._log(GenerationStarted(generation, step, self._workers, ranges, [*nodes], [*pids], devices[0]))
         if self._first_step < 0:
             self._first_step = step
         self._step, self._phase = step, "training"

@@ -8,7 +8,7 @@ from orchestrator.errors import UserError
 from orchestrator.plan import Plan
 from orchestrator.resume import gpu_wanted
 from orchestrator.runfolder import RunFolder
-from orchestrator.shards import even_placement
+from orchestrator.shards import even_placement, live_blocks
 
 OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}  # fp32 tensors the optimizer keeps per parameter
 
@@ -21,7 +21,6 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         {"GPU": 1.0, "CPU": 1.0} if gpu_wanted(config) else {"CPU": 1.0}
     )
     state = 4 * parameters * (1 + OPTIMIZER_COPIES[config.optimizer])
-    gradients = 4 * parameters * (schedule.shards.bit_length() + 2)
     here = Node({"CPU": float(os.cpu_count() or 1), "GPU": float(gpu_wanted(config))}, {})
     try:
         workers = choose_workers(config, per_worker, [here])
@@ -29,6 +28,7 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
     except UserError:
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
     placement = even_placement(config.shards, workers)
+    gradients = 4 * parameters * (max(map(live_blocks, placement)) + 1)
     ranges = ", ".join(f"worker {rank}: {own.start}-{own.stop - 1}" for rank, own in enumerate(placement))
     reserved = ", ".join(f"{name}={amount:g}" for name, amount in per_worker.items())
     lines = [

@@ -20,13 +20,14 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class GenerationStarted:
-    """A fixed set of workers begins to train. `ranges`: first and last+1 shard by rank; `nodes`: node by rank."""
+    """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id."""
 
     generation: int
     step: int
     workers: int
     ranges: list[list[int]]
     nodes: list[str]
+    pids: list[int]
     device: str
 
 

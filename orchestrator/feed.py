@@ -7,20 +7,27 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from orchestrator.errors import DataError
 from workloads.workload import Batch, Samples
 
 Request = tuple[int, NDArray[np.int64]]  # (epoch, sample indices)
 
 
-class _Microbatches(Dataset[Batch]):
-    """A map from a request to its batch, in the form that torch's DataLoader takes."""
+class _Microbatches(Dataset[Batch | DataError]):
+    """A map from a request to its batch, in the form that torch's DataLoader takes.
+
+    A DataError is handed over as a value: torch would wrap its one line into a loader process's traceback.
+    """
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> Batch | DataError:
         epoch, indices = request
-        return self._samples.microbatch(indices, epoch)
+        try:
+            return self._samples.microbatch(indices, epoch)
+        except DataError as error:
+            return error
 
 
 def batches(samples: Samples, requests: Iterable[Request], processes: int, device: torch.device) -> Iterator[Batch]:
@@ -28,10 +35,13 @@ def batches(samples: Samples, requests: Iterable[Request], processes: int, devic
 
     Args:
         processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
+
+    Raises:
+        DataError: a sample cannot be read.
     """
     microbatches = _Microbatches(samples)
     if processes:
-        loader: Iterable[Batch] = DataLoader(
+        loader: Iterable[Batch | DataError] = DataLoader(
             microbatches,
             sampler=requests,  # type: ignore[arg-type]
             batch_size=None,
@@ -42,4 +52,6 @@ def batches(samples: Samples, requests: Iterable[Request], processes: int, devic
     else:
         loader = (microbatches[request] for request in requests)
     for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -97,14 +97,17 @@ def _quiet_ray(log_file: Path) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray  # noqa: F401  (importing it resets its loggers)
+    from ray._private import worker  # importing ray resets its loggers, so the handler comes after
 
     log_file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("ray")
-    logger.addHandler(handler)
-    logger.propagate = False
+    logger.handlers.clear()
+    logger.propagate = True  # some of Ray's modules clear its handlers when they are imported: the root keeps ours
+    logging.getLogger().addHandler(handler)
+    # Errors that the cluster publishes (a worker died) are printed whatever log_to_driver says: log them instead.
+    worker.print_to_stdstream = lambda data, **_: logger.warning("%s", "\n".join(map(str, data["lines"])))
 
 
 def nodes() -> list[Node]:

@@ -13,6 +13,8 @@ class Precision:
         self.kind = kind
         self._device_type = device_type
         self.scaler = torch.amp.GradScaler(device_type, enabled=kind == "fp16")
+        # The scaler makes its scale when it is first used, which a worker without samples would never do.
+        self.scaler.scale(torch.zeros(1, device=device_type))
 
     def autocast(self) -> torch.autocast:
         """Context of a forward pass; weights stay fp32, matrix products run in the run's precision."""

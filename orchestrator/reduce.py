@@ -1,7 +1,8 @@
 """Gradients summed over shards by one fixed binary tree, whoever computed which shard.
 
 On a worker each parameter has a pairwise stack: a shard's gradient is pushed as autograd delivers it, and while
-the two topmost blocks are siblings of the tree they are added, so at most log2(shards) + 1 gradients are alive.
+the two topmost blocks are siblings of the tree they are added, so few gradients are alive: log2(shards) + 1 for an
+aligned range, at most twice that for any.
 A contiguous range of shards ends as a few aligned blocks. Between workers the blocks travel in buckets, launched
 as soon as the backward pass of the last shard has filled them: each worker receives its chunk of every block
 (all-to-all), folds the chunks in tree order, and the sums are gathered. With two workers that hold one half each,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.config import RunConfig, build, flag, settings
+from orchestrator.config import RunConfig, assemble, check_together, flag, settings
 from orchestrator.errors import UserError
 from orchestrator.runfolder import RunFolder
 
@@ -60,12 +60,13 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     """
     stored = folder.config()
     if stored is None:
+        check_together(config)
         return settle_arithmetic(config, gpu_wanted(config))
     was = stored.pop("workload", workload)
     if was != workload:
         raise UserError(f"--name {config.name}: is a run of {was} in {folder.uri}; use another --name")
     known = {name: value for name, value in stored.items() if name in settings(type(config))}
-    old = build(type(config), known)
+    old = assemble(type(config), known)
     fields = settings(type(config))
     for name in given:
         automatic = (name == "precision" and config.precision == "auto") or (name == "threads" and not config.threads)
@@ -78,7 +79,9 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     taken |= {"name": config.name, "storage": config.storage}
     if "workers" not in given and "workers" not in known:
         taken["workers"] = config.workers
-    return dataclasses.replace(old, **taken)
+    resumed = dataclasses.replace(old, **taken)
+    check_together(resumed)
+    return resumed
 
 
 def gpu_wanted(config: RunConfig) -> bool:

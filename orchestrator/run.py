@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config import build, flag, help_texts, settings, to_toml
+from orchestrator.config import TOGETHER, assemble, build, flag, help_texts, settings, to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
@@ -73,7 +73,7 @@ def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, An
     parsed = vars(workload_parser(workload).parse_args(arguments))
     file, dry = parsed.pop("config"), parsed.pop("dry_run")
     flags = {name: text for name, text in parsed.items() if text is not None}
-    given = _read_toml(Path(file), workload) if file else {}
+    given = _read_toml(Path(file), workload, alone=not flags.keys() & TOGETHER) if file else {}
     # --steps on the command line replaces the file's epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in flags and other not in flags:
@@ -81,7 +81,8 @@ def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, An
     return given | flags, dry
 
 
-def _read_toml(file: Path, workload: str) -> dict[str, Any]:
+def _read_toml(file: Path, workload: str, alone: bool) -> dict[str, Any]:
+    """The settings in `file`, each checked; those that need each other too where no flag can change them."""
     try:
         content = tomllib.loads(file.read_text())
     except OSError as error:
@@ -93,7 +94,7 @@ def _read_toml(file: Path, workload: str) -> dict[str, Any]:
     if for_workload != workload:
         raise UserError(f"--config {file}: is for the workload {for_workload}; run that, or give another file")
     try:
-        build(WORKLOADS[workload].config_type(), content)
+        (build if alone else assemble)(WORKLOADS[workload].config_type(), content)
     except UserError as error:
         raise UserError(f"--config {file}: {error}") from None
     return content
@@ -103,7 +104,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     """The whole command; returns the exit status."""
     given, dry = read_settings(workload, arguments)
     entry = WORKLOADS[workload]
-    config = build(entry.config_type(), given)
+    config = assemble(entry.config_type(), given)
     config = resolve(entry.absolute_paths(config))
     folder = RunFolder(Folder(config.storage).child(config.name))
     config = take_up(config, given, folder, workload)
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{arguments[0]}: no such workload; choose from {', '.join(WORKLOADS)}")
         return run(arguments[0], arguments[1:], started_s)
     except OrchestratorError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("stopped at once; the run resumes from its last checkpoint", file=sys.stderr)

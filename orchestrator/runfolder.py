@@ -3,7 +3,7 @@
 import json
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class RunFolder:
         """From now on the run belongs to the command with this token; the end of an earlier one is void."""
         self.folder.write(OWNER, token.encode())
         self.folder.delete(RESULT)
+        self.mend_logs()
 
     def owner(self) -> str | None:
         """The token of the command that the run belongs to."""
@@ -65,13 +66,21 @@ class RunFolder:
         self.folder.append(METRICS, "".join(json.dumps(r) + "\n" for r in records))
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the records beyond `step` (those steps are taken again), and a torn last line."""
-        text = self.folder.read_text(METRICS)
+        """Drop the records beyond `step`: those steps are taken again."""
+        self._keep_lines(METRICS, lambda record: record.get("step", step + 1) <= step)
+
+    def mend_logs(self) -> None:
+        """Drop a last line that a crash tore, so that the next record does not continue it."""
+        self._keep_lines(EVENTS, lambda _: True)
+        self._keep_lines(METRICS, lambda _: True)
+
+    def _keep_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        text = self.folder.read_text(name)
         if text is None:
             return
-        kept = [line for line in text.splitlines() if _step_of(line) <= step]
-        if len(kept) < len(text.splitlines()):
-            self.folder.write(METRICS, "".join(line + "\n" for line in kept).encode())
+        kept = "".join(line + "\n" for line in text.splitlines() if (r := _record(line)) is not None and keep(r))
+        if kept != text:
+            self.folder.write(name, kept.encode())
 
     def error(self, text: str) -> None:
         """Append a traceback to logs/errors.log."""
@@ -84,8 +93,9 @@ class RunFolder:
                 self.folder.write(f"model/{file.relative_to(local)}", file.read_bytes())
 
 
-def _step_of(line: str) -> float:
+def _record(line: str) -> dict[str, Any] | None:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -6,6 +6,7 @@ Everything here is a pure function of integers. The number of workers appears in
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,11 +135,24 @@ def tree_blocks(start: int, stop: int) -> list[Block]:
     return stack
 
 
+def live_blocks(own: range) -> int:
+    """The most blocks that are alive at once while a worker goes through its range of shards."""
+    stack: list[Block] = []
+    most = 0
+    for shard in own:
+        most = max(most, len(stack) + 1)
+        push_block(stack, Block(shard, 1))
+    return most
+
+
 @dataclass(frozen=True)
 class Placement:
     """Which worker computes which shards: rank r owns shards bounds[r]..bounds[r+1]-1."""
 
     bounds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert all(low < high for low, high in pairwise(self.bounds)), f"a worker without shards: {self.bounds}"
 
     @property
     def shards(self) -> int:

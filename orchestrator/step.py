@@ -99,7 +99,7 @@ class ShardedGradients:
         self._reducer.finish()
         rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
         self._check_finite(step, rows[:, 0])
-        count = rows[:, 1].sum().item()
+        count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
         return StepTotals(rows[:, 0].sum().item() / count, self._samples, nominal / count, bool(rows[:, 2].sum() > 0))
 
     def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
@@ -129,7 +129,7 @@ class ShardedGradients:
 
     def close(self) -> None:
         self._reducer.close()
-        self._statistics.restore_momenta()
+        self._statistics.close()
 
 
 class _LossModule(nn.Module):
@@ -157,7 +157,9 @@ class DdpGradients:
         self._plan, self._workload, self._state, self._group = plan, workload, state, group
         self._module: nn.Module = _LossModule(workload, state.model)
         if group.world > 1:
-            self._module = nn.parallel.DistributedDataParallel(self._module, gradient_as_bucket_view=True)
+            self._module = nn.parallel.DistributedDataParallel(
+                self._module, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         samples = workload.samples("train")
         self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
 
@@ -195,11 +197,17 @@ class DdpGradients:
         if bad:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
-        total = rows[:, 1].sum().item()
+        total = rows[:, 1].sum().item() or 1.0
         return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, bool(rows[:, 2].sum() > 0))
 
     def committed(self, step: int) -> None:
-        """Nothing is left to do: DistributedDataParallel keeps buffers alike itself."""
+        """Everyone takes rank 0's buffers, as DistributedDataParallel does, but after the step: none is left behind."""
+        buffers = [b for b in self._state.model.buffers() if b.is_floating_point()]
+        if buffers and self._group.world > 1:
+            flat = torch.cat([b.flatten() for b in buffers])
+            self._group.broadcast(flat, 0)
+            for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def close(self) -> None:
         del self._module

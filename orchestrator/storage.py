@@ -71,7 +71,7 @@ class Folder:
         """The file's text, or None where there is no such file."""
         try:
             return self.read(name).decode()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, data: bytes) -> None:

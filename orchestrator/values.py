@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Self
 
 
@@ -43,7 +44,7 @@ class Cadence:
         return cls(seconds=float(match[1])) if match[2] else cls(steps=int(match[1]))
 
     def __str__(self) -> str:
-        return f"{self.seconds:g}s" if self.seconds else str(self.steps)
+        return f"{Decimal(repr(self.seconds)):f}s" if self.seconds else str(self.steps)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Worker:
 
         device_name = "cuda" if ray.get_gpu_ids() else "cpu"
         node = ray.get_runtime_context().get_node_id()
-        seat_ref = self._coordinator.join.remote(self._rank, node, device_name)
+        seat_ref = self._coordinator.join.remote(self._rank, node, os.getpid(), device_name)
         _prepare_torch(self._plan.config.threads)
         import torch
 

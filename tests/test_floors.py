@@ -38,7 +38,7 @@ IMPURE |= {
 }
 
 FLOORS: dict[int, str] = {
-    0: "orchestrator orchestrator.errors orchestrator.config workloads workloads.summary cluster",
+    0: "orchestrator orchestrator.errors orchestrator.values orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.schedule orchestrator.cluster_fit orchestrator.plan orchestrator.events"
     " orchestrator.balance orchestrator.recovery",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
@@ -46,7 +46,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.vision_ops workloads.workload",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop",
     4: "orchestrator.coordinator orchestrator.worker orchestrator.ray_backend orchestrator.ray_policy"
-    " workloads.registry",
+    " orchestrator.reporter workloads.registry",
     5: "orchestrator.launch orchestrator.run orchestrator.report orchestrator.export orchestrator.resume"
     " orchestrator.dry_run orchestrator.progress",
 }
@@ -109,6 +109,7 @@ def test_every_module_has_a_floor(module):
 @every_module
 def test_imports_go_down(module):
     own = floor(module)
+    assert own is not None, f"{module} is not in the house"
     for name, line in ours(module):
         below = floor(name)
         assert below is not None, f"{module}:{line}: {name} is not in the house"
@@ -128,7 +129,7 @@ def test_loop_and_workloads_do_not_know_each_other():
     for module in MODULES:
         for name, line in ours(module):
             inside = name.startswith(("workloads.resnet", "workloads.bert"))
-            if module in LOOP_SIDE or (module.startswith("orchestrator.") and floor(module) < 4):
+            if module in LOOP_SIDE or (module.startswith("orchestrator.") and (floor(module) or 0) < 4):
                 assert not inside, f"{module}:{line} imports a workload"
             if module.startswith(("workloads.resnet", "workloads.bert")):
                 assert name not in LOOP_SIDE, f"{module}:{line} imports the loop"
@@ -140,7 +141,7 @@ def test_loop_and_workloads_do_not_know_each_other():
 def test_heavy_libraries_begin_on_their_floor(module):
     for name, line in imports(module):
         lowest = DOWNWARD.get(name.split(".")[0], 0)
-        assert floor(module) >= lowest, f"{module}:{line}: {name} begins on floor {lowest}"
+        assert (floor(module) or 0) >= lowest, f"{module}:{line}: {name} begins on floor {lowest}"
 
 
 @pytest.mark.parametrize("module", [m for m in sorted(MODULES) if floor(m) == 1])
@@ -160,7 +161,6 @@ def test_decisions_are_pure(module):
 def test_floors_are_not_stale():
     """Balance and recovery are on the plan; all else that the map names exists or is a door of the design."""
     planned = {"orchestrator.balance", "orchestrator.recovery", "orchestrator.report", "orchestrator.export"}
-    planned |= {"orchestrator.ray_policy"}
     named = {name for names in FLOORS.values() for name in names.split()}
     assert named - set(MODULES) <= planned
 

@@ -57,9 +57,8 @@ def test_an_fp16_overflow_is_skipped_by_all(optimizer, sample_step):
     plan = plan.with_config(blow_up=victim)
     (alone,) = run_distributed(run_toy, 1, plan)
     assert alone.finished
-    assert alone.scales[sample_step] == alone.scales[0] / (1 if sample_step == 0 else 2)
-    assert alone.scales[sample_step] in (32768.0, 16384.0, 65536.0)
-    assert alone.snapshot["scaler.scale"].item() == alone.scales[-1] < 65536.0
+    assert alone.scales == [65536.0] * sample_step + [32768.0] * (6 - sample_step)
+    assert alone.snapshot["scaler.scale"].item() == 32768.0
     assert torch.isfinite(torch.cat([p.flatten() for n, p in alone.snapshot.items() if p.is_floating_point()])).all()
     for outcome in [*run_distributed(run_toy, 2, plan), *run_distributed(run_toy, 3, plan)]:
         assert outcome.sha256 == alone.sha256

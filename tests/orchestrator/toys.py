@@ -128,7 +128,8 @@ class ToyWorkload:
         return Sums((losses * batch["items"]).sum(), batch["items"].sum(), {"correct": correct.sum()})
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
-        return {"loss": totals["loss"] / totals["count"], "accuracy": totals["correct"] / totals["count"]}
+        count = totals["count"] or 1.0
+        return {"loss": totals["loss"] / count, "accuracy": totals["correct"] / count}
 
     def save(self, model: nn.Module, folder: Path) -> None:
         torch.save(model.state_dict(), folder / "model.pt")

@@ -1,0 +1,158 @@
+"""Samples per second of our command line against a plain torch DDP script under torchrun (baseline_ddp.py).
+
+    python tests/bench/training_rate.py --out training_rate.json
+    python tests/bench/training_rate.py --workloads resnet18 --workers 1 --reduce fixed --batch-size 64 --visits 5
+
+resnet18 (3x3 stem, 32x32, random images in CIFAR-10's format) and BERT-mini (sequences of 128 tokens), 1 and 2
+workers of one thread each, the same global batch. A round visits every --reduce and, after each, the script; the
+rate is that of the steps after the warm-up. BERT's script comes in two variants, its head at every place (what
+model(input_ids, labels=labels) does) and at masked places only (what ours does): either is compared.
+Targets, ratio of ours to the script: --reduce fixed >= 0.95, ddp >= 1.0.
+"""
+
+import statistics
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import commands
+import paired
+
+TARGETS = {"fixed": paired.Target(0.95, at_least=True), "ddp": paired.Target(1.0, at_least=True)}
+WORKLOADS = {"resnet18": "resnet", "bert-mini": "bert"}
+HEADS = {"resnet18": ("full",), "bert-mini": ("full", "masked")}
+NEVER = "1000000"  # steps between checkpoints: their cost is checkpoint_stall.py's subject
+DIFFERENCES = {
+    "both": [
+        "ours: fused optimizer kernels, deterministic algorithms, learning rate schedule, loss of every step recorded; "
+        "script: torch's default optimizer, constant learning rate, nothing printed",
+        "no side writes a checkpoint or evaluates between the steps that are timed",
+    ],
+    "fixed": ["ours: forward and backward per logical shard (batch / shards samples); script: the worker's whole part"],
+    "resnet18": ["ours: v2 transforms on tensors, seeded per sample; script: torchvision transforms on PIL images"],
+    "bert-mini": [
+        "ours: head at masked places only; script: at all places (full) or at masked ones (masked)",
+        "ours: exactly the masked share of each sequence; script: DataCollatorForLanguageModeling, on average the same",
+    ],
+}
+
+
+def ours(settings: Namespace, workload: str, workers: int, reduce: str, data: Path) -> list[float]:
+    """Seconds per step of one visit to our command line."""
+    arguments = [
+        "--workers", str(workers), "--reduce", reduce, "--shards", str(settings.shards), "--precision", "fp32",
+        "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), "--checkpoint-every", NEVER,
+        "--resources-per-worker", "CPU=1", "--threads", "1",
+    ]  # fmt: skip
+    if workload == "resnet18":
+        arguments += ["--model", "resnet18", "--data", f"cifar10:{data}", "--lr", "0.01"]
+    else:
+        arguments += [
+            "--model", "mini", "--vocab-size", str(settings.vocab_size), "--lr", "0.0001",
+            "--sequence-length", str(settings.sequence_length), "--mask-rate", str(settings.mask_rate),
+        ]  # fmt: skip
+    with commands.visit() as folder:
+        _, run = commands.train(WORKLOADS[workload], arguments, folder)
+        return [record["step_s"] for record in commands.records(run / "metrics.jsonl")]
+
+
+def script(settings: Namespace, workload: str, workers: int, head: str, data: Path) -> list[float]:
+    """Seconds per step of one visit to the script."""
+    arguments = [
+        workload, "--data", str(data), "--batch-size", str(settings.batch_size), "--steps", str(settings.steps),
+        "--loader-processes", str(settings.script_loader_processes), "--vocab-size", str(settings.vocab_size),
+        "--sequence-length", str(settings.sequence_length), "--mask-rate", str(settings.mask_rate), "--head", head,
+    ]  # fmt: skip
+    with commands.visit() as folder:
+        done = commands.torchrun(workers, "baseline_ddp.py", arguments, folder)
+        return list(commands.last_json(done.stdout)["step_s"])
+
+
+def sides(settings: Namespace, workload: str, workers: int, data: Path) -> dict[str, Callable[[], list[float]]]:
+    """One round: ours and the script by turns, every variant of either at least once."""
+    heads = [head for head in HEADS[workload] if head in settings.heads or len(HEADS[workload]) == 1]
+    order: dict[str, Callable[[], list[float]]] = {}
+    for i in range(max(len(settings.reduce), len(heads))):
+        if i < len(settings.reduce):
+            order[settings.reduce[i]] = partial(ours, settings, workload, workers, settings.reduce[i], data)
+        # With fewer variants of the script than of ours it is visited again: each of ours has its own neighbour.
+        head, again = heads[i % len(heads)], i // len(heads)
+        order[f"script {head} {again}"] = partial(script, settings, workload, workers, head, data)
+    return order
+
+
+def rate(settings: Namespace, step_s: list[float]) -> float:
+    """Samples per second after the warm-up."""
+    timed = step_s[settings.warm_up :]
+    return settings.batch_size * len(timed) / sum(timed)
+
+
+def measure(settings: Namespace, workload: str, workers: int, data: Path) -> list[dict[str, Any]]:
+    """All comparisons of one workload at one number of workers."""
+    paired.say(f"{workload}, {workers} worker(s)")
+    found = paired.alternate(sides(settings, workload, workers, data), settings.visits)
+    comparisons = []
+    for i, reduce in enumerate(settings.reduce):
+        for head in HEADS[workload]:
+            visits = [name for name in found if name.startswith(f"script {head} ")]
+            if not visits:
+                continue
+            against = found[visits[i % len(visits)]]
+            name = f"{workload}, {workers} worker(s), {reduce} / script"
+            compared = paired.compare(
+                name + (f" ({head} head)" if len(HEADS[workload]) > 1 else ""),
+                [rate(settings, step_s) for step_s in found[reduce]],
+                [rate(settings, step_s) for step_s in against],
+                TARGETS[reduce],
+            )
+            compared["unit"] = "samples/s"
+            compared["ratio_by_median_step"] = round(_median_step(settings, against, found[reduce]), 4)
+            compared["differences"] = [
+                *DIFFERENCES["both"], *DIFFERENCES[workload], *DIFFERENCES.get(reduce, [])
+            ]  # fmt: skip
+            comparisons.append(compared)
+    return comparisons
+
+
+def _median_step(settings: Namespace, slower: list[list[float]], faster: list[list[float]]) -> float:
+    """The same ratio from the median step of each visit, which a single disturbed step does not move."""
+    pairs = zip(slower, faster, strict=True)
+    medians = [statistics.median(a[settings.warm_up :]) / statistics.median(b[settings.warm_up :]) for a, b in pairs]
+    return statistics.median(medians)
+
+
+def main() -> None:
+    parser = paired.parser(__doc__ or "", visits=3)
+    parser.add_argument("--workloads", type=paired.words(list(WORKLOADS)), default=list(WORKLOADS))
+    parser.add_argument("--workers", type=paired.words(("1", "2", "3", "4")), default=["1", "2"])
+    parser.add_argument("--reduce", type=paired.words(list(TARGETS)), default=list(TARGETS))
+    parser.add_argument(
+        "--baseline-head", dest="heads", type=paired.words(("full", "masked")), default=["full", "masked"]
+    )
+    parser.add_argument("--steps", type=int, default=13, help="steps per visit, the warm-up included [13]")
+    parser.add_argument("--warm-up", type=int, default=3, help="first steps that are not counted [3]")
+    parser.add_argument("--batch-size", type=int, default=128, help="global batch of either side [128]")
+    parser.add_argument("--shards", type=int, default=8, help="ours [8]")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="of BERT, our workload's default [2048]")
+    parser.add_argument("--sequence-length", type=int, default=128, help="of BERT [128]")
+    parser.add_argument("--mask-rate", type=float, default=0.15, help="of BERT [0.15]")
+    parser.add_argument(
+        "--script-loader-processes", type=int, default=0, help="the script's DataLoader num_workers [0]"
+    )
+    settings = parser.parse_args()
+    if settings.steps <= settings.warm_up:
+        parser.error("--steps must exceed --warm-up")
+    report = paired.header("training_rate", settings)
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as scratch:
+        data = commands.write_cifar10(Path(scratch))
+        chosen = product(settings.workloads, map(int, settings.workers))
+        report["comparisons"] = [c for name, workers in chosen for c in measure(settings, name, workers, data)]
+    paired.emit(report, settings.out)
+
+
+if __name__ == "__main__":
+    main()

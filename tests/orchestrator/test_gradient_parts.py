@@ -1,0 +1,177 @@
+"""Batch normalization against torch's own, and the tree reducer's gradients against autograd's."""
+
+import pytest
+import torch
+from distributed import run_distributed
+from torch import nn
+from toys import ToyWorkload, toy_plan, toy_state
+
+from orchestrator.batchnorm import RunningStatistics
+from orchestrator.group import Group
+from orchestrator.reduce import TreeReducer
+from orchestrator.shards import derive_seed, even_placement, placement_from_counts
+from orchestrator.state import weights_sha256
+from orchestrator.step import ShardedGradients
+
+ALONE = Group(0, 1, torch.device("cpu"))
+ULP = 2.0**-23
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 0.9, 1.0, None])
+def test_with_one_shard_statistics_are_those_of_torch(momentum):
+    """To 1 ulp a step (of the largest channel), not exactly: torch rounds m * new + (1 - m) * old elsewhere."""
+    torch.manual_seed(0)
+    batches = [torch.randn(9, 5, 3, 3) * 3 + 1 for _ in range(6)]
+    plain, ours = (nn.Sequential(nn.BatchNorm2d(5, momentum=momentum)) for _ in range(2))
+    statistics = RunningStatistics(ours)
+    for step, batch in enumerate(batches):
+        plain(batch)
+        statistics.start_step()
+        ours(batch)
+        statistics.fold(statistics.of_last_forward(len(batch)), len(batch), step + 1)
+        assert ours[0].num_batches_tracked.item() == plain[0].num_batches_tracked.item() == step + 1
+    for name in ("running_mean", "running_var"):
+        a, b = getattr(plain[0], name), getattr(ours[0], name)
+        scale = a.abs().max()
+        assert (a - b).abs().max() <= len(batches) * ULP * scale
+    statistics.close()
+    assert ours[0].momentum == momentum
+
+
+def test_shards_are_weighted_by_their_samples():
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=0.5))
+    statistics = RunningStatistics(model)
+    parts = torch.tensor([[1.0, 2], [3, 4], [5, 9]]), torch.tensor([[10.0, 0], [20, 8]])
+    statistics.start_step()
+    total = torch.zeros(statistics.numel)
+    for part in parts:
+        model(part)
+        total += statistics.of_last_forward(len(part))
+    statistics.fold(total, 5, 1)
+    mean = sum(p.mean(0) * len(p) for p in parts) / 5
+    variance = sum(p.var(0) * len(p) for p in parts) / 5
+    assert torch.allclose(model[0].running_mean, 0.5 * mean)
+    assert torch.allclose(model[0].running_var, 0.5 + 0.5 * variance)
+
+
+def test_models_without_running_statistics_have_none():
+    for model in (nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)):
+        assert RunningStatistics(model).numel == 0
+
+
+def test_steps_are_counted_not_forward_passes():
+    plan = toy_plan(steps=4)
+    state = toy_state(plan)
+    source = ShardedGradients(plan, ToyWorkload(plan.config), state, ALONE, even_placement(8, 1), 0)
+    for step in range(3):
+        source.compute(step, False)
+        source.committed(step)
+        assert state.model.bn.num_batches_tracked.item() == step + 1
+    source.close()
+    assert state.model.bn.momentum == 0.1
+    assert not state.parameters[0]._post_accumulate_grad_hooks
+
+
+def test_a_step_that_is_not_committed_leaves_no_trace():
+    """A lost peer ends a step between compute() and committed(): the recomputed step starts from the old buffers."""
+    plan = toy_plan(steps=4)
+    state = toy_state(plan)
+    before = weights_sha256(state.model)
+    source = ShardedGradients(plan, ToyWorkload(plan.config), state, ALONE, even_placement(8, 1), 0)
+    source.compute(0, False)
+    source.close()
+    assert weights_sha256(state.model) == before
+
+
+def test_gradients_are_those_of_autograd():
+    """Also of tied parameters, of those that only some shards use, and of those that none does."""
+    plan = toy_plan(batch_size=64, steps=1, norm=False)
+    state, workload = toy_state(plan), ToyWorkload(plan.config)
+    state.model.dropout.p = 0.0
+    reducer = TreeReducer(state.parameters, 1, ALONE)
+    reducer.place(even_placement(8, 1))
+    reducer.start_step()
+    samples, whole = workload.samples("train"), []
+    for shard in range(8):
+        reducer.start_shard(shard)
+        _, indices = plan.schedule.indices(0, 0, shard)
+        whole += indices.tolist()
+        reducer.add_extra(torch.ones(1))
+        workload.sums(state.model.train(), samples.microbatch(indices, 0)).loss.backward()
+        reducer.end_shard()
+    reducer.finish()
+    assert 3 in whole, "the sample that uses the rare parameters"
+    assert reducer.extra.item() == 8
+    found = {n: p.grad.clone() for n, p in state.model.named_parameters()}
+    reducer.close()
+    state.optimizer.zero_grad()
+    total = 0.0
+    for shard in range(8):
+        batch = samples.microbatch(plan.schedule.indices(0, 0, shard)[1], 0)
+        total = total + workload.sums(state.model, batch).loss
+    total.backward()
+    assert not found["never"].any()
+    assert found["rare.weight"].any()
+    for name, parameter in state.model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-5), name
+
+
+def reduce_known(group: Group, counts: tuple[int, ...], steps: int) -> list[list[float]]:
+    """Sums of gradients that differ in magnitude, so that another order of adding gives other bits."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(7,), (3, 5), (1,), (2, 3, 4), (300, 1000)]]
+    with torch.no_grad():
+        parameters[3].data = parameters[3].data.permute(2, 0, 1)  # a layout of its own
+    reducer = TreeReducer(parameters, 11, group)
+    placement = placement_from_counts(counts)
+    reducer.place(placement)
+    found = []
+    for step in range(steps):
+        reducer.start_step()
+        for shard in placement.range_of(group.rank):
+            reducer.start_shard(shard)
+            torch.manual_seed(derive_seed(step, shard))
+            reducer.add_extra(torch.randn(11) * 10.0 ** (shard % 5))
+            if shard % 3:  # every third shard is empty
+                loss = sum((p * torch.randn(p.shape) * 10.0 ** (shard % 7)).sum() for p in parameters[shard % 2 :])
+                loss.backward()
+            reducer.end_shard()
+        reducer.finish()
+        sums = [p.grad for p in parameters] + [reducer.extra]
+        assert all(p.grad.stride() == p.stride() for p in parameters)
+        found.append([float(t.double().sum()) for t in sums] + [t.flatten()[-1].item() for t in sums])
+    return found
+
+
+@pytest.mark.parametrize(
+    "counts", [(8, 8), (5, 11), (1, 15), (4, 4, 8), (1, 14, 1), (7, 2, 7), (4, 4, 4, 4), (3, 3, 5, 5), (2, 6, 6, 1, 1)]
+)
+def test_sums_have_the_same_bits_on_every_placement(counts):
+    """The large parameter is beyond a bucket of its own; two steps, for stale views show in the second."""
+    (alone,) = run_distributed(reduce_known, 1, (16,), 2)
+    for found in run_distributed(reduce_known, len(counts), counts, 2):
+        assert found == alone
+
+
+def join_sums(group: Group) -> list[torch.Tensor]:
+    """Several buckets: more than BUCKET_BYTES of parameters."""
+    parameters = [nn.Parameter(torch.zeros(1_500_000)) for _ in range(3)]
+    reducer = TreeReducer(parameters, 2, group)
+    placement = even_placement(4, group.world)
+    reducer.place(placement)
+    reducer.start_step()
+    for shard in placement.range_of(group.rank):
+        reducer.start_shard(shard)
+        reducer.add_extra(torch.tensor([1.0, shard]))
+        sum((p * float(10**shard + i)).sum() for i, p in enumerate(parameters)).backward()
+        reducer.end_shard()
+    reducer.finish()
+    assert all(p.grad.eq(p.grad[0]).all() for p in parameters)
+    return [torch.stack([p.grad[0] for p in parameters]), reducer.extra.clone()]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_parameters_of_several_buckets(world):
+    for sums, extra in run_distributed(join_sums, world):
+        assert sums.tolist() == [1111.0, 1115.0, 1119.0]
+        assert extra.tolist() == [4.0, 6.0]

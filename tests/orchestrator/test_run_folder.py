@@ -1,0 +1,135 @@
+"""A run's folder: whole files are never half written, and records go on cleanly after a crash."""
+
+import json
+import os
+
+import pytest
+
+from orchestrator.errors import UserError
+from orchestrator.events import RunEnded
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder
+from orchestrator.storage import Folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(Folder(str(tmp_path)))
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [json.loads(line)["step"] for line in folder.folder.read_text(METRICS).splitlines()]
+
+
+def lines(*numbers: int) -> str:
+    return "".join(json.dumps({"step": n, "loss": 0.5}) + "\n" for n in numbers)
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "left"),
+    [
+        (lines(1, 2, 3, 4), 2, [1, 2]),
+        (lines(1, 2, 3), 3, [1, 2, 3]),
+        (lines(1, 2, 3), 0, []),
+        (lines(1, 2) + '{"step": 3, "lo', 3, [1, 2]),
+        (lines(1, 2) + '{"step": 3, "lo', 1, [1]),
+        (lines(1, 2, 3)[:-1], 3, [1, 2, 3]),
+        (lines(1, 2) + "\n", 2, [1, 2]),
+        (lines(1, 2) + "[3]\n" + lines(3), 3, [1, 2, 3]),
+        ("", 5, []),
+    ],
+)
+def test_metrics_are_cut_and_go_on(folder, text, step, left):
+    """Whatever the crash left, after the cut and one more record every line is a record."""
+    folder.folder.write(METRICS, text.encode())
+    folder.cut_metrics(step)
+    folder.metrics([{"step": 99}])
+    assert steps(folder) == [*left, 99]
+
+
+def test_a_cut_without_metrics_makes_no_file(folder, tmp_path):
+    folder.cut_metrics(3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_events_go_on_after_a_torn_line(folder):
+    """A killed coordinator may leave half a record; the next record must not be lost with it."""
+    folder.folder.write(EVENTS, b'{"time_s": 1.0, "event": "run_st')
+    folder.take_ownership("the next command")
+    folder.events([RunEnded("finished", 3, "")])
+    records = []
+    for line in folder.folder.read_text(EVENTS).splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    assert [r["event"] for r in records] == ["run_ended"]
+
+
+def test_events_are_stamped_lines(folder):
+    folder.events([RunEnded("stopped", 1, "asked to"), RunEnded("finished", 3, "")])
+    folder.events([])
+    records = [json.loads(line) for line in folder.folder.read_text(EVENTS).splitlines()]
+    assert [r["step"] for r in records] == [1, 3]
+    assert records[0]["time_s"] == records[1]["time_s"] > 1.7e9
+
+
+def test_results_errors_and_models(folder, tmp_path):
+    assert folder.result() is None
+    assert folder.config() is None
+    folder.write_result({"status": "finished", "steps": 3})
+    assert folder.result() == {"status": "finished", "steps": 3}
+    folder.error("first\n\n")
+    folder.error("second")
+    assert (tmp_path / "logs" / "errors.log").read_text() == "first\nsecond\n"
+    (tmp_path / "local" / "deep").mkdir(parents=True)
+    (tmp_path / "local" / "deep" / "model.safetensors").write_bytes(b"\x00weights")
+    folder.save_model(tmp_path / "local")
+    assert (tmp_path / "model" / "deep" / "model.safetensors").read_bytes() == b"\x00weights"
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, before):
+    store = Folder(str(tmp_path))
+    if before is not None:
+        store.write("deep/file", before)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        store.write("deep/file", b"new and longer")
+    monkeypatch.undo()
+    assert [f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()] == ([before] if before else [])
+    store.write("deep/file", b"new")
+    assert store.read("deep/file") == b"new"
+
+
+def test_a_folder(tmp_path):
+    store = Folder(f"file://{tmp_path}/runs/")
+    assert store.is_local
+    assert store.names() == []
+    assert store.read_text("x") is None
+    with pytest.raises(FileNotFoundError):
+        store.read("x")
+    store.child("a").write("b/c", b"1")
+    store.write("z", b"2")
+    store.append("log", "one\n")
+    store.append("log", "two\n")
+    assert store.names() == ["a", "log", "z"]
+    assert store.read_text("a/b/c") == "1"
+    assert store.read_text("log") == "one\ntwo\n"
+    for name in ("a", "z", "never"):
+        store.delete(name)
+    assert store.names() == ["log"]
+    assert store.uri == store.child("a").uri.removesuffix("/a") == f"{tmp_path}/runs"
+
+
+def test_writability_is_checked_without_a_trace(tmp_path):
+    Folder(str(tmp_path)).check_writable()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"^--storage .*/file/runs: cannot be written") as refusal:
+        Folder(f"{tmp_path}/file/runs").check_writable()
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(UserError, match=r"^--storage gopher://x: "):
+        Folder("gopher://x")

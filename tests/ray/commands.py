@@ -1,0 +1,106 @@
+"""Run the command line as a user does, and wait for what it writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The tests' environment; RAY_AUTH_MODE as a user would have it: unset unless given."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **changes}
+
+
+def start(arguments: Sequence[str], **changes: str) -> "subprocess.Popen[str]":
+    """`python -m orchestrator.run ARGUMENTS` in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.run", *arguments],
+        cwd=REPOSITORY,
+        env=environment(**changes),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", timeout_s: float = 240) -> Done:
+    """Wait for a started command; kills its whole session when it takes too long."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout_s} s:\n{out}\n{err}") from None
+    return Done(process.returncode, out, err)
+
+
+def run(*arguments: str, timeout_s: float = 240, **changes: str) -> Done:
+    """Run the command to its end."""
+    return finish(start(arguments, **changes), timeout_s)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Until `condition` holds; fails with `what` after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The whole lines of a run's log."""
+    file = folder / name
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_step(folder: Path, step: int, timeout_s: float = 90) -> None:
+    """Until the run has logged `step`."""
+    wait_until(lambda: any(r["step"] >= step for r in records(folder)), timeout_s, f"step {step} in {folder}")
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """result.json."""
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The run's events of one kind."""
+    return [e for e in records(folder, "events.jsonl") if e["event"] == kind]
+
+
+def ray_processes() -> set[int]:
+    """Ids of the processes that Ray runs on this machine."""
+    words = ("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/autoscaler")
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if any(word in command for word in words):
+                found.add(int(entry.name))
+    return found

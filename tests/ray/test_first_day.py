@@ -1,0 +1,152 @@
+"""The commands of the README, as typed."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import RAY, REPOSITORY, environment, events, ray_processes, records, result, run, wait_until
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
+    before = ray_processes()
+    done = run("resnet", "--storage", str(tmp_path), "--name", "run")
+    assert done.status == 0, done.err
+    folder = tmp_path / "run"
+    found = result(folder)
+    assert found["status"] == "finished"
+    assert found["metrics"]["accuracy"] >= 0.98
+    assert found["steps"] == len(records(folder)) == 360
+    assert found["samples"] == sum(r["samples"] for r in records(folder)) == 30 * 1437
+    assert str(folder) in done.out
+    assert "next:" in done.out
+    assert not CONTROL.search(done.out + done.err)
+    assert (folder / "model" / "model.safetensors").exists()
+    wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
+
+
+@pytest.mark.timeout(600)
+def test_bert_on_pythons_own_documentation(tmp_path: Path) -> None:
+    done = run("bert", "--storage", str(tmp_path), "--name", "run", timeout_s=540)
+    assert done.status == 0, done.err
+    metrics = result(tmp_path / "run")["metrics"]
+    assert metrics["masked_lm_loss"] <= metrics["unigram_entropy"] - 0.5
+    fill_a_mask(tmp_path / "run" / "model")
+
+
+def fill_a_mask(folder: Path) -> None:
+    """As a user of transformers would."""
+    import orchestrator.vision_ops  # noqa: F401  (before what imports torchvision)
+
+    # isort: split
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = BertForMaskedLM.from_pretrained(folder)
+    inputs = tokenizer("the value of the [MASK] is a string.", return_tensors="pt")
+    place = int((inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero())
+    token = tokenizer.convert_ids_to_tokens(int(model(**inputs).logits[0, place].argmax()))
+    assert token in tokenizer.get_vocab()
+    assert token not in tokenizer.all_special_tokens
+
+
+def test_ray_job_submit(tmp_path: Path) -> None:
+    """`ray start --head`, then `ray job submit`, with the token that Ray demands."""
+    before = ray_processes()
+    started = subprocess.run(
+        [RAY, "start", "--head", "--num-cpus=2"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert started.returncode == 0, started.stderr
+    try:
+        here = run("resnet", "--steps", "4", "--storage", str(tmp_path), "--name", "here")
+        assert here.status == 0, here.err
+        submitted = subprocess.run(
+            [
+                RAY,
+                "job",
+                "submit",
+                "--working-dir",
+                ".",
+                "--",
+                "python",
+                "-m",
+                "orchestrator.run",
+                "resnet",
+                "--steps",
+                "4",
+                "--storage",
+                str(tmp_path),
+                "--name",
+                "job",
+            ],
+            cwd=REPOSITORY,
+            env=environment(RAY_AUTH_MODE="token"),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    finally:
+        subprocess.run([RAY, "stop", "--force"], env=environment(), capture_output=True, timeout=60, check=False)
+    assert result(tmp_path / "job")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]
+    (generation,) = events(tmp_path / "here", "generation_started")
+    assert generation["workers"] == 2
+    log = submitted.stdout.split("Running entrypoint")[1].split("WebSocket closed")[0]
+    assert "held-out:" in log
+    assert not CONTROL.search(log)
+    wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
+
+
+def test_the_secrets_stay_out_of_the_run_folder(cluster: str, tmp_path: Path) -> None:
+    token = (Path.home() / ".ray" / "auth_token").read_text().strip()
+    done = run(
+        "resnet",
+        "--steps",
+        "2",
+        "--storage",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--address",
+        cluster,
+        AWS_SECRET_ACCESS_KEY="not-to-be-seen",
+    )
+    assert done.status == 0, done.err
+    written = (
+        done.out
+        + done.err
+        + "".join(
+            p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".safetensors"
+        )
+    )
+    assert token not in written
+    assert "not-to-be-seen" not in written
+
+
+def test_metrics_have_their_keys(cluster: str, tmp_path: Path) -> None:
+    done = run("resnet", "--steps", "3", "--storage", str(tmp_path), "--name", "run", "--address", cluster)
+    assert done.status == 0, done.err
+    keys = {"step", "epoch", "loss", "lr", "samples_per_s", "workers", "generation"}
+    assert all(keys <= set(record) for record in records(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "result.json").read_text()).keys() >= {
+        "status",
+        "workload",
+        "steps",
+        "samples",
+        "loss",
+        "metrics",
+        "weights_sha256",
+        "wall_s",
+        "samples_per_s",
+        "generations",
+        "incidents",
+    }
