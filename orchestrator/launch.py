@@ -1,17 +1,13 @@
 """From a plan to a running training: the cluster, the coordinator, Ray Train's TorchTrainer, and the way back."""
 
 import contextlib
-import importlib
 import logging
-import os
 import signal
-import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.cluster_fit import Node, choose_workers
@@ -35,79 +31,6 @@ class Ending:
     message: str
     exit_status: int
     result: dict[str, Any] | None
-
-
-@contextlib.contextmanager
-def cluster(address: str, log_file: Path) -> Iterator[bool]:
-    """A connection to Ray, found or started; yields whether the cluster is a local one of our own.
-
-    Raises:
-        UserError: there is no cluster at `address`.
-    """
-    _quiet_ray(log_file)
-    import ray
-
-    own = not (address or os.environ.get("RAY_ADDRESS") or _cluster_on_this_machine())
-    arguments: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    if own:
-        # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
-        arguments |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        arguments |= {"address": "local"}
-    elif address:
-        arguments |= {"address": address}
-    else:
-        arguments |= {"address": "auto"} if not os.environ.get("RAY_ADDRESS") else {}
-    # Importing Ray Train takes as long as starting a cluster: side by side.
-    ahead = threading.Thread(target=importlib.import_module, args=("orchestrator.ray_backend",), daemon=True)
-    ahead.start()
-    try:
-        ray.init(**arguments)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--address {address or os.environ.get('RAY_ADDRESS') or 'auto'}: no Ray cluster answers ({reason}); "
-            "start one with `ray start --head` or leave --address out"
-        ) from None
-    try:
-        yield own
-    finally:
-        ray.shutdown()
-
-
-def _cluster_on_this_machine() -> bool:
-    """Whether `ray start` runs a cluster here (ray.init looks in the same place)."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    found = canonicalize_bootstrap_address("auto") if Path("/tmp/ray/ray_current_cluster").exists() else None
-    if not found:
-        return False
-    host, _, port = found.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=2).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _quiet_ray(log_file: Path) -> None:
-    """Ray's own messages go to a file: the terminal belongs to the run."""
-    # Ray's own variables: the controller looks after the workers this often, and asks nobody about usage.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    from ray._private import worker  # importing ray resets its loggers, so the handler comes after
-
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logger = logging.getLogger("ray")
-    logger.handlers.clear()
-    logger.propagate = True  # some of Ray's modules clear its handlers when they are imported: the root keeps ours
-    logging.getLogger().addHandler(handler)
-    # Errors that the cluster publishes (a worker died) are printed whatever log_to_driver says: log them instead.
-    worker.print_to_stdstream = lambda data, **_: logger.warning("%s", "\n".join(map(str, data["lines"])))
 
 
 def nodes() -> list[Node]:
@@ -152,8 +75,12 @@ def launch(plan: Plan, folder: RunFolder, description: str, started_s: float, ow
         target=_fit, args=(plan, folder, name, coordinator, workers, per_worker, own_cluster), daemon=True
     )
     trainer.start()
-    with _signals(coordinator) as interrupted:
-        status = _follow(plan, coordinator, trainer, interrupted)
+    try:
+        with _signals(coordinator) as interrupted:
+            status = _follow(plan, coordinator, trainer, interrupted)
+    except ray.exceptions.RayError as error:
+        logging.getLogger("orchestrator").exception("the coordinator does not answer")
+        return Ending("failed", f"the run's coordinator was lost ({type(error).__name__})", 1, None)
     trainer.join(TEARDOWN_S if status.outcome != "failed" else 1.0)
     return Ending(status.outcome, status.message, status.exit_status, status.result)
 

@@ -5,7 +5,6 @@ Exit status: 0 finished; 2 unusable configuration; 1 failed; 130 stopped on requ
 
 import argparse
 import difflib
-import os
 import sys
 import time
 import tomllib
@@ -127,7 +126,8 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
 
 
 def _train(plan: Plan, folder: RunFolder, description: str, started_s: float) -> int:
-    from orchestrator.launch import cluster, launch
+    from orchestrator.connect import cluster
+    from orchestrator.launch import launch
 
     log_file = (
         Path(folder.folder.path("logs/ray.log"))
@@ -186,7 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status) if status == 130 else sys.exit(status)
+    sys.exit(main())

@@ -47,8 +47,8 @@ FLOORS: dict[int, str] = {
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop",
     4: "orchestrator.coordinator orchestrator.worker orchestrator.ray_backend orchestrator.ray_policy"
     " orchestrator.reporter workloads.registry",
-    5: "orchestrator.launch orchestrator.run orchestrator.report orchestrator.export orchestrator.resume"
-    " orchestrator.dry_run orchestrator.progress",
+    5: "orchestrator.connect orchestrator.launch orchestrator.run orchestrator.report orchestrator.export"
+    " orchestrator.resume orchestrator.dry_run orchestrator.progress",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name
 LOOP_SIDE = {"orchestrator.feed", "orchestrator.step", "orchestrator.evaluate", "orchestrator.loop"}

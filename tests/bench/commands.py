@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paired
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = Path(__file__).resolve().parent
@@ -50,6 +51,8 @@ class Finished:
 @contextmanager
 def visit() -> Iterator[Path]:
     """A scratch folder for one command; when it ends, the command's processes are gone and so is the folder."""
+    if others := _clusters():
+        paired.say(f"waiting: a Ray cluster of somebody else's is up (gcs_server, process {others[0]})")
     if not _wait_until(lambda: not _clusters(), QUIET_TIMEOUT_S):
         raise RuntimeError(f"a Ray cluster is up on this machine (gcs_server, process {_clusters()}); stop it first")
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))  # short: Ray puts sockets below it

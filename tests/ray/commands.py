@@ -27,7 +27,9 @@ class Done:
 def environment(**changes: str) -> dict[str, str]:
     """The tests' environment; RAY_AUTH_MODE as a user would have it: unset unless given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "PYTHONUNBUFFERED": "1", **changes}
+    # An activated virtual environment: a job's entrypoint is looked up on the PATH of the node that runs it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "PYTHONUNBUFFERED": "1", **changes}
 
 
 def start(arguments: Sequence[str], **changes: str) -> "subprocess.Popen[str]":

@@ -1,0 +1,126 @@
+"""A connection to Ray: the cluster that was named, the one that was found, or one of the command's own."""
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+@contextlib.contextmanager
+def cluster(address: str, log_file: Path) -> Iterator[bool]:
+    """A connection to Ray, found or started; yields whether the cluster is a local one of our own.
+
+    Raises:
+        UserError: there is no cluster at `address`.
+    """
+    _quiet_ray(log_file)
+    import ray
+
+    named = address or os.environ.get("RAY_ADDRESS", "")
+    arguments: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    own = not named and not _answers(_known_here())
+    if own:
+        # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
+        arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    else:
+        _check_named(named)
+        arguments |= {"address": named or "auto"}
+    # Importing Ray Train takes as long as starting a cluster: side by side.
+    ahead = threading.Thread(target=importlib.import_module, args=("orchestrator.ray_backend",), daemon=True)
+    ahead.start()
+    # Until the run itself takes signals: end in order, or what ray.init has started stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        ray.init(**arguments)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _no_cluster(named or "auto", " ".join(str(error).split())[:300]) from None
+    try:
+        yield own
+    finally:
+        ray.shutdown()
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"--address {address}: no Ray cluster answers ({reason}); start one with `ray start --head`, set "
+        "RAY_AUTH_MODE=token if it demands a token, or leave --address out"
+    )
+
+
+def _check_named(address: str) -> None:
+    """Say at once what ray.init would say after 20 s, and use this machine's token for a cluster on this machine."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.util import get_node_ip_address
+
+    host, _, port = address.rpartition(":")
+    if not address or address == "auto" or "://" in address or not port.isdigit():
+        return
+    if not _answers(address):
+        raise _no_cluster(address, "nothing listens there")
+    # ray.init does this for addresses it finds itself; a token is not sent to other machines unasked.
+    if host in ("127.0.0.1", "localhost", get_node_ip_address()):
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def _known_here() -> str:
+    """Address of the cluster that `ray start` last started here, "" if none; it may have ended since."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto") or ""
+    except (OSError, ValueError):
+        return ""
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _quiet_ray(log_file: Path) -> None:
+    """Ray's own messages go to a file: the terminal belongs to the run."""
+    # Ray's own variables: the controller looks after the workers this often, and asks nobody about usage.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from ray._private import worker  # importing ray resets its loggers, so the handler comes after
+
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("ray")
+    logger.handlers.clear()
+    logger.propagate = True  # some of Ray's modules clear its handlers when they are imported: the root keeps ours
+    logging.getLogger().addHandler(handler)
+    # Errors that the cluster publishes (a worker died) are printed whatever log_to_driver says: log them instead.
+    worker.print_to_stdstream = lambda data, **_: logger.warning("%s", "\n".join(map(str, data["lines"])))
+    _keep_terminal(log_file)
+
+
+def _keep_terminal(log_file: Path) -> None:
+    """Python's stdout and stderr stay where they are; what C++ and child processes write goes to the log."""
+    log = os.open(log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        stream.flush()
+        setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace"))
+        os.dup2(log, number)
+    os.close(log)
