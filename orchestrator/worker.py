@@ -234,7 +234,8 @@ def _prepare_torch(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms, without its import of the compiler, a second of every worker's start.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 costs a pass over memory, changes no result
     torch.backends.cudnn.benchmark = False
 

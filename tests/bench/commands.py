@@ -92,10 +92,6 @@ def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
 
 def train(workload: str, arguments: Sequence[str], folder: Path) -> tuple[Finished, Path]:
     """Our command line, to its end; also returns the run's folder."""
-    # The command looks for /tmp/ray/ray_current_cluster, then for the address below RAY_TMPDIR, and stops with a
-    # traceback where only the first is there (a cluster that was killed leaves it): give it an address of nobody.
-    (folder / "ray").mkdir()
-    (folder / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
     command = ["-m", "orchestrator.run", workload, *arguments, "--storage", str(folder), "--name", "run"]
     return run(command, folder), folder / "run"
 

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import sys
 import time
@@ -120,7 +121,8 @@ def words(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def header(benchmark: str, settings: argparse.Namespace) -> dict[str, Any]:
-    """The head of a report; call it before measuring."""
+    """The head of a report; call it before measuring. From now on SIGTERM ends the visit that is going on properly."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return {
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -6,17 +6,14 @@ torch.manual_seed would add 130: it looks after every accelerator; v2 draws from
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import orchestrator.vision_ops  # noqa: F401  # before torchvision: defines the operators that its import needs
-
-# isort: split
-from torchvision.transforms import v2
-
 from orchestrator.shards import derive_seed
+from workloads.resnet.vision import v2
 
 
 class Augmentation:
@@ -30,17 +27,18 @@ class Augmentation:
     def __init__(self, name: str, image_size: int) -> None:
         self.padding = 0
         self.resizes = name == "resized-crop-flip"
-        flip = v2.RandomHorizontalFlip()
+        self.transforms: list[Any] = []
+        if name == "none":
+            return
+        flip = v2().RandomHorizontalFlip()
         if name in ("shift", "crop-flip"):
             self.padding = max(1, image_size // 8)  # He et al. 2015, section 4.2: 4 of 32 pixels on each side
-            crop = v2.RandomCrop(image_size)
+            crop = v2().RandomCrop(image_size)
             self.transforms = [crop, flip] if name == "crop-flip" else [crop]
         elif self.resizes:
             # torchvision's defaults are those of Szegedy et al. 2014, section 6: 8 % to 100 % of the area,
             # aspect ratio 3/4 to 4/3.
-            self.transforms = [v2.RandomResizedCrop(image_size, antialias=True), flip]
-        elif name == "none":
-            self.transforms = []
+            self.transforms = [v2().RandomResizedCrop(image_size, antialias=True), flip]
         else:
             raise ValueError(f"no augmentation {name}")
 

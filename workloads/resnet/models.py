@@ -8,12 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import orchestrator.vision_ops  # noqa: F401  # before torchvision: defines the operators that its import needs
-
-# isort: split
-from torchvision.models import resnet as imagenet_family
-
 from workloads.resnet.config import CIFAR_BLOCKS, IMAGENET_FAMILY, SMALL_IMAGE
+from workloads.resnet.vision import imagenet_family
 
 # B = microbatch, C = channels, H, W = height and width, K = classes
 
@@ -88,7 +84,7 @@ def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
         return CifarResNet(CIFAR_BLOCKS[name], classes, channels)
     if name not in IMAGENET_FAMILY:
         raise ValueError(f"no model {name}; one of {', '.join((*CIFAR_BLOCKS, *IMAGENET_FAMILY))}")
-    model: Any = getattr(imagenet_family, name)(num_classes=classes)
+    model: Any = getattr(imagenet_family(), name)(num_classes=classes)
     if image_size < SMALL_IMAGE:
         model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()

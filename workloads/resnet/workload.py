@@ -13,16 +13,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import orchestrator.vision_ops  # noqa: F401  # before torchvision: defines the operators that its import needs
-
-# isort: split
-from torchvision.transforms import v2
-
 from workloads.resnet import data, models
 from workloads.resnet.augment import Augmentation, normalize
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.folder import decode
 from workloads.resnet.readers import ImageSet, Split
+from workloads.resnet.vision import v2
 from workloads.workload import Batch, Sums
 
 # m = microbatch, C = channels, H, W = height and width, K = classes
@@ -60,7 +56,7 @@ class ImageSamples:
         # resized-crop-flip brings its result to size itself, from the full resolution.
         if images_mCHW.shape[2:] != (self.size, self.size) and not self.augmentation.resizes:
             # One by one: an image's bits must not depend on its neighbours in a vectorized loop.
-            resized = [v2.functional.resize(image, [self.size, self.size], antialias=True) for image in images_mCHW]
+            resized = [v2().functional.resize(image, [self.size, self.size], antialias=True) for image in images_mCHW]
             images_mCHW = torch.stack(resized)
         return self.augmentation.pad(images_mCHW)
 
@@ -69,9 +65,9 @@ class ImageSamples:
         for index in indices:
             image = decode(self.images[index])
             if not self.augmentation.resizes:
-                image = v2.functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
-                image = v2.functional.center_crop(image, [self.size])
-            yield self.augmentation.pad(v2.functional.pil_to_tensor(image))
+                image = v2().functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
+                image = v2().functional.center_crop(image, [self.size])
+            yield self.augmentation.pad(v2().functional.pil_to_tensor(image))
 
 
 class ResnetWorkload:
