@@ -28,14 +28,17 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     import ray
 
     named = address or os.environ.get("RAY_ADDRESS", "")
+    if named in ("", "auto"):
+        here = _known_here()
+        named = here if _answers(here) else named
     arguments: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    own = not named and not _answers(_known_here())
+    own = not named
     if own:
         # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
         arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
         _check_named(named)
-        arguments |= {"address": named or "auto"}
+        arguments |= {"address": named}
     # Importing Ray Train takes as long as starting a cluster: side by side.
     ahead = threading.Thread(target=importlib.import_module, args=("orchestrator.ray_backend",), daemon=True)
     ahead.start()
@@ -44,7 +47,7 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     try:
         ray.init(**arguments)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise _no_cluster(named or "auto", " ".join(str(error).split())[:300]) from None
+        raise _no_cluster(named or "local", " ".join(str(error).split())[:300]) from None
     try:
         yield own
     finally:
@@ -64,7 +67,9 @@ def _check_named(address: str) -> None:
     from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
-    if not address or address == "auto" or "://" in address or not port.isdigit():
+    if address == "auto":
+        raise _no_cluster(address, "none was started here with `ray start`")
+    if "://" in address or not port.isdigit():
         return
     if not _answers(address):
         raise _no_cluster(address, "nothing listens there")
@@ -74,13 +79,13 @@ def _check_named(address: str) -> None:
 
 
 def _known_here() -> str:
-    """Address of the cluster that `ray start` last started here, "" if none; it may have ended since."""
-    from ray._private.services import canonicalize_bootstrap_address
+    """Address of the cluster that `ray start` last started here, "" if none; it may have ended since.
 
-    try:
-        return canonicalize_bootstrap_address("auto") or ""
-    except (OSError, ValueError):
-        return ""
+    Not ray.init's "auto", which also finds the private cluster of another command, and ends with it.
+    """
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address() or ""
 
 
 def _answers(address: str) -> bool:

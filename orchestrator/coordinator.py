@@ -4,6 +4,7 @@ It imports neither torch nor the workload, so it is up before the workers are.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
@@ -30,6 +31,7 @@ from orchestrator.storage import Folder
 
 NAMESPACE = "orchestrator"
 RATE_WINDOW_S = 10.0
+PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Coordinator:
         self._folder = RunFolder(Folder(uri))
         self._joining: dict[int, tuple[str, int, str]] = {}
         self._changed = asyncio.Condition()
+        self._over = asyncio.Event()
         self._generation = 0
         self._store: dict[int, tuple[str, int]] = {}
         self._step = self._first_step = -1
@@ -179,6 +182,10 @@ class Coordinator:
         if self._lost_at is None:
             self._lost_at = time.time()
             self._phase = "restarting workers"
+        if not self._outcome:
+            # Who lost a connection may be quicker than the worker that knows why: give that one a moment.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), PATIENCE_S)
         before = self._errors.setdefault((step, error), self._generation)
         if before < self._generation and not self._outcome:
             self._end("failed", f"step {step} failed twice in the same way: {error}", 1)
@@ -241,6 +248,7 @@ class Coordinator:
         if not self._superseded:
             self._folder.write_result(self._result)
         self._outcome = outcome
+        self._over.set()
 
     async def status(self) -> Status:
         now = time.time()

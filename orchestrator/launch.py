@@ -78,10 +78,11 @@ def launch(plan: Plan, folder: RunFolder, description: str, started_s: float, ow
     try:
         with _signals(coordinator) as interrupted:
             status = _follow(plan, coordinator, trainer, interrupted)
+            # Ray Train takes its workers down; a connection that is closed under it would end this process.
+            trainer.join(TEARDOWN_S)
     except ray.exceptions.RayError as error:
         logging.getLogger("orchestrator").exception("the coordinator does not answer")
         return Ending("failed", f"the run's coordinator was lost ({type(error).__name__})", 1, None)
-    trainer.join(TEARDOWN_S if status.outcome != "failed" else 1.0)
     return Ending(status.outcome, status.message, status.exit_status, status.result)
 
 

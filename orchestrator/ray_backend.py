@@ -17,9 +17,10 @@ __all__ = ["OwnGroupConfig", "Trainer"]
 
 
 class Trainer(TorchTrainer):
-    """TorchTrainer without data sets (a workload reads its own data).
+    """TorchTrainer without data sets (a workload reads its own data) and without a cleaner that outlives it.
 
-    On a cluster of the command's own it also has no autoscaler to ask, and no cleaner that outlives it.
+    Ray removes the placement group of a job that ends by itself. On a cluster of the command's own there is no
+    autoscaler to ask either.
     """
 
     def __init__(self, *arguments: Any, own_cluster: bool, **named: Any) -> None:
@@ -27,9 +28,8 @@ class Trainer(TorchTrainer):
         super().__init__(*arguments, **named)
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
-        unused: tuple[type, ...] = (DatasetsCallback,)
-        if self._own_cluster:
-            unused += (PlacementGroupCleanerCallback,)
-            controller["scaling_policy"] = StaticPolicy(self.scaling_config)
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         controller["callbacks"] = [c for c in controller["callbacks"] if not isinstance(c, unused)]
+        if self._own_cluster:
+            controller["scaling_policy"] = StaticPolicy(self.scaling_config)
         return super()._initialize_and_run_controller(**controller)

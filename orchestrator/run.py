@@ -138,15 +138,23 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float) ->
     print(f"run folder: {folder.uri}", flush=True)
     with cluster(plan.config.address, log_file) as own:
         ending = launch(plan, folder, description, started_s, own)
-    command = f"python -m orchestrator.run {plan.workload} --storage {plan.config.storage} --name {plan.config.name}"
-    if ending.outcome == "finished" and ending.result:
+        _tell(plan, folder, ending)
+    return ending.exit_status
+
+
+def _tell(plan: Plan, folder: RunFolder, ending: Any) -> None:
+    """How it ended, where the results are, and what to type next."""
+    if ending.outcome == "finished":
         print(_summary(ending.result))
         print(f"trained model: {folder.uri}/model")
-        print(f"next: see {folder.uri}/result.json, or train on: python -m orchestrator.run {plan.workload} --seed 1")
-        return 0
+        print(
+            f"next: see {folder.uri}/result.json, or train on: python -m orchestrator.run {plan.workload} --seed 1",
+            flush=True,
+        )
+        return
+    command = f"python -m orchestrator.run {plan.workload} --storage {plan.config.storage} --name {plan.config.name}"
     print(f"{ending.outcome}: {ending.message}", file=sys.stderr)
-    print(f"kept: {folder.uri}; resume with: {command}", file=sys.stderr)
-    return ending.exit_status
+    print(f"kept: {folder.uri}; resume with: {command}", file=sys.stderr, flush=True)
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -122,7 +122,7 @@ def words(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 def header(benchmark: str, settings: argparse.Namespace) -> dict[str, Any]:
     """The head of a report; call it before measuring. From now on SIGTERM ends the visit that is going on properly."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
     return {
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -130,6 +130,11 @@ def header(benchmark: str, settings: argparse.Namespace) -> dict[str, Any]:
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()},
         "hardware": hardware(),
     }
+
+
+def _end(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice; the second would cut the tidying short
+    sys.exit(128 + number)
 
 
 def emit(report: Mapping[str, Any], out: Path | None) -> None:

@@ -6,7 +6,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import RAY, REPOSITORY, environment, events, ray_processes, records, result, run, wait_until
+from commands import (
+    RAY,
+    REPOSITORY,
+    environment,
+    events,
+    finish,
+    ray_processes,
+    records,
+    result,
+    run,
+    start,
+    wait_for_step,
+    wait_until,
+)
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -100,10 +113,23 @@ def test_ray_job_submit(tmp_path: Path) -> None:
     assert result(tmp_path / "job")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]
     (generation,) = events(tmp_path / "here", "generation_started")
     assert generation["workers"] == 2
-    log = submitted.stdout.split("Running entrypoint")[1].split("WebSocket closed")[0]
+    log = submitted.stdout.split("Running entrypoint")[1].split("next:")[0]
     assert "held-out:" in log
     assert not CONTROL.search(log)
     wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
+
+
+def test_two_commands_at_once_have_a_ray_each(tmp_path: Path) -> None:
+    """The second must not join the private cluster of the first, which ends with the first."""
+    long = start(["resnet", "--steps", "20000", "--workers", "1", "--storage", str(tmp_path), "--name", "long"])
+    wait_for_step(tmp_path / "long", 1)
+    other = start(["resnet", "--steps", "200", "--workers", "1", "--storage", str(tmp_path), "--name", "other"])
+    wait_for_step(tmp_path / "other", 1)
+    long.terminate()
+    assert finish(long).status == 130
+    done = finish(other)
+    assert done.status == 0, done.err
+    assert result(tmp_path / "other")["steps"] == 200
 
 
 def test_the_secrets_stay_out_of_the_run_folder(cluster: str, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Every command of README.md is run: here as it stands, or by the test or script named beside it."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import REPOSITORY, environment, result
+
+ELSEWHERE = {
+    "pip install -e . && python -m orchestrator.run resnet": ".ci/run",
+    "pip install -e '.[test]' && pytest": ".ci/run",
+    "python -m orchestrator.run bert": "test_bert_on_pythons_own_documentation",
+    "ray start --head": "test_ray_job_submit",
+    "python -m orchestrator.run resnet": "test_ray_job_submit",
+    "RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m orchestrator.run resnet": "test_ray_job_submit",
+}
+BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
+
+
+def commands() -> list[str]:
+    """The lines of the README's code blocks that are commands."""
+    blocks = re.findall(r"^```\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r"([A-Z_]+=\S+ )?(python|pip|ray|pytest)\b", line)]
+
+
+def test_every_command_is_known() -> None:
+    found = commands()
+    assert set(ELSEWHERE) <= set(found)
+    assert (REPOSITORY / ".ci/run").read_text().count("pip install --quiet --editable") == 2
+    first_day = (REPOSITORY / "tests/ray/test_first_day.py").read_text()
+    assert all(name == ".ci/run" or f"def {name}(" in first_day for name in ELSEWHERE.values())
+
+
+@pytest.mark.timeout(600)
+def test_the_laptop_commands(tmp_path: Path) -> None:
+    """In their order, from a folder that looks like the repository."""
+    for name in ("workloads", "orchestrator"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    plain = [c for c in commands() if c not in ELSEWHERE and not c.startswith(BENCHMARKS)]
+    assert len(plain) == 4
+    for command in plain:
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert result(tmp_path / "runs" / "first")["status"] == "finished"
+    assert "finished already" not in done.stdout
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "tests/bench").glob("*.py")), ids=os.path.basename)
+def test_benchmarks_start(script: Path) -> None:
+    if "__main__" not in script.read_text():
+        pytest.skip("not a command")
+    command = ["python", str(script), "--help"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
