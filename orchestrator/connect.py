@@ -35,6 +35,8 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     own = not named
     if own:
         # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
+        # Ray's workers-in-waiting would be of no use, for every actor here brings an environment of its own.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
         _check_named(named)

@@ -102,7 +102,19 @@ def test_a_killed_worker_is_replaced(cluster: str, undisturbed: str, tmp_path: P
 
 
 def test_a_finished_run_says_so_and_changes_nothing(cluster: str, tmp_path: Path) -> None:
-    command = ["resnet", "--steps", "2", "--storage", str(tmp_path), "--name", "run", "--address", cluster]
+    command = [
+        "resnet",
+        "--workers",
+        "1",
+        "--steps",
+        "2",
+        "--storage",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--address",
+        cluster,
+    ]
     assert run(*command).status == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again = run(*command)
@@ -112,7 +124,19 @@ def test_a_finished_run_says_so_and_changes_nothing(cluster: str, tmp_path: Path
 
 
 def test_the_stored_configuration_runs_again_as_it_is(cluster: str, tmp_path: Path) -> None:
-    command = ["resnet", "--steps", "4", "--storage", str(tmp_path), "--name", "one", "--address", cluster]
+    command = [
+        "resnet",
+        "--workers",
+        "1",
+        "--steps",
+        "4",
+        "--storage",
+        str(tmp_path),
+        "--name",
+        "one",
+        "--address",
+        cluster,
+    ]
     assert run(*command).status == 0
     config = str(tmp_path / "one" / "config.toml")
     assert run("resnet", "--config", config, "--name", "two").status == 0
