@@ -65,7 +65,7 @@ class Worker:
         device_name = "cuda" if ray.get_gpu_ids() else "cpu"
         node = ray.get_runtime_context().get_node_id()
         seat_ref = self._coordinator.join.remote(self._rank, node, os.getpid(), device_name)
-        _prepare_torch(self._plan.config.threads)
+        _prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
         import torch
 
         from workloads.registry import WORKLOADS
@@ -228,14 +228,14 @@ class Worker:
         self._event(Evaluated(step, metrics))
 
 
-def _prepare_torch(threads: int) -> None:
-    """Threads and deterministic kernels, before anything is computed."""
+def _prepare_torch(threads: int, same_bits: bool) -> None:
+    """Threads and, where bits are promised, deterministic kernels; before anything is computed."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch: "Reproducibility", cuBLAS
     import torch
 
     torch.set_num_threads(threads)
     # torch.use_deterministic_algorithms, without its import of the compiler, a second of every worker's start.
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_algorithms(same_bits, warn_only=True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 costs a pass over memory, changes no result
     torch.backends.cudnn.benchmark = False
 
