@@ -21,6 +21,13 @@ from orchestrator.runfolder import RunFolder
 POLL_S = 0.2
 GROUP_TIMEOUT_S = 300.0  # a slow machine may load data for minutes before its first collective
 TEARDOWN_S = 20.0
+# Ray Train trains in a thread, where glibc gives large blocks back to the kernel and faults them in again every
+# step: one arena, and keep what was freed (man mallopt; 32 MiB is the largest threshold it takes).
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
+}
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,7 @@ def _fit(
                     storage_path=scratch,
                     name="ray-train",
                     failure_config=FailureConfig(max_failures=config.max_incidents),
+                    worker_runtime_env={"env_vars": MALLOC},
                 ),
             ).fit()
     except Exception as error:
