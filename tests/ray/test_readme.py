@@ -1,6 +1,5 @@
 """Every command of README.md is run: here as it stands, or by the test or script named beside it."""
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -57,11 +56,16 @@ def test_the_laptop_commands(tmp_path: Path) -> None:
     assert "finished already" not in done.stdout
 
 
-@pytest.mark.parametrize("script", sorted((REPOSITORY / "tests/bench").glob("*.py")), ids=os.path.basename)
-def test_benchmarks_start(script: Path) -> None:
-    if "__main__" not in script.read_text():
-        pytest.skip("not a command")
-    command = ["python", str(script), "--help"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith(BENCHMARKS)])
+def test_benchmarks_start(command: str) -> None:
+    done = subprocess.run(
+        [*command.split(), "--help"],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
