@@ -95,7 +95,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def ray_processes() -> set[int]:
     """Ids of the processes that Ray runs on this machine."""
-    words = ("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/autoscaler")
+    words = ("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/autoscaler", "ray.util")
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
