@@ -8,7 +8,6 @@ Either is passed over for the one before it.
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,11 +111,11 @@ class BackgroundWriter:
         self._on_saved = on_saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._lock = threading.Lock()
         self.newest_step = -1
 
     @property
     def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._pending is not None and not self._pending.done()
 
     def submit(self, step: int, snapshot: Callable[[], Mapping[str, Tensor]]) -> None:

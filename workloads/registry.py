@@ -55,7 +55,7 @@ WORKLOADS = {
         "masked-language-model pretraining of BERT",
         "workloads.bert.config:BertConfig",
         "workloads.bert.data:check",
-        "workloads.bert.data:absolute_data",
+        "workloads.bert.data:absolute_paths",
         "workloads.bert.workload:BertWorkload",
     ),
 }

@@ -190,12 +190,12 @@ def test_processes_that_prepare_at_once_agree(config, cache):
 def test_paths_are_made_absolute(config, monkeypatch, text):
     monkeypatch.chdir(text.parent)
     relative = dataclasses.replace(config, data="text:*.txt", tokenizer="some/vocab.txt")
-    absolute = data.absolute_data(relative)
+    absolute = data.absolute_paths(relative)
     assert absolute.data == f"text:{text.parent}/*.txt"
     assert absolute.tokenizer == f"{text.parent}/some/vocab.txt"
     for other in ("docs", "unknown:kind", "text:"):
         untouched = dataclasses.replace(config, data=other)
-        assert data.absolute_data(untouched) == untouched
+        assert data.absolute_paths(untouched) == untouched
 
 
 def test_the_driver_needs_neither_torch_nor_transformers(config):

@@ -92,7 +92,7 @@ def prepare(config: BertConfig) -> Prepared:
     )
 
 
-def absolute_data(config: BertConfig) -> BertConfig:
+def absolute_paths(config: BertConfig) -> BertConfig:
     """The configuration with the paths in `data` and `tokenizer` absolute: workers run in other folders."""
     kind, _, pattern = config.data.partition(":")
     is_text = kind == "text" and pattern
