@@ -39,10 +39,7 @@ def setting(
         choices: the allowed words, where they are few.
         low, high: the allowed range of a number, both included.
     """
-    return field(
-        default=default,
-        metadata={"result": result, "choices": tuple(choices), "low": low, "high": high},
-    )
+    return field(default=default, metadata={"result": result, "choices": tuple(choices), "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +54,8 @@ class RunConfig:
     submitted job."""
 
     workers: WorkerRange = setting(WorkerRange(1, 8), result=False)
-    """Number of workers, N or MIN:MAX; with a range the run takes what the cluster has."""
+    """Number of workers, N or MIN:MAX; with a range the run takes what the cluster has, grows when there is more and
+    waits when fewer than MIN are left. With N it starts with N and goes on with fewer until lost ones are replaced."""
 
     shards: int = setting(8, low=1, high=65536)
     """Logical shards of each batch, a power of two; at most this many workers can share the work."""
@@ -139,6 +137,10 @@ class RunConfig:
 
     max_incidents: int = setting(100, result=False, low=0)
     """How many lost workers or nodes a run survives before it stops."""
+
+    stall_limit: float = setting(0.0, result=False, low=0)
+    """Seconds without a sign of life, or of progress, after which a worker is given up and replaced. 0: 20 steps'
+    time, at least 5 s (300 s before the first step)."""
 
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""

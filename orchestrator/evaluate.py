@@ -27,7 +27,8 @@ def evaluate(
     requests = ((0, chunks[c].numpy()) for c in mine)
     rows: torch.Tensor | None = None
     names: list[str] = []
-    for c, batch in zip(mine, batches(samples, requests, loader_processes, group.device), strict=True):
+    for c, (_, batch) in zip(mine, batches(samples, requests, loader_processes, group.device), strict=True):
+        group.step_on()
         with precision.autocast():
             sums = workload.sums(model, batch)
         names = ["loss", "count", *sorted(sums.others)]
@@ -44,12 +45,8 @@ def evaluate(
 
 def _agree(rows: torch.Tensor | None, names: list[str], chunks: int, group: Group) -> tuple[torch.Tensor, list[str]]:
     """With more workers than chunks some have computed nothing: they learn the row's width from the others."""
-    from torch import distributed as dist
-
-    if group.world > 1 and chunks < group.world:
-        everyone: list[list[str]] = [[] for _ in range(group.world)]
-        dist.all_gather_object(everyone, names)
-        names = max(everyone, key=len)
+    if chunks < group.world:
+        names = max(group.gather_objects(names), key=len)
     if rows is None:
         rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=group.device)
     return rows, names

@@ -16,6 +16,7 @@ class RunStarted:
     batch_size: int
     data: str
     resumed: bool
+    coordinator_pid: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,20 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Incident:
-    """What ended a generation before the run's end."""
+    """What ended a generation before the run's end.
+
+    Attributes:
+        kind: worker_killed, worker_failed (it raised), worker_frozen, worker_stuck, connection_lost, node_lost,
+            node_drained, workers_joined, worker_unreachable (by the others).
+        step: the last committed one.
+        detail: what is known of the cause, one line.
+        steps_lost: committed steps that had to be taken again.
+        detect_s: from the last sign of life to the generation's end.
+        regroup_s: from there until the next generation is connected.
+        restore_s: state handed to who has none, or loaded from a checkpoint.
+        recompute_s: until the next step is committed.
+        recovery_s: from the generation's end to the next committed step.
+    """
 
     kind: str
     step: int
@@ -74,6 +88,12 @@ class Incident:
     workers_after: int
     steps_lost: int
     recovery_s: float
+    detect_s: float
+    regroup_s: float
+    restore_s: float
+    recompute_s: float
+    generation: int
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,44 @@ class WorkerFailed:
     rank: int
     step: int
     error: str
+
+
+@dataclass(frozen=True)
+class WorkerLeft:
+    """A worker is no longer in the run; `why` is an incident's kind."""
+
+    why: str
+    rank: int
+    node: str
+    pid: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class NodeDraining:
+    """A node will be taken away; `deadline_s` since 1970, 0 if it was not said."""
+
+    node: str
+    deadline_s: float
+
+
+@dataclass(frozen=True)
+class FaultFired:
+    """A fault of the schedule happens now; `fault` counts from 0."""
+
+    fault: int
+    kind: str
+    rank: int
+    node: str
+    step: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class CoordinatorRestarted:
+    """The coordinator's process was lost and started anew."""
+
+    step: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +161,10 @@ Event = (
     | Evaluated
     | Incident
     | WorkerFailed
+    | WorkerLeft
+    | NodeDraining
+    | CoordinatorRestarted
+    | FaultFired
     | RunEnded
 )
 

@@ -13,7 +13,10 @@ from workloads.workload import Batch, Samples
 Request = tuple[int, NDArray[np.int64]]  # (epoch, sample indices)
 
 
-class _Microbatches(Dataset[Batch | DataError]):
+Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
+
+
+class _Microbatches(Dataset[Fed | DataError]):
     """A map from a request to its batch, in the form that torch's DataLoader takes.
 
     A DataError is handed over as a value: torch would wrap its one line into a loader process's traceback.
@@ -22,16 +25,16 @@ class _Microbatches(Dataset[Batch | DataError]):
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
 
-    def __getitem__(self, request: Request) -> Batch | DataError:
+    def __getitem__(self, request: Request) -> Fed | DataError:
         epoch, indices = request
         try:
-            return self._samples.microbatch(indices, epoch)
+            return indices, self._samples.microbatch(indices, epoch)
         except DataError as error:
             return error
 
 
-def batches(samples: Samples, requests: Iterable[Request], processes: int, device: torch.device) -> Iterator[Batch]:
-    """The batches of `requests`, in their order, on `device`.
+def batches(samples: Samples, requests: Iterable[Request], processes: int, device: torch.device) -> Iterator[Fed]:
+    """The (indices, batch) of `requests`, in their order, batches on `device`.
 
     Args:
         processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
@@ -41,7 +44,7 @@ def batches(samples: Samples, requests: Iterable[Request], processes: int, devic
     """
     microbatches = _Microbatches(samples)
     if processes:
-        loader: Iterable[Batch | DataError] = DataLoader(
+        loader: Iterable[Fed | DataError] = DataLoader(
             microbatches,
             sampler=requests,  # type: ignore[arg-type]
             batch_size=None,
@@ -51,7 +54,8 @@ def batches(samples: Samples, requests: Iterable[Request], processes: int, devic
         )
     else:
         loader = (microbatches[request] for request in requests)
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    for fed in loader:
+        if isinstance(fed, DataError):
+            raise fed
+        indices, batch = fed
+        yield indices, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,60 +1,175 @@
-"""A process group of one generation: who is in it, and the collectives that training needs."""
+"""A process group of one generation: who is in it, the collectives that training needs, and how they are aborted."""
 
+import contextlib
 import datetime
-from dataclasses import dataclass
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.sockets import Address, connections, shut_down
 
-@dataclass(frozen=True)
+CONNECT_TIMEOUT_S = 20.0
+LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe")  # what DistributedDataParallel raises
+
+
+class PeerLostError(RuntimeError):
+    """The generation is over: another worker is lost, or the coordinator ended it. Nothing was updated."""
+
+
+@dataclass
 class Group:
-    """The workers of a generation, as seen by one of them. With one worker nothing is ever sent."""
+    """The workers of a generation, as seen by one of them. With one worker nothing is ever sent.
+
+    Attributes:
+        place: counts what this worker has got through (shards, chunks of an evaluation): a sign of progress.
+        waiting: whether it waits for the others in a collective.
+    """
 
     rank: int
     world: int
     device: torch.device
+    place: int = 0
+    waiting: bool = False
+    _over: threading.Event = field(default_factory=threading.Event)
+    _foreign: frozenset[str] = frozenset()
+    _servers: set[Address] = field(default_factory=set)
 
-    @classmethod
-    def connect(
-        cls, store: dist.Store, generation: int, rank: int, world: int, device: torch.device, timeout_s: float
-    ) -> "Group":
-        """Build the process group of `generation`; blocks until all `world` members are there.
+    def connect(self, store: Any, generation: int, timeout_s: float) -> "Group":
+        """Build the process group of `generation`; blocks until all members are there.
+
+        Args:
+            store: a dist.Store that all members reach; None for one worker.
+            timeout_s: of collectives; a lost or frozen peer is found earlier, by `abort`.
 
         Raises:
-            RuntimeError: torch's own, when a member does not come within `timeout_s`.
+            PeerLostError: a member does not come, or `abort` was called meanwhile.
         """
-        if world > 1:
+        if self.world == 1:
+            return self
+        self._foreign = frozenset(connections())
+        if hasattr(store, "host"):
+            self._servers.add((store.host, store.port))
+        named = dist.PrefixStore(f"generation-{generation}", store)
+        cuda = self.device.type == "cuda"
+        with self._peers():
             dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"generation-{generation}", store),
-                rank=rank,
-                world_size=world,
-                timeout=datetime.timedelta(seconds=timeout_s),
-                device_id=device if device.type == "cuda" else None,
+                "nccl" if cuda else "gloo",
+                store=named,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=datetime.timedelta(seconds=min(timeout_s, CONNECT_TIMEOUT_S)),
+                device_id=self.device if cuda else None,
             )
-        return cls(rank, world, device)
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s))
+            if not cuda:
+                self._learn_servers(named)
+        return self
+
+    def _learn_servers(self, store: dist.Store) -> None:
+        """Where gloo's connections between these workers are answered; what is not known cannot be shut down."""
+        mine = [c.local for inode, c in connections().items() if c.peer is None and inode not in self._foreign]
+        store.set(f"answers-{self.rank}", ",".join(f"{host} {port}" for host, port in mine))
+        for text in store.multi_get([f"answers-{rank}" for rank in range(self.world)]):
+            for item in filter(None, text.decode().split(",")):
+                host, port = item.split(" ")
+                self._servers.add((host, int(port)))
 
     def close(self) -> None:
         """Leave; connections of the process group are closed."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def abort(self) -> None:
+        """End the generation here, from any thread: collectives that wait, and all later ones, raise PeerLostError."""
+        self._over.set()
+        if self.world == 1:
+            return
+        if self.device.type == "cuda" and dist.is_initialized():
+            dist.group.WORLD.abort()  # type: ignore[union-attr]
+        for inode, connection in connections().items():
+            ours = connection.local in self._servers or connection.peer in self._servers
+            if inode not in self._foreign and connection.peer is not None and ours:
+                shut_down(connection)
+            elif inode in self._foreign and connection.peer in self._servers:
+                shut_down(connection)  # to the store, which was connected before
+
+    @property
+    def over(self) -> bool:
+        """Whether `abort` was called."""
+        return self._over.is_set()
+
+    def step_on(self) -> None:
+        """A sign of progress between two pieces of work; raises PeerLostError once the generation is over."""
+        self.place += 1
+        if self._over.is_set():
+            raise PeerLostError("the generation was ended")
+
+    def excuses(self, error: RuntimeError) -> bool:
+        """Whether an error of this worker only says that another one is gone."""
+        return self._over.is_set() or isinstance(error, PeerLostError) or bool(LOST.search(str(error)))
+
+    @contextlib.contextmanager
+    def _peers(self) -> Iterator[None]:
+        """What torch raises within is somebody else's end."""
+        self.waiting = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLostError(str(error)) from error
+        finally:
+            self.waiting = False
+            self.place += 1
+
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite `tensor` with that of rank `source`."""
         if self.world > 1:
-            dist.broadcast(tensor, source)
+            with self._peers():
+                dist.broadcast(tensor, source)
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the sum over workers; exact only where at most one adds a non-zero."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with self._peers():
+                dist.all_reduce(tensor)
 
     def broadcast_object(self, value: Any) -> Any:
         """The `value` that rank 0 gave."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, 0, device=self.device)
+            with self._peers():
+                dist.broadcast_object_list(values, 0, device=self.device)
         return values[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What every rank gave, by rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            with self._peers():
+                dist.all_gather_object(values, value)
+        return values
+
+    def start_sum(self, tensor: Tensor) -> dist.Work:
+        """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""
+        with self._peers():
+            return dist.all_reduce(tensor, async_op=True)  # type: ignore[no-any-return]
+
+    def start_exchange(self, received: Tensor, sent: Tensor, receive: list[int], send: list[int]) -> dist.Work:
+        """Begin an all-to-all of stretches of flat tensors, of these lengths by rank."""
+        with self._peers():
+            return dist.all_to_all_single(received, sent, receive, send, async_op=True)  # type: ignore[no-any-return]
+
+    def start_gather(self, gathered: Tensor, own: Tensor) -> dist.Work:
+        """Begin to collect every rank's `own` in `gathered`, by rank."""
+        with self._peers():
+            return dist.all_gather_single(gathered, own, async_op=True)  # type: ignore[no-any-return]
+
+    def wait(self, work: dist.Work) -> None:
+        """Until a started collective is done."""
+        with self._peers():
+            work.wait()

@@ -6,21 +6,25 @@ import signal
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cluster_fit import Node, choose_workers
 from orchestrator.config import RunConfig
-from orchestrator.coordinator import NAMESPACE, Coordinator, Status
+from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
+from orchestrator.faults import Fault
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.runfolder import RunFolder
+from orchestrator.seats import NAMESPACE, Assignment, Status
 
 POLL_S = 0.2
-GROUP_TIMEOUT_S = 300.0  # a slow machine may load data for minutes before its first collective
+GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
 TEARDOWN_S = 20.0
+COORDINATOR_BACK_S = 60.0
 # Ray Train trains in a thread, where glibc gives large blocks back to the kernel and faults them in again every
 # step: one arena, and keep what was freed (man mallopt; 32 MiB is the largest threshold it takes).
 MALLOC = {
@@ -56,7 +60,14 @@ def resources_per_worker(config: RunConfig, found: list[Node]) -> dict[str, floa
     return {"CPU": 1.0}
 
 
-def launch(plan: Plan, folder: RunFolder, description: str, started_s: float, own_cluster: bool) -> Ending:
+def launch(
+    plan: Plan,
+    folder: RunFolder,
+    description: str,
+    started_s: float,
+    own_cluster: bool,
+    faults: tuple[Fault, ...] = (),
+) -> Ending:
     """Train `plan` on the connected cluster and wait for the end.
 
     SIGINT and SIGTERM ask for a checkpoint and a stop; a second one stops at once.
@@ -69,18 +80,13 @@ def launch(plan: Plan, folder: RunFolder, description: str, started_s: float, ow
     found = nodes()
     per_worker = resources_per_worker(plan.config, found)
     workers = choose_workers(plan.config, per_worker, found)
-    name = f"run {folder.uri}"
-    try:
-        coordinator: Any = (
-            ray.remote(Coordinator)
-            .options(name=name, namespace=NAMESPACE, num_cpus=0, max_concurrency=10_000)
-            .remote(plan, folder.uri, workers, description, started_s)
-        )
-    except ValueError:
-        raise UserError(f"--name {plan.config.name}: this run is going on already on this cluster") from None
-    trainer = threading.Thread(
-        target=_fit, args=(plan, folder, name, coordinator, workers, per_worker, own_cluster), daemon=True
+    # A cluster of the command's own never gets more nodes.
+    maximum = workers if own_cluster else max(workers, plan.config.workers.maximum)
+    assignment = Assignment(
+        plan, folder.uri, uuid.uuid4().hex, description, started_s, workers, maximum, own_cluster, faults
     )
+    coordinator = _start_coordinator(assignment)
+    trainer = threading.Thread(target=_fit, args=(assignment, coordinator, per_worker), name="ray-train", daemon=True)
     trainer.start()
     try:
         with _signals(coordinator) as interrupted:
@@ -93,15 +99,32 @@ def launch(plan: Plan, folder: RunFolder, description: str, started_s: float, ow
     return Ending(status.outcome, status.message, status.exit_status, status.result)
 
 
-def _fit(
-    plan: Plan,
-    folder: RunFolder,
-    name: str,
-    coordinator: Any,
-    workers: int,
-    per_worker: dict[str, float],
-    own_cluster: bool,
-) -> None:
+def _name(uri: str) -> str:
+    return f"run {uri}"
+
+
+def _start_coordinator(assignment: Assignment) -> Any:
+    """The run's coordinator, on this node if that stays, started anew if its process or node is lost."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor_class: Any = ray.remote(Coordinator).options(
+        name=_name(assignment.uri),
+        namespace=NAMESPACE,
+        num_cpus=0,
+        max_concurrency=10_000,
+        max_restarts=-1,
+        scheduling_strategy=here,
+    )
+    try:
+        return actor_class.remote(assignment)
+    except ValueError:
+        name = assignment.plan.config.name
+        raise UserError(f"--name {name}: this run is going on already on this cluster") from None
+
+
+def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float]) -> None:
     """Run TorchTrainer.fit; in a thread, for the main thread shows progress and takes signals."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -109,16 +132,17 @@ def _fit(
     from orchestrator.ray_backend import OwnGroupConfig, Trainer
     from orchestrator.worker import train_worker
 
-    config = plan.config
+    config, name = assignment.plan.config, _name(assignment.uri)
     task = {
-        "plan": plan,
-        "uri": folder.uri,
+        "plan": assignment.plan,
+        "uri": assignment.uri,
         "coordinator": name,
         "group_timeout_s": GROUP_TIMEOUT_S,
-        "loopback": own_cluster,
+        "loopback": assignment.loopback,
+        "faults": assignment.faults,
     }
     scaling = ScalingConfig(
-        num_workers=workers,
+        num_workers=assignment.expected,
         use_gpu=bool(per_worker.get("GPU")),
         resources_per_worker=per_worker,
         placement_strategy=config.placement.upper().replace("-", "_"),
@@ -129,9 +153,9 @@ def _fit(
         with tempfile.TemporaryDirectory(prefix="orchestrator-ray-") as scratch:
             Trainer(
                 train_worker,
-                own_cluster=own_cluster,
+                own_cluster=assignment.loopback,
                 train_loop_config=task,
-                torch_config=OwnGroupConfig(),
+                torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum),
                 scaling_config=scaling,
                 run_config=RunConfig(
                     storage_path=scratch,
@@ -168,10 +192,18 @@ def _signals(coordinator: Any) -> Iterator[list[int]]:
 def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted: list[int]) -> Status:
     import ray
 
+    silent_since = time.monotonic()
     with Progress(plan.total_steps) as progress:
         while True:
             alive = trainer.is_alive()
-            status: Status = ray.get(coordinator.status.remote())
+            try:
+                status: Status = ray.get(coordinator.status.remote())
+                silent_since = time.monotonic()
+            except ray.exceptions.ActorUnavailableError:  # its process was lost: Ray starts another
+                if time.monotonic() - silent_since > COORDINATOR_BACK_S:
+                    raise
+                time.sleep(POLL_S)
+                continue
             progress.show(status, stopping=bool(interrupted))
             if status.outcome:
                 return status

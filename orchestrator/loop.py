@@ -42,20 +42,21 @@ def train(
 
     Raises:
         NonFiniteLossError: a loss is NaN or infinite; nothing was updated with it.
-        RuntimeError: torch's own, when another worker of the group is lost.
+        PeerLostError: another worker of the group is lost; state is that of the last committed step.
     """
     gradients = gradient_source(plan, workload, state, group, placement)
     try:
         while state.step < plan.total_steps:
+            if plan.evaluates_after(state.step) and state.evaluated_step != state.step:
+                processes = plan.config.loader_processes
+                observer.evaluated(state.step, evaluate(workload, state.model, state.precision, group, processes))
+                state.evaluated_step = state.step
             totals = gradients.compute(state.step, observer.stop_wanted())
             lr = learning_rate(plan.config, state.step, plan.total_steps)
             update(state, lr, totals.gradient_scale, plan.config.clip_norm)
             gradients.committed(state.step)
             state.step += 1
             observer.committed(state, totals, lr)
-            if plan.evaluates_after(state.step):
-                processes = plan.config.loader_processes
-                observer.evaluated(state.step, evaluate(workload, state.model, state.precision, group, processes))
             if totals.stop:
                 return state.step == plan.total_steps
         return True

@@ -41,7 +41,7 @@ class Plan:
     def evaluates_after(self, step: int) -> bool:
         """Whether the held-out split is evaluated when `step` steps are done; the end has its own evaluation."""
         every = self.config.eval_every * self.schedule.steps_per_epoch
-        return bool(every) and step % every == 0 and step < self.total_steps
+        return bool(every) and step > 0 and step % every == 0 and step < self.total_steps
 
     def identity(self) -> str:
         """SHA-256 over what decides the result; a checkpoint is only loaded into a run of the same identity."""

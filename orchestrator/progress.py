@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from orchestrator.coordinator import Status
+from orchestrator.seats import Status
 
 LINE_EVERY_S = 5.0
 
@@ -71,9 +71,8 @@ class Progress:
 
 def waiting_for(status: Status, phase: str) -> str:
     """One line on what is being waited for."""
-    missing = status.workers - status.joined
-    if missing and phase in ("starting workers", "restarting workers"):
-        return f"{phase}: waiting for {missing} more, {status.joined} of {status.workers} are there"
+    if status.missing and phase.startswith("waiting"):
+        return f"{phase}: {status.missing} more needed, {status.joined} there; Ray was asked for them"
     return phase
 
 

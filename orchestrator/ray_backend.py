@@ -7,20 +7,24 @@ left out (internals of Ray 2.60, which is why its version is pinned).
 
 from typing import Any
 
+import ray
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from orchestrator.ray_policy import OwnGroupConfig, StaticPolicy
+from orchestrator.worker_group import ElasticController
 
 __all__ = ["OwnGroupConfig", "Trainer"]
 
 
 class Trainer(TorchTrainer):
-    """TorchTrainer without data sets (a workload reads its own data) and without a cleaner that outlives it.
+    """TorchTrainer with workers that are replaced one by one, without data sets and without a cleaner.
 
-    Ray removes the placement group of a job that ends by itself. On a cluster of the command's own there is no
-    autoscaler to ask either.
+    A workload reads its own data. Ray removes the placement group of a job that ends by itself. On a cluster of the
+    command's own there is no autoscaler to ask either.
     """
 
     def __init__(self, *arguments: Any, own_cluster: bool, **named: Any) -> None:
@@ -32,4 +36,9 @@ class Trainer(TorchTrainer):
         controller["callbacks"] = [c for c in controller["callbacks"] if not isinstance(c, unused)]
         if self._own_cluster:
             controller["scaling_policy"] = StaticPolicy(self.scaling_config)
-        return super()._initialize_and_run_controller(**controller)
+        here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        variables = get_env_vars_to_propagate()
+        actor_class: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
+        actor = actor_class(ElasticController).remote(**controller)
+        ray.get(actor.run.remote())
+        return ray.get(actor.get_result.remote())

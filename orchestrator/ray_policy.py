@@ -7,14 +7,24 @@ from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPo
 
 
 class OwnGroupBackend(Backend):
-    """Leaves process groups to the workers, which build one a generation."""
+    """Leaves process groups to the workers, which build one a generation; a lost worker is replaced alone."""
+
+    has_replica_groups = True
 
 
 @dataclass
 class OwnGroupConfig(BackendConfig):
-    """TorchTrainer's torch_config with `OwnGroupBackend`. `backend` is what TorchTrainer asks for by name."""
+    """TorchTrainer's torch_config with `OwnGroupBackend`.
+
+    Attributes:
+        backend: what TorchTrainer asks for by name.
+        coordinator: name of the run's coordinator actor.
+        maximum: workers that the run may grow to.
+    """
 
     backend: str = "own"
+    coordinator: str = ""
+    maximum: int = 1
 
     @property
     def backend_cls(self) -> type[Backend]:

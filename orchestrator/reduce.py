@@ -125,13 +125,13 @@ class TreeReducer:
                 self._push(i, torch.zeros_like(self._slots[i]))
 
     def finish(self) -> None:
-        """Wait for the other workers; p.grad and `extra` hold the sums. Raises RuntimeError if one is lost."""
+        """Wait for the other workers; p.grad and `extra` hold the sums. Raises PeerLostError if one is lost."""
         if self._group.world == 1:
             for slot, stack in zip(self._slots, self._stacks, strict=True):
                 slot.grad = stack.pop()
         elif self._plain:
             for bucket in self._buckets:
-                _wait(bucket)
+                self._wait(bucket)
         else:
             self._fold_and_gather()
         if self._group.world > 1:
@@ -182,22 +182,21 @@ class TreeReducer:
 
     def _launch(self, bucket: _Bucket) -> None:
         if self._plain:
-            bucket.work = dist.all_reduce(bucket.total, async_op=True)
+            bucket.work = self._group.start_sum(bucket.total)
             return
         world, chunk = self._group.world, bucket.received.shape[1]
         outgoing = bucket.blocks.transpose(0, 1).contiguous().view(-1)
-        bucket.work = dist.all_to_all_single(
+        bucket.work = self._group.start_exchange(
             bucket.received.view(-1),
             outgoing,
             [count * chunk for count in self._counts],
             [len(self._own) * chunk] * world,
-            async_op=True,
         )
 
     def _fold_and_gather(self) -> None:
         # Two passes: a collective issued from within the first one's completion hangs on gloo.
         for bucket in self._buckets:
-            _wait(bucket)
+            self._wait(bucket)
             stack: list[Block] = []
             rows: list[Tensor] = []
             for block, row in zip(self._order, bucket.received, strict=True):
@@ -205,15 +204,14 @@ class TreeReducer:
                 for _ in range(push_block(stack, block)):
                     right = rows.pop()
                     rows[-1].add_(right)
-            bucket.work = dist.all_gather_single(bucket.total, rows[0], async_op=True)
+            bucket.work = self._group.start_gather(bucket.total, rows[0])
         for bucket in self._buckets:
-            _wait(bucket)
+            self._wait(bucket)
 
-
-def _wait(bucket: _Bucket) -> None:
-    assert bucket.work is not None
-    bucket.work.wait()
-    bucket.work = None
+    def _wait(self, bucket: _Bucket) -> None:
+        assert bucket.work is not None
+        self._group.wait(bucket.work)
+        bucket.work = None
 
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:

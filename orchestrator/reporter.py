@@ -1,53 +1,88 @@
-"""Rank 0's notes on their way to the coordinator."""
+"""A worker's notes on their way to the coordinator: rank 0 sends them, the others keep theirs in case it dies."""
 
 import logging
 import threading
+from collections import deque
 from typing import Any
 
 from orchestrator.events import Event
 
 REPORT_EVERY_S = 0.2
+KEPT = 1024  # steps; more than any rank 0 can be behind with sending
 log = logging.getLogger("orchestrator.reporter")
 
 
 class Reporter:
-    """Sends what rank 0 notes to the coordinator in batches, off the training thread."""
+    """Sends what rank 0 notes in batches, off the training thread."""
 
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._records: list[dict[str, Any]] = []
         self._events: list[Event] = []
-        self._closing = threading.Event()
-        self.stop = False
+        self._closing = False
+        self._hurry = threading.Event()
+        self._speaks = False
         self._thread = threading.Thread(target=self._loop, name="reporter", daemon=True)
         self._thread.start()
 
-    def step(self, record: dict[str, Any]) -> None:
+    def take_over(self, speaks: bool, recorded: int) -> None:
+        """A new generation begins.
+
+        Args:
+            speaks: whether this worker is rank 0, and sends.
+            recorded: the newest step that the coordinator has: later ones that this worker kept are sent again.
+        """
         with self._lock:
-            self._records.append(record)
+            self._speaks = speaks
+            self._records = [r for r in self._kept if r["step"] > recorded] if speaks else []
+            if not speaks:
+                self._events = []
+
+    def step(self, record: dict[str, Any], hurry: bool) -> None:
+        """A committed step; `hurry` sends it at once."""
+        with self._lock:
+            self._kept.append(record)
+            if self._speaks:
+                self._records.append(record)
+        if hurry:
+            self._hurry.set()
 
     def event(self, event: Event) -> None:
         with self._lock:
-            self._events.append(event)
+            if self._speaks:
+                self._events.append(event)
+
+    def flush(self) -> None:
+        """Send what is left, and wait for it."""
+        self._send()
 
     def close(self) -> None:
-        """Send what is left."""
-        self._closing.set()
+        """Send what is left and end."""
+        self._closing = True
+        self._hurry.set()
         self._thread.join()
 
     def _loop(self) -> None:
-        while not self._closing.wait(REPORT_EVERY_S):
+        while not self._closing:
+            self._hurry.wait(REPORT_EVERY_S)
+            self._hurry.clear()
             self._send()
-        self._send()
 
     def _send(self) -> None:
         import ray
 
-        with self._lock:
-            records, events = self._records, self._events
-            self._records, self._events = [], []
-        try:
-            self.stop = ray.get(self._coordinator.report.remote(records, events)) or self.stop
-        except ray.exceptions.RayError:
-            log.exception("the coordinator did not take a report of %d steps", len(records))
+        with self._sending:
+            with self._lock:
+                records, events = self._records, self._events
+                self._records, self._events = [], []
+            if not records and not events:
+                return
+            try:
+                ray.get(self._coordinator.report.remote(records, events))
+            except ray.exceptions.RayError:
+                log.warning("the coordinator did not take a report of %d steps", len(records), exc_info=True)
+                with self._lock:  # it will be restarted: what it does not know is sent again, and taken once
+                    self._records, self._events = records + self._records, events + self._events

@@ -5,6 +5,7 @@ Exit status: 0 finished; 2 unusable configuration; 1 failed; 130 stopped on requ
 
 import argparse
 import difflib
+import os
 import sys
 import time
 import tomllib
@@ -14,11 +15,14 @@ from typing import Any, NoReturn
 
 from orchestrator.config import TOGETHER, assemble, build, flag, help_texts, settings, to_toml
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.faults import Fault, parse_faults
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
 from orchestrator.runfolder import CONFIG, RunFolder
 from orchestrator.storage import Folder
 from workloads.registry import WORKLOADS
+
+REHEARSAL = "ORCHESTRATOR_REHEARSAL"  # set by orchestrator.rehearse, which can add nodes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +54,7 @@ def workload_parser(workload: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it.")
     parser.add_argument("--dry-run", action="store_true", help="Print the complete plan and stop; Ray is not started.")
+    parser.add_argument("--faults", metavar="FILE", help="TOML schedule of faults to make happen in this run.")
     texts = help_texts(config_type)
     defaults = config_type()
     for name, field in settings(config_type).items():
@@ -67,17 +72,30 @@ def workload_parser(workload: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, Any], bool]:
-    """(settings given by TOML and flags, whether it is a dry run); raises UserError."""
+def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, Any], bool, tuple[Fault, ...]]:
+    """(settings given by TOML and flags, whether it is a dry run, faults to rehearse); raises UserError."""
     parsed = vars(workload_parser(workload).parse_args(arguments))
-    file, dry = parsed.pop("config"), parsed.pop("dry_run")
+    file, dry, faults = parsed.pop("config"), parsed.pop("dry_run"), read_faults(parsed.pop("faults"))
     flags = {name: text for name, text in parsed.items() if text is not None}
     given = _read_toml(Path(file), workload, alone=not flags.keys() & TOGETHER) if file else {}
     # --steps on the command line replaces the file's epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in flags and other not in flags:
             given.pop(other, None)
-    return given | flags, dry
+    return given | flags, dry, faults
+
+
+def read_faults(file: str | None) -> tuple[Fault, ...]:
+    """The schedule in `file`; none without one. Raises UserError."""
+    if file is None:
+        return ()
+    try:
+        faults = parse_faults(Path(file).read_text(), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--faults {file}: cannot be read ({error}); give a TOML file") from None
+    if any(f.kind == "add-node" for f in faults) and REHEARSAL not in os.environ:
+        raise UserError(f"--faults {file}: add-node needs a cluster made for it; use python -m orchestrator.rehearse")
+    return faults
 
 
 def _read_toml(file: Path, workload: str, alone: bool) -> dict[str, Any]:
@@ -101,7 +119,7 @@ def _read_toml(file: Path, workload: str, alone: bool) -> dict[str, Any]:
 
 def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     """The whole command; returns the exit status."""
-    given, dry = read_settings(workload, arguments)
+    given, dry, faults = read_settings(workload, arguments)
     entry = WORKLOADS[workload]
     config = assemble(entry.config_type(), given)
     config = resolve(entry.absolute_paths(config))
@@ -122,10 +140,10 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     folder.folder.check_writable()
     if folder.folder.read_text(CONFIG) is None:
         folder.folder.write(CONFIG, to_toml(config, workload).encode())
-    return _train(plan, folder, summary.description, started_s)
+    return _train(plan, folder, summary.description, started_s, faults)
 
 
-def _train(plan: Plan, folder: RunFolder, description: str, started_s: float) -> int:
+def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, faults: tuple[Fault, ...]) -> int:
     from orchestrator.connect import cluster
     from orchestrator.launch import launch
 
@@ -137,7 +155,7 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float) ->
     print(f"{plan.workload} on {description}")
     print(f"run folder: {folder.uri}", flush=True)
     with cluster(plan.config.address, log_file) as own:
-        ending = launch(plan, folder, description, started_s, own)
+        ending = launch(plan, folder, description, started_s, own, faults)
         _tell(plan, folder, ending)
     return ending.exit_status
 

@@ -1,13 +1,15 @@
 """Training state: what a checkpoint holds and a joiner receives. It never mentions the number of workers."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.group import Group
 from orchestrator.precision import Precision
+
+MESSAGE_BYTES = 32 * 2**20
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -35,6 +37,7 @@ class TrainingState:
         self.optimizer = optimizer
         self.precision = precision
         self.step = 0
+        self.evaluated_step = -1  # the step after which the held-out split was last evaluated
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -85,16 +88,51 @@ class TrainingState:
             return tensor.clone()
         return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
-    def receive(self, group: Group, step: int) -> None:
-        """Take over the state of rank 0, which has `step` steps done; every worker of the group calls it."""
+    def receive(self, group: Group) -> None:
+        """Take over the state of rank 0; every worker of the group calls it. Who has as many steps keeps its own."""
         tensors = self.tensors() if group.rank == 0 else {}
-        described = group.broadcast_object([(name, t.shape, t.dtype) for name, t in tensors.items()])
+        described = [(name, t.shape, t.dtype) for name, t in tensors.items()]
+        described, step, evaluated = group.broadcast_object((described, self.step, self.evaluated_step))
+        if not step:
+            return  # everybody has the initial state
         received: dict[str, Tensor] = {}
-        for name, shape, dtype in described:
+        for part in _parts(described):
             if group.rank == 0:
-                received[name] = tensors[name].detach().to(group.device).contiguous()
+                raw = [_bytes_of(tensors[name].detach()).to(group.device) for name, *_ in part]
+                flat = torch.cat(raw)
             else:
-                received[name] = torch.empty(shape, dtype=dtype, device=group.device)
-            group.broadcast(received[name], 0)
-        if group.rank != 0:
+                flat = torch.empty(sum(_size(shape, dtype) for _, shape, dtype in part), dtype=torch.uint8)
+                flat = flat.to(group.device)
+            group.broadcast(flat, 0)
+            if self.step != step:
+                start = 0
+                for name, shape, dtype in part:
+                    raw_tensor = flat[start : start + _size(shape, dtype)].clone()
+                    received[name] = raw_tensor.view(dtype).reshape(shape)
+                    start += _size(shape, dtype)
+        if self.step != step:
             self.load(received, step)
+        self.evaluated_step = evaluated
+
+
+Described = tuple[str, torch.Size, torch.dtype]
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _size(shape: torch.Size, dtype: torch.dtype) -> int:
+    return shape.numel() * dtype.itemsize
+
+
+def _parts(described: list[Described]) -> Iterator[list[Described]]:
+    """Stretches of about MESSAGE_BYTES: hundreds of small messages would cost more than their bytes."""
+    part: list[Described] = []
+    for item in described:
+        part.append(item)
+        if sum(_size(shape, dtype) for _, shape, dtype in part) >= MESSAGE_BYTES:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -1,5 +1,6 @@
 """One step's gradients: the sharded way (same bits for any number of workers) and DistributedDataParallel."""
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.batchnorm import RunningStatistics
-from orchestrator.errors import NonFiniteLossError
+from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.feed import Request, batches
 from orchestrator.group import Group
 from orchestrator.plan import Plan
@@ -19,7 +20,8 @@ from orchestrator.shards import Placement, derive_seed
 from orchestrator.state import TrainingState
 from workloads.workload import Batch, Sums, Workload
 
-ROW = ("loss", "count", "stop")  # what each shard reports beside its gradients
+ROW = ("loss", "count", "stop", "samples", "ledger")  # what each shard reports beside its gradients
+EXACT = 2**24  # whole numbers below it are exact in fp32
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,27 @@ class StepTotals:
         samples: of the global batch.
         gradient_scale: what the summed gradients have to be multiplied by to be those of `loss`.
         stop: whether some worker asked to stop after this step.
+        ledger: 8 hex digits that depend on which samples every shard was computed from.
     """
 
     loss: float
     samples: int
     gradient_scale: float
     stop: bool
+    ledger: str
+
+
+def ledger_of(indices: NDArray[np.int64]) -> int:
+    """A number below EXACT that tells sets of sample indices apart, whatever their order."""
+    return zlib.crc32(np.sort(indices).tobytes()) % EXACT
+
+
+def _seal(rows: Tensor, expected: int, step: int) -> str:
+    """The ledger of a step from its rows [., ROW]; raises TrainingError if not every sample was used once."""
+    samples = round(rows[:, 3].sum().item())
+    if samples != expected:
+        raise TrainingError(f"step {step}: {samples} samples were computed where {expected} belong")
+    return f"{zlib.crc32(rows[:, 4].to(torch.int64).numpy().tobytes()):08x}"
 
 
 class GradientSource(Protocol):
@@ -90,6 +107,7 @@ class ShardedGradients:
         self._statistics.start_step()
         self._reducer.start_step()
         for shard in self._own:
+            self._group.step_on()
             self._reducer.start_shard(shard)
             _, start, end = schedule.places(step, shard)
             if end > start:
@@ -100,14 +118,18 @@ class ShardedGradients:
         rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
-        return StepTotals(rows[:, 0].sum().item() / count, self._samples, nominal / count, bool(rows[:, 2].sum() > 0))
+        stopping = bool(rows[:, 2].sum() > 0)
+        ledger = _seal(rows, self._samples, step)
+        return StepTotals(rows[:, 0].sum().item() / count, self._samples, nominal / count, stopping, ledger)
 
     def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
+        indices, batch = next(self._feed)
         with self._state.precision.autocast():
-            sums = self._workload.sums(self._state.model, next(self._feed))
+            sums = self._workload.sums(self._state.model, batch)
         extra = torch.zeros_like(self._reducer.extra)
         row = extra[shard * len(ROW) : (shard + 1) * len(ROW)]
-        row[0], row[1], row[2] = sums.loss.detach(), sums.count, float(stop)
+        row[0], row[1] = sums.loss.detach(), sums.count
+        row[2], row[3], row[4] = float(stop), len(indices), ledger_of(indices)
         if self._statistics.numel:
             extra[self._rows :] = self._statistics.of_last_forward(samples)
         self._reducer.add_extra(extra)
@@ -180,17 +202,21 @@ class DdpGradients:
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any worker's loss is not finite."""
+        self._group.step_on()
         samples, world = self._plan.schedule.samples_in_step(step), self._group.world
         nominal = self._workload.nominal_count(samples)
         _, indices, weight = self._part(step)
         self._state.optimizer.zero_grad(set_to_none=True)
         self._state.model.train()
         torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
+        fed, batch = next(self._feed)
         with self._state.precision.autocast():
-            loss, count = self._module(next(self._feed))
+            loss, count = self._module(batch)
         rows = torch.zeros(world, len(ROW), dtype=torch.float64, device=self._group.device)
         rows[self._group.rank, 0], rows[self._group.rank, 1] = loss.detach() * weight, count * weight
         rows[self._group.rank, 2] = float(stop)
+        rows[self._group.rank, 3] = len(fed) * weight
+        rows[self._group.rank, 4] = ledger_of(fed)
         self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
         self._group.sum(rows)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
@@ -198,7 +224,8 @@ class DdpGradients:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
         total = rows[:, 1].sum().item() or 1.0
-        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, bool(rows[:, 2].sum() > 0))
+        stopping, ledger = bool(rows[:, 2].sum() > 0), _seal(rows.cpu(), samples, step)
+        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger)
 
     def committed(self, step: int) -> None:
         """Everyone takes rank 0's buffers, as DistributedDataParallel does, but after the step: none is left behind."""

@@ -25,6 +25,11 @@ class WorkerRange:
             raise ValueError("at least 1 worker is needed")
         return cls(low, high)
 
+    @property
+    def floor(self) -> int:
+        """Workers without which a run waits: MIN of MIN:MAX. With N it starts with N and goes on with any number."""
+        return 1 if self.minimum == self.maximum else self.minimum
+
     def __str__(self) -> str:
         return str(self.minimum) if self.minimum == self.maximum else f"{self.minimum}:{self.maximum}"
 

@@ -1,182 +1,277 @@
-"""What runs in a Ray Train worker: take a seat, build state and process group, train, hand over the result."""
+"""What runs in a Ray Train worker: take a seat, train until the generation ends, come back for the next seat."""
 
-import contextlib
+import logging
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator.coordinator import NAMESPACE, Seat
+from orchestrator.channel import Beat, Line
 from orchestrator.errors import OrchestratorError
-from orchestrator.events import CheckpointSaved, Evaluated, Event
+from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
-from orchestrator.reporter import Reporter
+from orchestrator.recovery import Member
+from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
+
+log = logging.getLogger("orchestrator.worker")
+COORDINATOR_BACK_S = 120.0
 
 
-def train_worker(task: dict[str, Any]) -> None:
-    """The train function given to TorchTrainer.
+class GivenUpError(RuntimeError):
+    """The coordinator has given this worker up, or cannot be reached: another process takes its place."""
+
+
+def train_worker(task: dict[str, Any]) -> str:
+    """The train function given to TorchTrainer; returns OVER or LEFT.
 
     Args:
-        task: "plan", "uri" of the run folder, "coordinator" (actor name), "group_timeout_s", "loopback".
+        task: "plan", "uri" of the run folder, "coordinator" (actor name), "group_timeout_s", "loopback", "faults".
 
-    Errors of ours end the run through the coordinator; others are raised, and Ray Train starts the workers anew.
+    Errors of ours end the run through the coordinator; others end this worker, and the others go on.
     """
     import ray
-    import ray.train
 
     coordinator = ray.get_actor(task["coordinator"], namespace=NAMESPACE)
-    rank = ray.train.get_context().get_world_rank()
-    worker = Worker(task, coordinator, rank)
+    worker = Worker(task, coordinator)
     try:
-        worker.run()
+        return worker.run()
     except OrchestratorError as error:
         ray.get(coordinator.fail.remote(str(error), error.exit_status, traceback.format_exc()))
+        return OVER
+    except GivenUpError:
+        raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        again = ray.get(coordinator.worker_failed.remote(rank, worker.step, text, traceback.format_exc()))
-        if again:
-            raise
+        arguments = (worker.id, worker.rank, worker.step, text, traceback.format_exc())
+        ray.get(coordinator.worker_failed.remote(*arguments))
+        raise
+    finally:
+        worker.close()
 
 
 class Worker:
-    """One worker of one generation; the loop's observer."""
+    """One worker process, through all the generations that it sits in."""
 
-    def __init__(self, task: dict[str, Any], coordinator: Any, rank: int) -> None:
+    def __init__(self, task: dict[str, Any], coordinator: Any) -> None:
         self._plan: Plan = task["plan"]
         self._task = task
         self._coordinator = coordinator
-        self._rank = rank
-        self._stop = False
-        self._reporter: Reporter | None = None
+        self.id = uuid.uuid4().hex
+        self.rank = -1
+        self._seat: Seat | None = None
+        self._group: Any = None
+        self._ended = 0  # newest generation that the coordinator has ended
+        self._line: Line | None = None
+        self._line_broke = False
+        self._saboteur = Saboteur(task["faults"], self._may_fire)
+        self._why = ""  # the last generation ended, as this worker saw it
         self._state: Any = None
+        self._recorder: Any = None
+        self._served: tuple[Any, tuple[str, int]] | None = None
 
     @property
     def step(self) -> int:
         return self._state.step if self._state is not None else 0
 
-    def run(self) -> None:
+    def close(self) -> None:
+        """Hang up."""
+        if self._line is not None:
+            self._line.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def run(self) -> str:
         """From the first line to the last."""
         import ray
 
         device_name = "cuda" if ray.get_gpu_ids() else "cpu"
-        node = ray.get_runtime_context().get_node_id()
-        seat_ref = self._coordinator.join.remote(self._rank, node, os.getpid(), device_name)
-        _prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
+        self._connect_line()
         import torch
 
+        from orchestrator.prepare import build_state, prepare_torch, settle_loader
+        from orchestrator.recorder import Recorder
         from workloads.registry import WORKLOADS
 
+        prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
         device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
         workload = WORKLOADS[self._plan.workload].build(self._plan.config)
-        self._plan = _settle_loader(self._plan, workload)
-        self._state = _build_state(self._plan, workload, device)
-        seat: Seat | None = ray.get(seat_ref)
-        if seat is None:
-            return
-        self._seat = seat
-        with self._connected(device) as group, self._reporting(group.rank):
-            self._restore(group)
-            self._train(workload, group)
+        self._plan = settle_loader(self._plan, workload)
+        self._state, has_state = build_state(self._plan, workload, device), False
+        self._recorder = Recorder(self._plan, self._task["uri"], self._coordinator, self._saboteur)
+        while True:
+            answer = self._ask_for_seat(device_name, self._state.step if has_state else -1)
+            if isinstance(answer, Order):
+                return self._obey(answer)
+            over, has_state = self._sit(answer, workload, device, has_state)
+            if over:
+                return OVER
 
-    @contextlib.contextmanager
-    def _connected(self, device: Any) -> Iterator[Any]:
-        """The generation's process group; rank 0 serves its store."""
+    def _connect_line(self) -> None:
+        """Join the coordinator's wire; waits for a coordinator that is being restarted."""
         import ray
-        from torch import distributed as dist
 
-        from orchestrator.group import Group
+        until = time.monotonic() + COORDINATOR_BACK_S
+        while True:
+            try:
+                found = ray.get(self._coordinator.enlist.remote(self.id), timeout=COORDINATOR_BACK_S)
+                if found is None:
+                    raise GivenUpError("the coordinator does not expect this worker any more")
+                host, port, secret = found
+                self._line_broke = False
+                self._line = Line((host, port), secret, self.id, self._look, self._told)
+                return
+            except (ray.exceptions.RayError, OSError) as error:
+                if time.monotonic() > until:
+                    raise GivenUpError(f"the coordinator cannot be reached: {error}") from error
+                time.sleep(0.2)
 
-        generation, timeout_s = self._seat.generation, self._task["group_timeout_s"]
-        host = "127.0.0.1" if self._task["loopback"] else ray.util.get_node_ip_address()
-        if self._task["loopback"] and Path("/sys/class/net/lo").exists():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        world = self._seat.placement.workers
-        store: Any = None
-        if world > 1 and self._rank == 0:
+    def _may_fire(self, number: int) -> bool:
+        import ray
+
+        return bool(ray.get(self._coordinator.may_fire.remote(number, self.rank)))
+
+    def _look(self) -> Beat:
+        group, generation = self._group, self._seat.generation if self._seat else 0
+        if group is None:
+            return Beat(generation, self.step, 0, waiting=True)
+        return Beat(generation, self.step, group.place, group.waiting)
+
+    def _told(self, word: str, generation: int) -> None:
+        """An order from the coordinator, in the wire's thread."""
+        if word == "pause" and self._seat and generation == self._seat.generation:
+            self._recorder.pause = True
+        elif word == "fault":
+            self._saboteur.do(generation)
+        elif word == "checkpoint" and self._recorder:
+            self._recorder.checkpoint_asked = True
+        elif word == "dump":
+            frames = sys._current_frames().items()
+            text = "\n".join(f"thread {ident}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
+            self._coordinator.stack.remote(self.rank, text)
+        elif word in ("end", "gone"):
+            self._line_broke |= word == "gone"
+            self._ended = max(self._ended, generation, self._seat.generation if word == "gone" and self._seat else 0)
+            if self._group is not None and self._seat and self._seat.generation <= self._ended:
+                self._group.abort()
+
+    def _ask_for_seat(self, device: str, step: int) -> Seat | Order:
+        """Ask until a coordinator answers: it may have been restarted."""
+        import ray
+
+        while True:
+            if self._line_broke:
+                self._connect_line()
+            node = ray.get_runtime_context().get_node_id()
+            store, host = self._store_address(), ray.util.get_node_ip_address()
+            member = Member(self.id, node, os.getpid(), device, step, self.rank, store, host)
+            try:
+                answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))
+                return answer
+            except ray.exceptions.RayError:
+                log.exception("the coordinator was lost; waiting for it to come back")
+                self._line_broke = True
+
+    def _store_address(self) -> tuple[str, int]:
+        """Every worker serves a store, for any may be rank 0 of the next generation."""
+        if self._served is None:
+            import ray
+            from torch import distributed as dist
+
+            loopback = self._task["loopback"]
+            host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
+            if loopback and Path("/sys/class/net/lo").exists():
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             listener = socket.create_server((host, 0))
             port = listener.getsockname()[1]
-            store = dist.TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-            ray.get(self._coordinator.publish_store.remote(generation, host, port))
-        elif world > 1:
-            host, port = ray.get(self._coordinator.store_address.remote(generation))
-            store = dist.TCPStore(host, port, is_master=False)
-        group = Group.connect(store, generation, self._rank, world, device, timeout_s)
+            listening: Any = listener.detach()
+            store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+            self._served = store, (host, port)
+        return self._served[1]
+
+    def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
+        """One generation; returns (whether the run is over, whether this worker has the state)."""
+        from orchestrator.group import Group
+
+        self._seat, self.rank, self._why = seat, seat.rank, ""
+        self._recorder.take_seat(seat)
+        self._group = group = Group(seat.rank, seat.placement.workers, device)
         try:
-            yield group
+            if self._ended >= seat.generation:
+                group.abort()
+            group.connect(self._store_of(seat), seat.generation, self._task["group_timeout_s"])
+            self._restore(group, seat)
+            has_state = True
+            return self._train(workload, group, seat), True
+        except RuntimeError as error:
+            if isinstance(error, GivenUpError) or not group.excuses(error):
+                raise
+            log.warning("generation %d ended at step %d: %s", seat.generation, self.step, error)
+            self._why = str(error).splitlines()[0]
+            return False, has_state
         finally:
+            self._group = None
             group.close()
+            if group.over:
+                self._served = None  # its connection to itself was shut down with the others
 
-    @contextlib.contextmanager
-    def _reporting(self, rank: int) -> Iterator[None]:
-        from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
-        from orchestrator.storage import Folder
+    def _store_of(self, seat: Seat) -> Any:
+        from torch import distributed as dist
 
-        folder = Folder(self._task["uri"]).child("checkpoints")
-        self._checkpoints = CheckpointStore(folder, self._plan.identity(), self._plan.config.keep_checkpoints)
-        self._reporter = Reporter(self._coordinator) if rank == 0 else None
-        self._writer = BackgroundWriter(self._checkpoints, lambda saved: self._event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
-        try:
-            yield
-        finally:
-            if self._reporter:
-                self._reporter.close()
+        assert self._served is not None
+        if seat.placement.workers == 1:
+            return None
+        return self._served[0] if seat.rank == 0 else dist.TCPStore(*seat.store, is_master=False)
 
-    def _event(self, event: Event) -> None:
-        if self._reporter:
-            self._reporter.event(event)
-
-    def _restore(self, group: Any) -> None:
-        """Rank 0 loads the newest whole checkpoint and hands the state to the others."""
+    def _restore(self, group: Any, seat: Seat) -> None:
+        """All get the state of rank 0, which loads the newest whole checkpoint if nobody has any."""
         import ray
-        import torch
 
         started = time.perf_counter()
         rejected: list[str] = []
-        loaded = self._checkpoints.load_newest(rejected.append) if self._rank == 0 else None
-        if loaded:
-            self._state.load(loaded.tensors, loaded.step)
-        step = torch.tensor(self._state.step, device=group.device)
-        group.broadcast(step, 0)
-        if self._rank == 0:
+        load_s = 0.0
+        if seat.step < 0 and seat.rank == 0:
+            loaded = self._recorder.store.load_newest(rejected.append)
+            if loaded:
+                self._state.load(loaded.tensors, loaded.step)
             load_s = time.perf_counter() - started
-            ray.get(self._coordinator.begin.remote(self._seat.generation, self._state.step, load_s, rejected))
-        if step.item():
-            self._state.receive(group, int(step.item()))
-        self._checkpointed_at = time.monotonic()
-        self._stepped_at = time.time()
+        if (seat.share or seat.step < 0) and group.world > 1:
+            self._state.receive(group)
+        if seat.rank == 0:
+            arguments = (seat, self._state.step, load_s, time.perf_counter() - started, rejected)
+            ray.get(self._coordinator.begin.remote(*arguments))
+        self._recorder.begin(self._state.step)
 
-    def _train(self, workload: Any, group: Any) -> None:
+    def _train(self, workload: Any, group: Any, seat: Seat) -> bool:
+        """Train to the end or to the generation's; returns whether the run is over."""
         import ray
 
         from orchestrator.evaluate import evaluate
         from orchestrator.loop import train
         from orchestrator.state import weights_sha256
 
-        plan, state = self._plan, self._state
+        plan, state, recorder = self._plan, self._state, self._recorder
         try:
-            finished = train(plan, workload, state, group, self._seat.placement, self)
+            finished = train(plan, workload, state, group, seat.placement, recorder)
         except OrchestratorError:
-            self._checkpoint_now()
+            recorder.checkpoint_now(state, recorder.leads)
             raise
-        if self._rank == 0:
+        if not finished:
+            return False
+        if recorder.leads:
             self._coordinator.phase.remote("evaluating and saving")
-            self._checkpoint_now()
-        metrics: dict[str, float] = {}
-        if finished:
-            metrics = evaluate(workload, state.model, state.precision, group, plan.config.loader_processes)
-            self.evaluated(state.step, metrics)
-            if self._rank == 0:
-                self._save_model(workload)
-        if self._reporter:
-            self._reporter.close()
-        sha256 = weights_sha256(state.model)
-        ray.get(self._coordinator.finish.remote(self._rank, finished, sha256, state.step, metrics))
+            recorder.checkpoint_now(state, lead=True)
+        metrics = evaluate(workload, state.model, state.precision, group, plan.config.loader_processes)
+        recorder.evaluated(state.step, metrics)
+        if recorder.leads:
+            self._save_model(workload)
+        recorder.reporter.flush()
+        arguments = (self.id, seat.generation, weights_sha256(state.model), metrics)
+        return bool(ray.get(self._coordinator.finish.remote(*arguments)))
 
     def _save_model(self, workload: Any) -> None:
         from orchestrator.runfolder import RunFolder
@@ -186,75 +281,17 @@ class Worker:
             workload.save(self._state.model, Path(folder))
             RunFolder(Folder(self._task["uri"])).save_model(Path(folder))
 
-    def _checkpoint_now(self) -> None:
-        if self._rank == 0 and self._state.step > self._writer.newest_step:
-            self._writer.submit(self._state.step, self._state.snapshot)
-        self._writer.wait()
+    def _obey(self, order: Order) -> str:
+        """Not a seat: the end of the run, or of this worker's part in it."""
+        import ray
 
-    def stop_wanted(self) -> bool:
-        """See Observer."""
-        return bool(self._reporter and self._reporter.stop)
+        from orchestrator.state import weights_sha256
 
-    def committed(self, state: Any, totals: Any, lr: float) -> None:
-        """See Observer: rank 0 notes the step and starts a checkpoint when one is due."""
-        if self._reporter is None:
-            return
-        now = time.time()
-        self._reporter.step(
-            {
-                "step": state.step,
-                "epoch": self._plan.epoch_of(state.step - 1),
-                "loss": totals.loss,
-                "lr": lr,
-                "samples": totals.samples,
-                "samples_per_s": round(totals.samples / max(now - self._stepped_at, 1e-9), 3),
-                "step_s": round(now - self._stepped_at, 6),
-                "workers": self._seat.placement.workers,
-                "generation": self._seat.generation,
-                "time_s": round(now, 3),
-            }
-        )
-        every = self._plan.config.checkpoint_every
-        due = (every.steps and state.step % every.steps == 0) or (
-            every.seconds and time.monotonic() - self._checkpointed_at >= every.seconds
-        )
-        if due:
-            self._checkpointed_at = time.monotonic()
-            self._writer.submit(state.step, state.snapshot)
-        self._stepped_at = time.time()
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """See Observer."""
-        self._event(Evaluated(step, metrics))
-
-
-def _prepare_torch(threads: int, same_bits: bool) -> None:
-    """Threads and, where bits are promised, deterministic kernels; before anything is computed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch: "Reproducibility", cuBLAS
-    import torch
-
-    torch.set_num_threads(threads)
-    # torch.use_deterministic_algorithms, without its import of the compiler, a second of every worker's start.
-    torch._C._set_deterministic_algorithms(same_bits, warn_only=True)
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 costs a pass over memory, changes no result
-    torch.backends.cudnn.benchmark = False
-
-
-def _settle_loader(plan: Plan, workload: Any) -> Plan:
-    """The plan with the number of loader processes that suits the data, where it was left open."""
-    if plan.config.loader_processes >= 0:
-        return plan
-    return plan.with_config(loader_processes=max(2, plan.config.threads) if workload.decodes else 0)
-
-
-def _build_state(plan: Plan, workload: Any, device: Any) -> Any:
-    import torch
-
-    from orchestrator.optimizer import build_optimizer
-    from orchestrator.precision import Precision
-    from orchestrator.shards import derive_seed
-    from orchestrator.state import TrainingState
-
-    torch.manual_seed(derive_seed("weights", plan.config.seed))
-    model = workload.build_model().to(device)
-    return TrainingState(model, build_optimizer(plan.config, model), Precision(plan.config.precision, device.type))
+        if order.word == "excluded":
+            raise GivenUpError("the coordinator has given this worker up")
+        if order.word == "stop":
+            self._recorder.checkpoint_now(self._state, order.lead)
+            if order.lead:
+                self._recorder.reporter.flush()
+                ray.get(self._coordinator.stopped.remote(self._state.step, weights_sha256(self._state.model)))
+        return LEFT if order.word == "leave" else OVER

@@ -141,7 +141,7 @@ def _serve(pipe: Connection) -> None:
         try:
             if port not in stores:
                 stores[port] = dist.TCPStore("127.0.0.1", port, is_master=False)
-            group = Group.connect(stores[port], number, rank, world, torch.device("cpu"), group_timeout_s)
+            group = Group(rank, world, torch.device("cpu")).connect(stores[port], number, group_timeout_s)
             try:
                 answer = fn(group, *args)
             finally:

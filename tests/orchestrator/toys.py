@@ -197,7 +197,7 @@ def run_toy(
     if start and group.rank == 0:
         state.load(start[1], start[0])
     if start:
-        state.receive(group, start[0])
+        state.receive(group)
     placement = placement or even_placement(plan.config.shards, group.world)
     recorder = Recorder(stop_after).starts_at(state.step)
     finished = train(plan, workload, state, group, placement, recorder)

@@ -94,11 +94,13 @@ def test_a_killed_worker_is_replaced(cluster: str, undisturbed: str, tmp_path: P
     (generation,) = events(folder, "generation_started")
     os.kill(generation["pids"][1], signal.SIGKILL)
     assert_as_undisturbed(finish(process), folder, undisturbed)
-    (incident,) = result(folder)["incidents"]
-    assert incident["kind"] == "worker_lost"
-    assert incident["workers_before"] == incident["workers_after"] == 2
-    assert incident["recovery_s"] > 0
-    assert result(folder)["generations"] == 2
+    killed = result(folder)["incidents"][0]
+    assert killed["kind"] == "worker_killed"
+    assert (killed["workers_before"], killed["workers_after"], killed["steps_lost"]) == (2, 1, 0)
+    assert killed["recovery_s"] > 0
+    second = events(folder, "generation_started")[1]
+    assert second["pids"] == generation["pids"][:1], "the survivor was restarted"
+    assert [r["step"] for r in records(folder)] == list(range(1, result(folder)["steps"] + 1))
 
 
 def test_a_finished_run_says_so_and_changes_nothing(cluster: str, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Fault schedules: what is to go wrong in a rehearsal, where and when. A TOML file of [[fault]] tables.
+
+[[fault]]
+kind = "kill"     # kill, stop, exception, slow: of a worker, by rank
+rank = 1
+step = 20         # or time_s = 3.5, seconds since training began
+
+[[fault]]
+kind = "drain"    # drain, node-loss, network-cut: of a node, by the rank of a worker on it; add-node: of none
+rank = 2
+step = 40
+seconds = 10      # drain: until the node goes; slow: added to each of the worker's next `steps` steps
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import UserError
+
+WORKER_KINDS = ("kill", "stop", "exception", "slow")
+NODE_KINDS = ("drain", "node-loss", "network-cut")
+KINDS = (*WORKER_KINDS, *NODE_KINDS, "add-node")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong, once.
+
+    Attributes:
+        rank: of the worker, or of a worker on the node; -1 for add-node.
+        step: when that many steps are committed; -1: by time.
+        time_s: seconds since the first generation began to train; -1: by step.
+        seconds: drain: notice before the node goes; slow: added to each step.
+        steps: slow: how many steps.
+    """
+
+    kind: str
+    rank: int = -1
+    step: int = -1
+    time_s: float = -1.0
+    seconds: float = 1.0
+    steps: int = 10
+
+    def is_due(self, steps_done: int, trained_s: float) -> bool:
+        """Whether its moment has come."""
+        return 0 <= self.step <= steps_done or 0 <= self.time_s <= trained_s
+
+
+def parse_faults(text: str, name: str) -> tuple[Fault, ...]:
+    """The faults of a schedule; raises UserError with one line that names the file and the fault.
+
+    Args:
+        text: TOML.
+        name: of the file, for messages.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"--faults {name}: not valid TOML ({error})") from None
+    tables = content.pop("fault", None)
+    if content or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
+        raise UserError(f"--faults {name}: write [[fault]] tables and nothing else; see orchestrator/faults.py")
+    return tuple(_fault(table, f"--faults {name}: fault {number}") for number, table in enumerate(tables, 1))
+
+
+def _fault(table: dict[str, Any], where: str) -> Fault:
+    known: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Fault)}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"{where}: {key}: no such key; use {', '.join(known)}")
+        allowed: tuple[type, ...] = {str: (str,), int: (int,), float: (int, float)}[known[key]]
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise UserError(f"{where}: {key} = {value!r}: not {allowed[-1].__name__}")
+        if isinstance(value, int | float) and value < 0:
+            raise UserError(f"{where}: {key} = {value}: below 0")
+    kind = table.get("kind", "")
+    if kind not in KINDS:
+        raise UserError(f"{where}: kind = {kind!r}: not known; use {', '.join(KINDS)}")
+    if ("step" in table) == ("time_s" in table):
+        raise UserError(f"{where}: give step or time_s, one of them")
+    if kind != "add-node" and "rank" not in table:
+        raise UserError(f"{where}: {kind} needs the rank of a worker" + (" on the node" if kind in NODE_KINDS else ""))
+    return Fault(**table)

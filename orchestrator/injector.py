@@ -1,0 +1,110 @@
+"""Makes the faults of a schedule happen: the coordinator's part decides when, the worker's part does it."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from orchestrator.faults import WORKER_KINDS, Fault
+
+PREEMPTION = 2  # autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
+log = logging.getLogger("orchestrator.injector")
+
+
+class InjectedError(RuntimeError):
+    """A fault of kind exception."""
+
+
+class Schedule:
+    """The coordinator's part: which faults are due, each once."""
+
+    def __init__(self, faults: tuple[Fault, ...]) -> None:
+        self.faults = faults
+        self.fired: set[int] = set()
+        self.begun_s = 0.0
+
+    def due(self, steps_done: int) -> list[int]:
+        """Numbers of the faults that the coordinator has to start now; those of a worker's step start there."""
+        trained_s = time.time() - self.begun_s if self.begun_s else -1.0
+        return [
+            number
+            for number, fault in enumerate(self.faults)
+            if number not in self.fired
+            and not (fault.kind in WORKER_KINDS and fault.step >= 0)
+            and fault.is_due(steps_done, trained_s)
+        ]
+
+
+class Saboteur:
+    """The worker's part: what happens to this process, its node or its network."""
+
+    def __init__(self, faults: tuple[Fault, ...], may_fire: Callable[[int], bool]) -> None:
+        """Args:
+        may_fire: asks the coordinator, which answers yes once for each fault.
+        """
+        self._faults, self._may_fire = faults, may_fire
+        self._raise = ""
+        self._slow_s, self._slow_steps = 0.0, 0
+
+    def before_step(self, rank: int, steps_done: int) -> None:
+        """Do what the schedule has for this rank at this step; raises InjectedError for an exception."""
+        for number, fault in enumerate(self._faults):
+            here = fault.kind in WORKER_KINDS and fault.rank == rank and fault.step == steps_done
+            if here and self._may_fire(number):
+                self.do(number)
+        if self._raise:
+            text, self._raise = self._raise, ""
+            raise InjectedError(text)
+        if self._slow_steps:
+            self._slow_steps -= 1
+            time.sleep(self._slow_s)
+
+    def do(self, number: int) -> None:
+        """Make fault `number` happen, from any thread."""
+        fault = self._faults[number]
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault.kind == "exception":
+            self._raise = f"fault {number + 1} of the schedule"
+        elif fault.kind == "slow":
+            self._slow_s, self._slow_steps = fault.seconds, fault.steps
+        elif fault.kind == "node-loss":
+            end_node()
+        elif fault.kind == "network-cut":
+            cut_network()
+
+
+def end_node() -> None:
+    """SIGKILL to this node's raylet, to all its other workers, and to this process."""
+    raylet = os.getppid()
+    children = [int(word) for word in Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()]
+    for pid in (raylet, *(c for c in children if c != os.getpid()), os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def cut_network() -> None:
+    """Take this network namespace's interfaces down; only where it is not the machine's own (needs root)."""
+    if os.readlink("/proc/self/ns/net") == os.readlink("/proc/1/ns/net"):
+        log.error("network-cut: this node shares the machine's network; nothing was cut")
+        return
+    for name in sorted(set(os.listdir("/sys/class/net")) - {"lo"}):
+        subprocess.run(["ip", "link", "set", "dev", name, "down"], check=False)
+
+
+def drain_node(node: str, seconds: float) -> str:
+    """Ask Ray to drain a node within `seconds`; returns why it refused, or ""."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    client: Any = GcsClient(address=ray.get_runtime_context().gcs_address)
+    deadline_ms = int((time.time() + seconds) * 1000)
+    accepted, reason = client.drain_node(node, PREEMPTION, "fault schedule", deadline_ms)
+    return "" if accepted else str(reason)

@@ -1,0 +1,254 @@
+"""What a run writes down: steps, events, incidents with their phases, and the result. The coordinator's memory."""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.events import (
+    CheckpointLoaded,
+    CheckpointRejected,
+    CoordinatorRestarted,
+    Event,
+    GenerationStarted,
+    Incident,
+    RunEnded,
+    RunStarted,
+)
+from orchestrator.plan import Plan
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder
+from orchestrator.storage import Folder
+
+RATE_WINDOW_S = 10.0
+OWNER_EVERY_S = 1.0
+PLANNED = ("workers_joined", "node_drained")
+KILLED = ("worker_killed", "worker_frozen", "connection_lost")
+log = logging.getLogger("orchestrator.journal")
+
+
+@dataclass
+class OpenIncident:
+    """An incident whose recovery is going on. Times in seconds since 1970."""
+
+    kind: str
+    detail: str
+    workers_before: int
+    step: int
+    detect_s: float
+    ended_s: float
+    connected_s: float = 0.0
+    restore_s: float = 0.0
+    workers_after: int = 0
+    generation: int = 0
+    steps_lost: int = 0
+    begun_s: float = 0.0
+    nodes: set[str] = field(default_factory=set)
+
+
+class Journal:
+    """The run folder's logs and the figures of the result."""
+
+    def __init__(self, plan: Plan, uri: str, token: str, description: str, started_s: float, again: bool) -> None:
+        """Args:
+        uri: of the run folder.
+        token: of the command that the run belongs to.
+        description: of the data, for people.
+        started_s: when the command was typed, seconds since 1970.
+        again: whether an earlier coordinator of the same command was lost.
+        """
+        self._plan, self._token, self._started_s = plan, token, started_s
+        self._folder = RunFolder(Folder(uri))
+        self.superseded = False
+        self._check_at_s = 0.0
+        self.recorded = 0  # newest step in metrics.jsonl
+        self.first_step = -1
+        self.generation = 0
+        self.loss = float("nan")
+        self.incidents: list[Incident] = []
+        self.open: OpenIncident | None = None
+        self._unsettled: list[tuple[Incident, set[str]]] = []
+        self._recent: deque[tuple[float, int, float]] = deque(maxlen=4096)
+        self._training_s = 0.0
+        self.result: dict[str, Any] | None = None
+        config = plan.config
+        if again:
+            self._recover()
+            return
+        resumed = self._folder.folder.read_text(EVENTS) is not None
+        self._folder.take_ownership(token)
+        begun = (plan.workload, plan.total_steps, config.shards, config.batch_size, description, resumed)
+        self.log(RunStarted(*begun, os.getpid()))
+
+    def _recover(self) -> None:
+        """Read back what the earlier coordinator of this command wrote."""
+        self._folder.mend_logs()
+        taken = [json.loads(line) for line in (self._folder.folder.read_text(METRICS) or "").splitlines()]
+        mine = [r for r in taken if r["time_s"] >= self._started_s]
+        self.recorded = taken[-1]["step"] if taken else 0
+        if mine:
+            self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
+            self._training_s = sum(r["step_s"] for r in mine)
+        fields = {f.name for f in dataclasses.fields(Incident)}
+        for line in (self._folder.folder.read_text(EVENTS) or "").splitlines():
+            event = json.loads(line)
+            if event["time_s"] < self._started_s:
+                continue
+            if event["event"] == "incident":
+                self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
+            elif event["event"] == "generation_started":
+                self.generation = event["generation"]
+        self.log(CoordinatorRestarted(max(0, self.recorded)))
+
+    def log(self, *events: Event) -> None:
+        """Append events, unless another command owns the run by now."""
+        if not self.superseded:
+            self._folder.events(events)
+
+    def error(self, text: str) -> None:
+        """Append to logs/errors.log."""
+        self._folder.error(text)
+
+    def check_owner(self) -> bool:
+        """Whether another command has taken the run over (the driver of this one may have been killed)."""
+        if not self.superseded and time.monotonic() >= self._check_at_s:
+            self._check_at_s = time.monotonic() + OWNER_EVERY_S
+            self.superseded = self._folder.owner() != self._token
+        return self.superseded
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of the newest steps."""
+        return [s for *_, s in list(self._recent)[-50:]]
+
+    def break_off(self, kind: str, detail: str, workers: int, detect_s: float) -> None:
+        """A generation of `workers` has ended; a fault during recovery belongs to the incident that is open."""
+        if self.open is None:
+            self.open = OpenIncident(kind, detail, workers, max(0, self.recorded), detect_s, time.time())
+            return
+        if self.open.kind in PLANNED:
+            self.open.kind = kind
+        if detail:
+            self.open.detail = f"{self.open.detail}; {detail}".removeprefix("; ")
+
+    def generation_begins(self, started: GenerationStarted, load_s: float, restore_s: float, bad: list[str]) -> None:
+        """Rank 0 of a new generation has its state and is about to train.
+
+        Args:
+            load_s: seconds that a checkpoint took to load; 0 where none was loaded.
+            restore_s: seconds in which state was loaded and handed over.
+            bad: checkpoints that were passed over, a line each.
+        """
+        self.log(*(CheckpointRejected(reason) for reason in bad))
+        survived = not load_s
+        if load_s and started.step:
+            self.log(CheckpointLoaded(started.step, round(load_s, 3)))
+        # A step that rank 0 alone had taken was not committed: the same bits are computed again.
+        lost = max(0, self.recorded - started.step - (1 if survived else 0))
+        if not survived:
+            self._folder.cut_metrics(started.step)
+            self.recorded = started.step
+        if self.open is not None:
+            found, now = self.open, time.time()
+            found.restore_s += restore_s
+            found.connected_s, found.begun_s = now - restore_s, now
+            found.workers_after, found.generation = started.workers, started.generation
+            found.steps_lost = max(found.steps_lost, lost)
+        self.log(started)
+        self.generation = started.generation
+        if self.first_step < 0:
+            self.first_step = started.step
+        self._recent.clear()
+
+    def steps(self, records: list[dict[str, Any]]) -> None:
+        """Committed steps in order; those that are known already are dropped."""
+        new = [r for r in records if r["step"] > self.recorded]
+        if not new:
+            return
+        if new[0]["step"] != self.recorded + 1:
+            log.error("steps %d to %d were not reported", self.recorded + 1, new[0]["step"] - 1)
+        self._folder.metrics(new)
+        self.recorded, self.loss = new[-1]["step"], new[-1]["loss"]
+        self._recent.extend((r["time_s"], r["samples"], r["step_s"]) for r in new)
+        self._training_s += sum(r["step_s"] for r in new)
+        if self.open is not None and self.open.begun_s and new[-1]["generation"] >= self.open.generation:
+            self.close_incident()
+
+    def close_incident(self) -> None:
+        """The first step after an incident is committed, or there is none left to take."""
+        found, now = self.open, time.time()
+        if found is None or not found.begun_s:
+            return
+        self.open = None
+        incident = Incident(
+            kind=found.kind,
+            step=found.step,
+            workers_before=found.workers_before,
+            workers_after=found.workers_after,
+            steps_lost=found.steps_lost,
+            recovery_s=round(now - found.ended_s, 4),
+            detect_s=round(found.detect_s, 4),
+            regroup_s=round(found.connected_s - found.ended_s, 4),
+            restore_s=round(found.restore_s, 4),
+            recompute_s=round(now - found.begun_s, 4),
+            generation=found.generation,
+            detail=found.detail,
+        )
+        self._unsettled.append((incident, found.nodes))
+
+    async def settle(self, reachable: Callable[[str], Awaitable[bool]]) -> None:
+        """Write closed incidents down; what killed a worker was its node if that is not reachable any more."""
+        while self._unsettled:
+            incident, nodes = self._unsettled[0]
+            if incident.kind in KILLED and not all([await reachable(node) for node in nodes]):
+                incident = dataclasses.replace(incident, kind="node_lost")
+            if self._unsettled:
+                del self._unsettled[0]
+                self._write(incident)
+
+    def _write(self, incident: Incident) -> None:
+        self.incidents.append(incident)
+        self.log(incident)
+
+    def blame(self, node: str) -> None:
+        """The open incident took a worker on `node`."""
+        if self.open is not None:
+            self.open.nodes.add(node)
+
+    def rates(self) -> tuple[float, float]:
+        """Samples and steps per second of late."""
+        now = time.time()
+        recent = [(t, n) for t, n, _ in self._recent if now - t < RATE_WINDOW_S]
+        span = recent[-1][0] - recent[0][0] if len(recent) > 1 else 0.0
+        return (sum(n for _, n in recent[1:]) / span, (len(recent) - 1) / span) if span else (0.0, 0.0)
+
+    def end(self, status: str, message: str, sha256: str, metrics: Mapping[str, float]) -> None:
+        """Write the end into the run folder, result.json last."""
+        self.close_incident()
+        for incident, _ in self._unsettled:
+            self._write(incident)
+        self._unsettled.clear()
+        steps = max(0, self.recorded)
+        schedule, wall_s = self._plan.schedule, time.time() - self._started_s
+        trained = schedule.samples_before(steps) - schedule.samples_before(max(0, self.first_step))
+        self.log(RunEnded(status, steps, message))
+        self.result = {
+            "status": status,
+            "workload": self._plan.workload,
+            "steps": steps,
+            "samples": schedule.samples_before(steps),
+            "loss": None if math.isnan(self.loss) else self.loss,
+            "metrics": dict(metrics),
+            "weights_sha256": sha256,
+            "wall_s": round(wall_s, 3),
+            "samples_per_s": round(trained / self._training_s, 3) if self._training_s else 0.0,
+            "goodput": round(self._training_s / wall_s, 4),
+            "generations": self.generation,
+            "incidents": [dataclasses.asdict(incident) for incident in self.incidents],
+        }
+        if not self.superseded:
+            self._folder.write_result(self.result)

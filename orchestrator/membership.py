@@ -1,0 +1,262 @@
+"""Seats the workers of a run in generations, hears their hearts, and ends a generation when one is lost.
+
+Part of the coordinator; lives in its event loop. Its decisions are recovery.py's.
+"""
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.channel import PING_S, Beat, Desk
+from orchestrator.events import WorkerLeft
+from orchestrator.journal import Journal
+from orchestrator.recovery import Member, Roster, Suspicion, silence_limit_s, stall_limit_s
+from orchestrator.seats import Order, Seat
+from orchestrator.shards import Placement, even_placement
+
+TICK_S = 0.1
+COME_BACK_S = 10.0
+LATE_NEWS = ("connection_lost", "workers_joined")  # say nothing new of a generation that has ended
+FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
+FROZEN = ("worker_frozen", "worker_stuck")
+
+
+@dataclass
+class Pulse:
+    """What is known of a worker: when it was last heard, and when it last got on. Seconds since 1970."""
+
+    heard_s: float
+    moved_s: float
+    beat: Beat
+
+
+class Membership:
+    """Who is in the run. `journal` gets what happens; `end_run` is called with the reason why it cannot go on."""
+
+    def __init__(self, journal: Journal, roster: Roster, shards: int, stall_s: float, max_incidents: int) -> None:
+        self.roster, self._journal = roster, journal
+        self.desk = Desk(secrets.token_hex(16), self._heard, self._gone)
+        self.end_run: Callable[[str], None]
+        self.kill: Callable[[Member], None]
+        self.stopping = False
+        self.over = False
+        self.begun = False
+        self._shards, self._stall_s, self._max_incidents = shards, stall_s, max_incidents
+        self._suspicion = Suspicion()
+        self._placement = Placement((0, shards))
+        self._pulses: dict[str, Pulse] = {}
+        self._answers: dict[str, Seat | Order] = {}
+        self._excluded: set[str] = set()
+        self.changed = asyncio.Condition()
+        self._pausing = False
+        self._failures = 0
+        self._fruitless: list[int] = []
+        self.broken_s = time.time()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run in the background."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def notify(self) -> None:
+        """Let everyone who waits look again."""
+
+        async def tell() -> None:
+            async with self.changed:
+                self.changed.notify_all()
+
+        self.start(tell())
+
+    def excluded(self, member_id: str) -> bool:
+        """Whether a worker was given up."""
+        return member_id in self._excluded
+
+    async def join(self, member: Member, why: str) -> Seat | Order:
+        """A worker asks for a seat; answers when the next generation is complete, or with an order.
+
+        Args:
+            why: what ended its last generation, as it saw it; "" for a step boundary.
+        """
+        if self.excluded(member.id):
+            return Order("excluded")
+        if member.id in self.roster.seated:
+            self._end_generation("connection_lost", f"rank {member.rank} lost a connection: {why}", 0.0)
+            if why:
+                self._note_fruitless(member, why)
+        now = time.time()
+        self.roster.join(member, now)
+        self._pulses[member.id] = Pulse(now, now, Beat(0, member.step, 0, True))
+        self.seat()
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.over or member.id in self._answers)
+            return self._answers.pop(member.id, Order("over"))
+
+    def _end_generation(self, kind: str, detail: str, silent_s: float) -> None:
+        """The generation is over, unless it is already; its other workers are told to come back."""
+        if not self.roster.training:
+            if kind not in LATE_NEWS:
+                self._journal.break_off(kind, detail, 0, 0.0)
+                self._tell_seated("end")
+            return
+        if self._pausing and kind in LATE_NEWS:
+            leaving = any(m.node in self.roster.draining for m in self.roster.seated.values())
+            kind, detail = ("node_drained" if leaving else "workers_joined"), ""
+        elif not self._pausing or kind not in LATE_NEWS:
+            self._tell_seated("end")
+        if not self.stopping:
+            self._journal.break_off(kind, detail, len(self.roster.seated), silent_s)
+        self.roster.training = False
+        self.broken_s = time.time()
+
+    def _note_fruitless(self, member: Member, why: str) -> None:
+        """Workers that cannot reach each other, though all reach the coordinator: the newest one is given up."""
+        step = self._journal.recorded
+        self._fruitless = [at for at in self._fruitless if at == step] + [step]
+        if len(self._fruitless) > FRUITLESS_GENERATIONS:
+            self._fruitless = []
+            newest = max(self.roster.seated.values(), key=lambda m: m.rank, default=member)
+            self.lose(newest.id, "worker_unreachable", why)
+            self.kill(newest)
+
+    def _tell_seated(self, word: str) -> None:
+        for member in self.roster.seated:
+            self.desk.tell(member, word, self.roster.generation)
+
+    def seat(self) -> None:
+        """Form the next generation if all are there who should be."""
+        if self.over or self.roster.training or self.roster.seated:
+            return
+        for member in [m for m in self.roster.ready.values() if self.roster.must_leave(m)]:
+            del self.roster.ready[member.id]
+            self._excluded.add(member.id)
+            self._answers[member.id] = Order("leave")
+            self._journal.log(WorkerLeft("node_drained", member.rank, member.node, member.pid, ""))
+            self.notify()
+        if self.stopping:
+            self._order_stop()
+            return
+        order = self.roster.form(time.time())
+        if order is not None:
+            self._give_seats(order)
+
+    def _give_seats(self, order: list[Member]) -> None:
+        first, now, generation = order[0], time.time(), self.roster.generation
+        self._placement = even_placement(self._shards, len(order))
+        share = any(m.step != first.step for m in order)
+        for rank, member in enumerate(order):
+            recorded = self._journal.recorded
+            seat = Seat(generation, rank, self._placement, first.store, first.step, share, recorded)
+            self._answers[member.id] = seat
+            self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
+            self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
+        self._pausing = self.begun = False
+        self.notify()
+
+    def _order_stop(self) -> None:
+        """A stop was asked for: who has the newest state writes it down."""
+        there = sorted(self.roster.ready.values(), key=lambda m: (-m.step, m.rank))
+        if not there or there[0].step < 0:
+            self.end_run("")
+            return
+        for place, member in enumerate(there):
+            self._answers[member.id] = Order("stop", lead=place == 0)
+        self.roster.ready.clear()
+        self.notify()
+
+    def pause(self) -> None:
+        """End the generation at its next step boundary."""
+        if self.roster.training and self.begun and not self._pausing:
+            self._pausing = True
+            self._tell_seated("pause")
+
+    def abandon(self) -> None:
+        """The run is over: whoever trains stops at once, whoever waits is told."""
+        self.over = True
+        self._tell_seated("end")
+        self.notify()
+
+    def _heard(self, member_id: str, beat: Beat) -> None:
+        pulse, now = self._pulses.get(member_id), time.time()
+        if pulse is not None:
+            moved = beat.place != pulse.beat.place or beat.generation != pulse.beat.generation or beat.waiting
+            self._pulses[member_id] = Pulse(now, now if moved else pulse.moved_s, beat)
+
+    def _gone(self, member_id: str) -> None:
+        self.lose(member_id, "worker_killed", "its process ended")
+
+    def lose(self, member_id: str, kind: str, detail: str) -> None:
+        """A worker is lost, for good: `kind` as in events.Incident."""
+        if self.excluded(member_id) or self.over:
+            return
+        self._excluded.add(member_id)
+        self.desk.hang_up(member_id)
+        now, pulse = time.time(), self._pulses.pop(member_id, None)
+        member = self.roster.seated.get(member_id)
+        if member is None:
+            self.roster.lose(member_id)
+            return
+        in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
+        silent_s = now - pulse.heard_s if pulse else 0.0
+        self._end_generation(kind, f"rank {member.rank} (process {member.pid}): {detail}", silent_s)
+        self.roster.lose(member_id)
+        self.roster.lost_on(member.home, now)
+        self._journal.blame(member.node)
+        self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail))
+        if kind in FROZEN:
+            self.kill(member)
+        self._failures += 1
+        reason = ""
+        if kind == "worker_killed" and in_step:
+            reason = self._suspicion.died(self._journal.recorded, self._placement.range_of(member.rank))
+        if self._failures > self._max_incidents:
+            reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
+        if reason:
+            self.end_run(reason)
+        self.seat()
+
+    def failed(self, member_id: str, step: int, error: str) -> None:
+        """A worker raised and ends; one that fails as another did before it is no accident."""
+        reason = self._suspicion.raised(step, error, self.roster.generation)
+        self.lose(member_id, "worker_failed", error)
+        if reason and not self.over:
+            self.end_run(reason)
+
+    async def tick_forever(self) -> None:
+        """Look after time: silence, joiners that have settled, pings."""
+        last = pinged = time.time()
+        while not self.over:
+            await asyncio.sleep(TICK_S)
+            now = time.time()
+            if now - last > 1.0:  # this process was held up itself: nobody can be blamed for the silence
+                for pulse in self._pulses.values():
+                    pulse.heard_s, pulse.moved_s = pulse.heard_s + now - last, pulse.moved_s + now - last
+            last = now
+            if now - pinged > PING_S:
+                self.desk.tell_all("ping")
+                pinged = now
+            self._check_pulses(now)
+            if self.roster.wants_pause(now):
+                self.pause()
+            self.seat()
+
+    def _check_pulses(self, now: float) -> None:
+        steps = self._journal.step_seconds()
+        silence, stall = silence_limit_s(self._stall_s, steps), stall_limit_s(self._stall_s, steps, self.begun)
+        for member_id in list(self.roster.seated):
+            pulse = self._pulses.get(member_id)
+            if pulse is None:
+                continue
+            silent_s, still_s, back_s = now - pulse.heard_s, now - pulse.moved_s, now - self.broken_s
+            if silent_s > silence:
+                self.lose(member_id, "worker_frozen", f"no heartbeat for {silent_s:.1f} s")
+            elif not pulse.beat.waiting and still_s > stall:
+                self.desk.tell(member_id, "dump", self.roster.generation)
+                self.lose(member_id, "worker_stuck", f"no progress for {still_s:.1f} s")
+            elif not self.roster.training and back_s > max(stall, COME_BACK_S):
+                self.lose(member_id, "worker_stuck", f"did not come back for {back_s:.1f} s")

@@ -1,0 +1,102 @@
+"""What a worker notes while it trains: committed steps, checkpoints, evaluations. The loop's observer."""
+
+import time
+from typing import Any
+
+from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
+from orchestrator.events import CheckpointSaved, Evaluated
+from orchestrator.injector import Saboteur
+from orchestrator.loop import Observer
+from orchestrator.plan import Plan
+from orchestrator.reporter import Reporter
+from orchestrator.seats import Seat
+from orchestrator.state import TrainingState
+from orchestrator.step import StepTotals
+from orchestrator.storage import Folder
+
+
+class Recorder(Observer):
+    """Notes of one worker, through all its generations; rank 0's go to the coordinator and to storage."""
+
+    def __init__(self, plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> None:
+        self._plan, self._saboteur = plan, saboteur
+        folder = Folder(uri).child("checkpoints")
+        self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints)
+        self.reporter = Reporter(coordinator)
+        self._writer = BackgroundWriter(self.store, lambda saved: self.reporter.event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
+        self.pause = False
+        self.checkpoint_asked = False
+        self._seat: Seat | None = None
+        self._first, self._step = False, 0
+        self._checkpointed_s = self._stepped_s = time.time()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker is rank 0."""
+        return self._seat is not None and self._seat.rank == 0
+
+    def take_seat(self, seat: Seat) -> None:
+        """A new generation begins."""
+        if self._seat is None or (seat.rank == 0 and not self.leads):
+            self._checkpointed_s = time.time()
+        self._seat, self.pause = seat, False
+        self.reporter.take_over(seat.rank == 0, seat.recorded)
+
+    def begin(self, step: int) -> None:
+        """The first step of a generation is about to be taken, with `step` done."""
+        self._first, self._step = True, step
+        self._stepped_s = time.time()
+
+    def stop_wanted(self) -> bool:
+        """See Observer; a step is about to begin."""
+        if self._seat is not None:
+            self._saboteur.before_step(self._seat.rank, self._step)
+        return self.pause
+
+    def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
+        """See Observer: every worker keeps the record, rank 0 sends it and starts a checkpoint when one is due."""
+        assert self._seat is not None
+        now = time.time()
+        record = {
+            "step": state.step,
+            "epoch": self._plan.epoch_of(state.step - 1),
+            "loss": totals.loss,
+            "lr": lr,
+            "samples": totals.samples,
+            "ledger": totals.ledger,
+            "samples_per_s": round(totals.samples / max(now - self._stepped_s, 1e-9), 3),
+            "step_s": round(now - self._stepped_s, 6),
+            "workers": self._seat.placement.workers,
+            "generation": self._seat.generation,
+            "time_s": round(now, 3),
+        }
+        self.reporter.step(record, hurry=self._first)
+        self._first, self._step = False, state.step
+        if self.leads:
+            self._checkpoint_if_due(state)
+        self._stepped_s = time.time()
+
+    def _checkpoint_if_due(self, state: TrainingState) -> None:
+        every = self._plan.config.checkpoint_every
+        due = (every.steps and state.step % every.steps == 0) or (
+            every.seconds and time.time() - self._checkpointed_s >= every.seconds
+        )
+        if due or self.checkpoint_asked:
+            self.checkpoint_asked = False
+            self._checkpointed_s = time.time()
+            self._writer.submit(state.step, state.snapshot)
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """See Observer."""
+        self.reporter.event(Evaluated(step, metrics))
+        self._stepped_s = time.time()
+
+    def checkpoint_now(self, state: TrainingState, lead: bool) -> None:
+        """Write what is not written yet, if this worker leads, and wait for what is being written."""
+        if lead and state.step > self._writer.newest_step:
+            self._writer.submit(state.step, state.snapshot)
+        self._writer.wait()
+
+    def close(self) -> None:
+        """Send what is left."""
+        self.reporter.close()

@@ -1,0 +1,205 @@
+"""Who trains next: members, generations and limits. Facts and times come in, decisions go out; there is no clock here.
+
+A member is a worker process with its training state. It sits in a generation until that ends: at a step boundary
+(a pause: somebody joins or leaves) or in the middle of a step (somebody is lost). Then all that are left come back
+for a seat in the next one.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+SETTLE_S = 0.3  # joiners that come together are seated together
+GATHER_S = 3.0  # after the last of the survivors of a coordinator has come
+START_GRACE_S = 30.0  # after the last joiner a run starts with fewer than it expected
+SILENCE_FLOOR_S = 5.0
+STALL_STEPS = 20  # a worker that is silent, or stuck in a shard, for as long as this many steps is lost
+FIRST_STEP_S = 300.0  # nothing is known of step times yet: kernels are loaded, a loader starts
+SILENT_DEATHS = 4  # that many deaths in a row without an error, of workers that held the same shard of the same step
+FLAPS, FLAP_WINDOW_S, LEFT_OUT_S = 3, 600.0, 60.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker process as it asks for a seat.
+
+    Attributes:
+        id: unique to the process.
+        step: number of committed steps that its state has; -1: it has none.
+        rank: in its last generation; -1: it was in none.
+        store: host and port of the TCPStore that it serves.
+        host: address of its machine, which stays when a node comes back under another id.
+    """
+
+    id: str
+    node: str
+    pid: int
+    device: str
+    step: int
+    rank: int
+    store: tuple[str, int]
+    host: str = ""
+
+    @property
+    def home(self) -> str:
+        """What flaps."""
+        return self.host or self.node
+
+
+@dataclass
+class Roster:
+    """The members of a run and the generation they are in.
+
+    Args:
+        minimum: workers without which training waits.
+        maximum: workers beyond which nobody is seated.
+        expected: workers that the first generation waits for.
+        gather: whether workers with state are expected too, for an earlier coordinator was lost.
+    """
+
+    minimum: int
+    maximum: int
+    expected: int
+    generation: int = 0
+    gather: bool = False
+    ready: dict[str, Member] = field(default_factory=dict)
+    seated: dict[str, Member] = field(default_factory=dict)
+    training: bool = False
+    draining: frozenset[str] = frozenset()
+    left_out: dict[str, float] = field(default_factory=dict)
+    _joined_s: float = 0.0
+    _losses: dict[str, deque[float]] = field(default_factory=dict)
+
+    def join(self, member: Member, now: float) -> None:
+        """A member asks for a seat; one that sat in the generation ends it by that."""
+        if self.seated.pop(member.id, None):
+            self.training = False
+        else:
+            self._joined_s = now
+        self.ready[member.id] = member
+
+    def lose(self, member_id: str) -> Member | None:
+        """A member is gone; returns it if it sat in the generation."""
+        self.ready.pop(member_id, None)
+        member = self.seated.pop(member_id, None)
+        if member:
+            self.training = False
+        return member
+
+    def lost_on(self, home: str, now: float) -> None:
+        """A machine lost workers: one that keeps doing so is left out for a while, each time for longer."""
+        losses = self._losses.setdefault(home, deque(maxlen=64))
+        losses.append(now)
+        recent = sum(now - t < FLAP_WINDOW_S for t in losses)
+        if recent >= FLAPS:
+            self.left_out[home] = now + LEFT_OUT_S * 2 ** min(recent - FLAPS, 4)
+
+    def form(self, now: float) -> list[Member] | None:
+        """The members of the next generation in rank order, who are seated by this; None: not yet."""
+        if self.training or self.seated:
+            return None
+        candidates = self._candidates(now)
+        if len(candidates) < self.minimum:
+            return None
+        fresh = all(m.step < 0 for m in candidates)
+        settled = now - self._joined_s >= (START_GRACE_S if fresh else GATHER_S)
+        if (fresh or self.gather) and len(candidates) < self.expected and not settled:
+            return None
+        self.gather = False
+        # State comes from rank 0, which has the most steps; otherwise ranks stay as they were.
+        order = sorted(candidates, key=lambda m: (-m.step, m.rank < 0, m.rank))[: self.maximum]
+        self.seated = {m.id: m for m in order}
+        self.ready = {key: m for key, m in self.ready.items() if key not in self.seated}
+        self.generation += 1
+        self.training = True
+        return order
+
+    def _candidates(self, now: float) -> list[Member]:
+        """Those that may sit: on nodes that stay, unless only the others have the state or the number."""
+        everyone = list(self.ready.values())
+        staying = [m for m in everyone if not self._avoided(m, now)]
+        newest = max((m.step for m in everyone), default=-1)
+        enough = len(staying) >= self.minimum and any(m.step == newest for m in staying)
+        return staying if enough else everyone
+
+    def _avoided(self, member: Member, now: float) -> bool:
+        if member.node in self.draining:
+            return True
+        # A machine that others train on is in use anyway.
+        in_use = any(m.home == member.home and m.step >= 0 for m in (*self.seated.values(), *self.ready.values()))
+        return self.left_out.get(member.home, 0.0) > now and not in_use
+
+    def wants_pause(self, now: float) -> bool:
+        """Whether the generation should end at its next step boundary, for another one would be better."""
+        if not self.training:
+            return False
+        staying = [m for m in self.seated.values() if m.node not in self.draining]
+        joining = [m for m in self.ready.values() if not self._avoided(m, now)]
+        leaves = len(staying) < len(self.seated) and len(staying) + len(joining) >= self.minimum
+        room = len(self.seated) < self.maximum
+        grows = bool(joining) and (room or leaves) and now - self._joined_s >= SETTLE_S
+        # Somebody who stays must have the state: with none left, joiners are seated beside the leaving first.
+        return grows or (leaves and bool(staying))
+
+    def must_leave(self, member: Member) -> bool:
+        """Whether a member that came back has to go: its node is being drained and others hold its state."""
+        if member.node not in self.draining:
+            return False
+        others = [m for m in (*self.ready.values(), *self.seated.values()) if m.node not in self.draining]
+        return len(others) >= self.minimum and any(m.step >= member.step for m in others)
+
+    def missing(self) -> int:
+        """How many more members training waits for."""
+        there = len(self.ready) + len(self.seated)
+        wanted = self.expected if not self.generation else self.minimum
+        return max(0, wanted - there)
+
+
+def stall_limit_s(given_s: float, step_s: Iterable[float], begun: bool) -> float:
+    """Seconds without a sign of life, or of progress, after which a worker is given up.
+
+    Args:
+        given_s: as configured; 0: derived from the run's own steps.
+        step_s: seconds of recent steps.
+        begun: whether the generation has committed a step.
+    """
+    if given_s:
+        return given_s
+    recent = list(step_s)
+    if not begun or not recent:
+        return FIRST_STEP_S
+    return max(SILENCE_FLOOR_S, STALL_STEPS * statistics.median(recent))
+
+
+def silence_limit_s(given_s: float, step_s: Iterable[float]) -> float:
+    """Seconds without a heartbeat after which a worker is given up; heartbeats do not wait for steps."""
+    if given_s:
+        return given_s
+    recent = list(step_s)
+    return min(30.0, max(SILENCE_FLOOR_S, 2 * statistics.median(recent))) if recent else 30.0
+
+
+@dataclass
+class Suspicion:
+    """Tells a step that breaks its workers from machines that break."""
+
+    _errors: dict[tuple[int, str], int] = field(default_factory=dict)
+    _deaths: list[tuple[int, range]] = field(default_factory=list)
+
+    def raised(self, step: int, error: str, generation: int) -> str:
+        """A worker raised; returns why the run should stop, or "" to go on."""
+        before = self._errors.setdefault((step, error), generation)
+        return f"step {step} failed twice in the same way: {error}" if before < generation else ""
+
+    def died(self, step: int, shards: range) -> str:
+        """A worker died without a word while it computed `shards` of `step`; returns why the run should stop."""
+        self._deaths = [d for d in self._deaths if d[0] == step]
+        self._deaths.append((step, shards))
+        common = set(shards).intersection(*(set(held) for _, held in self._deaths))
+        if len(self._deaths) >= SILENT_DEATHS and common:
+            return (
+                f"step {step} killed {len(self._deaths)} workers one after the other, each while it held shards "
+                f"{sorted(common)}: a sample there seems to crash its reader"
+            )
+        return ""

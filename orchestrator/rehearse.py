@@ -1,0 +1,212 @@
+"""`python -m orchestrator.rehearse WORKLOAD --faults FILE`: train undisturbed, train under faults, compare.
+
+On a cluster of several nodes of its own on this machine, or on --address. The settings are those of orchestrator.run.
+Exit status: 0 the same weights from the same samples, and every fault fired; 1 not; 2 unusable configuration.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.connect import node_token
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.faults import Fault
+from orchestrator.resume import default_storage
+from orchestrator.run import REHEARSAL, read_settings
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder
+from orchestrator.storage import Folder
+from workloads.registry import WORKLOADS
+
+POLL_S = 0.1
+
+
+@dataclass
+class Stage:
+    """Where a rehearsal takes place. `cluster`: None on somebody else's."""
+
+    address: str
+    cpus: float
+    cluster: Any = None
+
+    def add_node(self) -> None:
+        """One more node like the others."""
+        if self.cluster is None:
+            raise UserError("add-node: only on a cluster of the rehearsal's own; leave --address out")
+        self.cluster.add_node(wait=False, num_cpus=self.cpus, include_dashboard=False)
+
+
+@contextlib.contextmanager
+def stage(address: str, nodes: int, cpus: float) -> Iterator[Stage]:
+    """The cluster at `address`, or one with `nodes` nodes on this machine for as long as the rehearsal lasts."""
+    if address:
+        yield Stage(address, cpus)
+        return
+    from ray.cluster_utils import Cluster
+
+    node_token()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(nodes):
+            cluster.add_node(wait=False, num_cpus=cpus, include_dashboard=False)
+        yield Stage(cluster.address, cpus, cluster)
+    finally:
+        cluster.shutdown()
+
+
+def train(workload: str, arguments: Sequence[str], where: Stage, folder: RunFolder) -> None:
+    """One run of the command line; adds a node when its schedule says so. Raises UserError if it is refused."""
+    print(f"rehearse: {' '.join(arguments)}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "orchestrator.run", workload, *arguments, "--address", where.address]
+    process = subprocess.Popen(command)
+    added = 0
+    try:
+        while process.poll() is None:
+            wanted = sum(e["event"] == "fault_fired" and e["kind"] == "add-node" for e in _lines(folder, EVENTS))
+            for _ in range(wanted - added):
+                where.add_node()
+                added += 1
+            time.sleep(POLL_S)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if process.returncode == 2:
+        raise UserError("orchestrator.run did not accept the settings; its line says why")
+
+
+def _lines(folder: RunFolder, name: str) -> list[dict[str, Any]]:
+    text = folder.folder.read_text(name) or ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def ledger(folder: RunFolder) -> list[tuple[int, int, str, float]]:
+    """(step, samples, ledger, loss) of every committed step, in the order they were written."""
+    return [(r["step"], r["samples"], r["ledger"], r["loss"]) for r in _lines(folder, METRICS)]
+
+
+def problems(faults: Sequence[Fault], undisturbed: RunFolder, disturbed: RunFolder) -> list[str]:
+    """What speaks against the disturbed run, a line each; none: it passed."""
+    found: list[str] = []
+    results = [folder.result() or {"status": "no result"} for folder in (undisturbed, disturbed)]
+    for name, result in zip(("undisturbed", "disturbed"), results, strict=True):
+        if result["status"] != "finished":
+            found.append(f"the {name} run did not finish: {result['status']}")
+    fired = {e["fault"]: e["problem"] for e in _lines(disturbed, EVENTS) if e["event"] == "fault_fired"}
+    for number, fault in enumerate(faults):
+        if number not in fired:
+            found.append(f"fault {number + 1} ({fault.kind}) did not fire")
+        elif fired[number]:
+            found.append(f"fault {number + 1} ({fault.kind}) did not take effect: {fired[number]}")
+    if found:
+        return found
+    if results[0]["weights_sha256"] != results[1]["weights_sha256"]:
+        found.append("the final weights differ")
+    expected, got = ledger(undisturbed), ledger(disturbed)
+    if [row[0] for row in got] != list(range(1, len(expected) + 1)):
+        found.append("not every step was committed exactly once")
+    elif got != expected:
+        step = next(a[0] for a, b in zip(expected, got, strict=True) if a != b)
+        found.append(f"step {step} used other samples, or has another loss")
+    return found
+
+
+def table(faults: Sequence[Fault], disturbed: RunFolder) -> str:
+    """Faults and what came of them, and the incidents with the seconds of each phase."""
+    fired = {e["fault"]: e for e in _lines(disturbed, EVENTS) if e["event"] == "fault_fired"}
+    lines = [f"{'fault':<14}{'rank':>5}{'planned':>10}{'fired at step':>15}"]
+    for number, fault in enumerate(faults):
+        planned = f"step {fault.step}" if fault.step >= 0 else f"{fault.time_s:g} s"
+        at = fired[number]["step"] if number in fired else "-"
+        lines.append(f"{fault.kind:<14}{fault.rank if fault.rank >= 0 else '':>5}{planned:>10}{at:>15}")
+    keys = ("detect_s", "regroup_s", "restore_s", "recompute_s", "recovery_s")
+    lines += ["", f"{'incident':<20}{'step':>6}{'workers':>9}{'lost':>6}" + "".join(f"{key:>13}" for key in keys)]
+    for incident in (disturbed.result() or {}).get("incidents", []):
+        workers = f"{incident['workers_before']}->{incident['workers_after']}"
+        seconds = "".join(f"{incident[key]:>13.3f}" for key in keys)
+        lines.append(f"{incident['kind']:<20}{incident['step']:>6}{workers:>9}{incident['steps_lost']:>6}{seconds}")
+    return "\n".join(lines)
+
+
+def _verdict(undisturbed: RunFolder, disturbed: RunFolder, found: Sequence[str]) -> str:
+    lines = []
+    for name, folder in (("undisturbed", undisturbed), ("disturbed", disturbed)):
+        result = folder.result() or {}
+        sha256, wall_s = str(result.get("weights_sha256", ""))[:16], result.get("wall_s", float("nan"))
+        goodput = result.get("goodput", float("nan"))
+        lines.append(f"{name:<12} {wall_s:8.1f} s  goodput {goodput:.3f}  weights {sha256}  {folder.uri}")
+    return "\n".join(
+        [*lines, *(f"FAILED: {line}" for line in found)] if found else [*lines, "passed: the same weights"]
+    )
+
+
+def rehearse(workload: str, arguments: Sequence[str]) -> int:
+    """The whole command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m orchestrator.rehearse {workload}",
+        description="Train undisturbed and under a schedule of faults, and compare. All settings of orchestrator.run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nodes", type=int, default=3, help="Nodes of the rehearsal's own cluster. [3]")
+    parser.add_argument("--cpus-per-node", type=float, default=1, help="CPUs that each of them declares. [1]")
+    os.environ[REHEARSAL] = "1"
+    mine, rest = parser.parse_known_args(arguments)
+    given, _, faults = read_settings(workload, rest)
+    if not faults:
+        raise UserError("--faults: not given; write a schedule, see orchestrator/faults.py, and give its file")
+    name, storage = given.get("name", time.strftime("rehearsal-%Y%m%d-%H%M%S")), given.get("storage", default_storage())
+    shared = _without(rest, ("--faults", "--name", "--storage", "--address"))
+    schedule = rest[rest.index("--faults") + 1] if "--faults" in rest else _value(rest, "--faults=")
+    folders = [RunFolder(Folder(storage).child(f"{name}-{kind}")) for kind in ("undisturbed", "disturbed")]
+    if any(folder.config() for folder in folders):
+        raise UserError(f"--name {name}: was rehearsed already in {storage}; give another name")
+    with stage(given.get("address", ""), mine.nodes, mine.cpus_per_node) as where:
+        for kind, folder, extra in zip(
+            ("undisturbed", "disturbed"), folders, ([], ["--faults", schedule]), strict=True
+        ):
+            train(workload, [*shared, "--storage", storage, "--name", f"{name}-{kind}", *extra], where, folder)
+    found = problems(faults, folders[0], folders[1])
+    print(f"\n{table(faults, folders[1])}\n\n{_verdict(folders[0], folders[1], found)}", flush=True)
+    return 1 if found else 0
+
+
+def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The arguments but for these flags and their values."""
+    kept: list[str] = []
+    skip = False
+    for word in arguments:
+        if skip:
+            skip = False
+        elif word in flags:
+            skip = True
+        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
+            kept.append(word)
+    return kept
+
+
+def _value(arguments: Sequence[str], prefix: str) -> str:
+    return next(word.removeprefix(prefix) for word in arguments if word.startswith(prefix))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: one line and status 2 for a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not arguments or arguments[0] not in WORKLOADS:
+            raise UserError(f"name a workload: {', '.join(WORKLOADS)}; see `python -m orchestrator.run --help`")
+        return rehearse(arguments[0], arguments[1:])
+    except OrchestratorError as error:
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What Ray knows of nodes: who is alive, who is being drained; and a way to end a process that does not answer."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from typing import Any
+
+DUMP_S = 20.0
+
+
+class NodeWatch:
+    """Looks at Ray's node table; in an actor or a driver."""
+
+    every_s = 0.5
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, tuple[str, int]] = {}
+
+    def look(self) -> tuple[set[str], dict[str, float]]:
+        """(ids of living nodes, id of each draining node -> its deadline in seconds since 1970, 0: unknown)."""
+        import ray
+        from ray._private.state import state
+
+        nodes: list[dict[str, Any]] = ray.nodes()
+        for node in nodes:
+            self._addresses[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        draining = {node: deadline_ms / 1000 for node, deadline_ms in state.get_draining_nodes().items()}
+        return alive, {node: deadline for node, deadline in draining.items() if node in alive}
+
+    async def reachable(self, node: str) -> bool:
+        """Whether the node's raylet answers: Ray itself takes many seconds to miss one that was killed."""
+        address = self._addresses.get(node)
+        if address is None:
+            return True
+        with contextlib.suppress(OSError, TimeoutError):
+            _, writer = await asyncio.wait_for(asyncio.open_connection(*address), 1.0)
+            writer.close()
+            return True
+        return False
+
+
+def _end(pid: int) -> str:
+    """The stack of process `pid` of this node, as far as it can be had; then SIGKILL."""
+    text = "py-spy is not installed"
+    if spy := shutil.which("py-spy") or _beside_python("py-spy"):
+        command = [spy, "dump", "--nonblocking", "--pid", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_S, check=False)
+        text = (done.stdout or done.stderr).strip()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return text
+
+
+def _beside_python(name: str) -> str | None:
+    import sys
+
+    path = os.path.join(os.path.dirname(sys.executable), name)
+    return path if os.path.exists(path) else None
+
+
+async def end_process(node: str, pid: int) -> str:
+    """Kill a process of another node with SIGKILL; returns its stack, or why there is none."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    task: Any = ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+    try:
+        return str(await asyncio.wait_for(task.remote(pid), 2 * DUMP_S))
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return f"not to be had: {type(error).__name__}: {error}".splitlines()[0]

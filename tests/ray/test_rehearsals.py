@@ -1,0 +1,126 @@
+"""The fault matrix: every kind of fault in runs of both workloads, through the command that users rehearse with.
+
+A rehearsal itself compares hashes, ledgers and fired faults with an undisturbed run; here its verdict is read, and
+what the run folder says of each incident.
+"""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import REPOSITORY, Done, environment, events, ray_processes, records, result
+
+RESNET = ("resnet", "--steps", "400", "--checkpoint-every", "1000000")
+BERT = (
+    "bert", "--steps", "120", "--checkpoint-every", "1000000", "--hidden-size", "32", "--sequence-length", "16",
+    "--shards", "4", "--batch-size", "16",
+)  # fmt: skip
+
+
+def fault(kind: str, rank: int | None = None, **more: float) -> str:
+    lines = [f'kind = "{kind}"', *([f"rank = {rank}"] if rank is not None else [])]
+    return "\n".join(["[[fault]]", *lines, *(f"{key} = {value}" for key, value in more.items()), ""])
+
+
+def rehearse(folder: Path, workload: tuple[str, ...], faults: list[str], *extra: str, timeout_s: float = 400) -> Done:
+    """The command, on a cluster of its own; nothing of it may be left."""
+    schedule = folder / "schedule.toml"
+    schedule.write_text("\n".join(faults))
+    before = ray_processes()
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.rehearse", *workload, "--faults", str(schedule), "--storage", str(folder),
+         "--name", "r", *extra],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+    assert not ray_processes() - before, "the rehearsal left processes behind"
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def incidents(folder: Path) -> list[dict[str, Any]]:
+    return list(result(folder / "r-disturbed")["incidents"])
+
+
+def assert_passed(done: Done, folder: Path, *kinds: str) -> None:
+    """Same weights and ledger, every fault fired, no committed step lost, and these kinds of incident among them."""
+    assert done.status == 0, done.out + done.err
+    assert "passed: the same weights" in done.out
+    found = [incident["kind"] for incident in incidents(folder)]
+    for kind in kinds:
+        assert kind in found, f"{kind} is not among {found}"
+    assert all(incident["steps_lost"] == 0 for incident in incidents(folder))
+    for incident in incidents(folder):
+        phases = ("regroup_s", "restore_s", "recompute_s")
+        assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
+
+
+@pytest.mark.parametrize("workload", [RESNET, BERT], ids=["resnet", "bert"])
+def test_workers_are_killed_raise_and_freeze(workload: tuple[str, ...], tmp_path: Path) -> None:
+    faults = [
+        fault("kill", 1, step=10),
+        fault("exception", 0, step=40),
+        fault("stop", 0, step=70),
+        fault("slow", 0, step=5, seconds=0.05),
+    ]
+    done = rehearse(tmp_path, workload, faults, "--workers", "3", "--stall-limit", "2")
+    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen")
+    errors = (tmp_path / "r-disturbed" / "logs" / "errors.log").read_text()
+    assert "InjectedError" in errors
+    assert "was given up and killed; its stack:" in errors
+    first, second = events(tmp_path / "r-disturbed", "generation_started")[:2]
+    assert set(second["pids"]) < set(first["pids"]), "survivors of a kill were restarted"
+
+
+@pytest.mark.parametrize("workload", [RESNET, BERT], ids=["resnet", "bert"])
+def test_nodes_are_drained_lost_and_added(workload: tuple[str, ...], tmp_path: Path) -> None:
+    faults = [
+        fault("drain", 2, step=10, seconds=30),
+        fault("add-node", step=20),
+        fault("node-loss", 1, step=60),
+        fault("add-node", step=70),
+    ]
+    done = rehearse(tmp_path, workload, faults, "--workers", "1:3")
+    assert_passed(done, tmp_path, "node_drained", "node_lost", "workers_joined")
+    (left,) = [e for e in events(tmp_path / "r-disturbed", "worker_left") if e["why"] == "node_drained"]
+    (notice,) = events(tmp_path / "r-disturbed", "node_draining")
+    assert left["node"] == notice["node"]
+    assert left["time_s"] < notice["deadline_s"]
+
+
+def test_a_fault_that_does_not_fire_fails_the_rehearsal(tmp_path: Path) -> None:
+    done = rehearse(tmp_path, ("resnet", "--steps", "10"), [fault("kill", 0, step=5000)], "--workers", "1")
+    assert done.status == 1
+    assert "FAILED: fault 1 (kill) did not fire" in done.out
+
+
+def test_overlapping_faults_and_one_on_the_last_step(tmp_path: Path) -> None:
+    """Two of three die in one step; rank 0 dies during the recovery; one dies at the last step."""
+    faults = [
+        fault("kill", 1, step=20),
+        fault("kill", 2, step=20),
+        fault("kill", 0, step=90),
+        fault("kill", 1, step=90),
+        fault("kill", 0, step=399),
+    ]
+    done = rehearse(tmp_path, RESNET, faults, "--workers", "3")
+    assert_passed(done, tmp_path, "worker_killed")
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_a_soak_of_random_faults(seed: int, tmp_path: Path) -> None:
+    """Twelve faults at random times of a run of a minute and a half or so."""
+    chance = random.Random(seed)
+    kinds = ["kill"] * 5 + ["exception"] * 2 + ["stop"] * 2 + ["node-loss"] * 2 + ["slow"]
+    chance.shuffle(kinds)
+    faults, at = [], 3.0
+    for kind in kinds:
+        faults.append(fault(kind, 0, time_s=round(at, 2)) if chance.random() < 0.5 else fault(kind, 0, time_s=at))
+        if kind == "node-loss":
+            faults.append(fault("add-node", time_s=at + 1.0))
+        at += chance.uniform(0.5, 6.0)
+    workload = ("resnet", "--steps", "2500", "--checkpoint-every", "200")
+    done = rehearse(tmp_path, workload, faults, "--workers", "1:3", "--stall-limit", "2", timeout_s=600)
+    assert done.status == 0, done.out + done.err
+    assert [r["step"] for r in records(tmp_path / "r-disturbed")] == list(range(1, 2501))
