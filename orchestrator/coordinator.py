@@ -40,6 +40,7 @@ class Coordinator:
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch = NodeWatch()
         self._faults = Schedule(assignment.faults)
+        self._faults.fired |= self._journal.fired
         self._listening: asyncio.Future[int] | None = None
         self._finished: dict[str, str] = {}
         self._phase = "starting workers"
@@ -107,7 +108,7 @@ class Coordinator:
     def _start_faults(self) -> None:
         """Faults of nodes, and those that come by the clock."""
         members = {m.rank: m for m in self._members.roster.seated.values()}
-        for number in self._faults.due(self._journal.recorded) if self._members.begun else []:
+        for number in self._faults.due(self._journal.recorded, len(members)) if self._members.begun else []:
             fault = self._faults.faults[number]
             member = members.get(fault.rank)
             if fault.kind == "add-node":

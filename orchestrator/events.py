@@ -71,7 +71,8 @@ class Incident:
 
     Attributes:
         kind: worker_killed, worker_failed (it raised), worker_frozen, worker_stuck, connection_lost, node_lost,
-            node_drained, workers_joined, worker_unreachable (by the others).
+            node_drained, workers_joined, worker_unreachable (by the others),
+            coordinator_lost.
         step: the last committed one.
         detail: what is known of the cause, one line.
         steps_lost: committed steps that had to be taken again.

@@ -4,6 +4,7 @@
 kind = "kill"     # kill, stop, exception, slow: of a worker, by rank
 rank = 1
 step = 20         # or time_s = 3.5, seconds since training began
+workers = 3       # if so many train by then; else as soon as they do
 
 [[fault]]
 kind = "drain"    # drain, node-loss, network-cut: of a node, by the rank of a worker on it; add-node: of none
@@ -34,6 +35,7 @@ class Fault:
         time_s: seconds since the first generation began to train; -1: by step.
         seconds: drain: notice before the node goes; slow: added to each step.
         steps: slow: how many steps.
+        workers: not before so many train: 0 does not wait for the replacements of earlier faults.
     """
 
     kind: str
@@ -42,10 +44,11 @@ class Fault:
     time_s: float = -1.0
     seconds: float = 1.0
     steps: int = 10
+    workers: int = 0
 
-    def is_due(self, steps_done: int, trained_s: float) -> bool:
-        """Whether its moment has come."""
-        return 0 <= self.step <= steps_done or 0 <= self.time_s <= trained_s
+    def is_due(self, steps_done: int, trained_s: float, workers: int) -> bool:
+        """Whether its moment has come, with `workers` training."""
+        return workers >= self.workers and (0 <= self.step <= steps_done or 0 <= self.time_s <= trained_s)
 
 
 def parse_faults(text: str, name: str) -> tuple[Fault, ...]:

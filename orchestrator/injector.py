@@ -28,7 +28,7 @@ class Schedule:
         self.fired: set[int] = set()
         self.begun_s = 0.0
 
-    def due(self, steps_done: int) -> list[int]:
+    def due(self, steps_done: int, workers: int) -> list[int]:
         """Numbers of the faults that the coordinator has to start now; those of a worker's step start there."""
         trained_s = time.time() - self.begun_s if self.begun_s else -1.0
         return [
@@ -36,7 +36,7 @@ class Schedule:
             for number, fault in enumerate(self.faults)
             if number not in self.fired
             and not (fault.kind in WORKER_KINDS and fault.step >= 0)
-            and fault.is_due(steps_done, trained_s)
+            and fault.is_due(steps_done, trained_s, workers)
         ]
 
 
@@ -48,15 +48,19 @@ class Saboteur:
         may_fire: asks the coordinator, which answers yes once for each fault.
         """
         self._faults, self._may_fire = faults, may_fire
+        self._done: set[int] = set()
         self._raise = ""
         self._slow_s, self._slow_steps = 0.0, 0
 
-    def before_step(self, rank: int, steps_done: int) -> None:
+    def before_step(self, rank: int, workers: int, steps_done: int) -> None:
         """Do what the schedule has for this rank at this step; raises InjectedError for an exception."""
         for number, fault in enumerate(self._faults):
-            here = fault.kind in WORKER_KINDS and fault.rank == rank and fault.step == steps_done
-            if here and self._may_fire(number):
-                self.do(number)
+            here = fault.kind in WORKER_KINDS and fault.rank == rank and number not in self._done
+            if here and fault.step >= 0 and fault.is_due(steps_done, -1.0, workers):
+                self._done.add(number)
+                if self._may_fire(number):
+                    self.do(number)
+                    break  # one at a time: the next has its step
         if self._raise:
             text, self._raise = self._raise, ""
             raise InjectedError(text)

@@ -27,7 +27,7 @@ from orchestrator.storage import Folder
 
 RATE_WINDOW_S = 10.0
 OWNER_EVERY_S = 1.0
-PLANNED = ("workers_joined", "node_drained")
+VAGUE = ("workers_joined", "node_drained", "connection_lost")  # what a fault that is found next explains better
 KILLED = ("worker_killed", "worker_frozen", "connection_lost")
 log = logging.getLogger("orchestrator.journal")
 
@@ -69,6 +69,7 @@ class Journal:
         self.recorded = 0  # newest step in metrics.jsonl
         self.first_step = -1
         self.generation = 0
+        self.fired: set[int] = set()  # faults of a schedule, by an earlier coordinator
         self.loss = float("nan")
         self.incidents: list[Incident] = []
         self.open: OpenIncident | None = None
@@ -94,6 +95,7 @@ class Journal:
         if mine:
             self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
             self._training_s = sum(r["step_s"] for r in mine)
+        workers = 0
         fields = {f.name for f in dataclasses.fields(Incident)}
         for line in (self._folder.folder.read_text(EVENTS) or "").splitlines():
             event = json.loads(line)
@@ -102,7 +104,11 @@ class Journal:
             if event["event"] == "incident":
                 self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
             elif event["event"] == "generation_started":
-                self.generation = event["generation"]
+                self.generation, workers = event["generation"], event["workers"]
+            elif event["event"] == "fault_fired":
+                self.fired.add(event["fault"])
+        silent_s = time.time() - (taken[-1]["time_s"] if taken else time.time())
+        self.break_off("coordinator_lost", "its process ended and was started anew", workers, silent_s)
         self.log(CoordinatorRestarted(max(0, self.recorded)))
 
     def log(self, *events: Event) -> None:
@@ -130,8 +136,8 @@ class Journal:
         if self.open is None:
             self.open = OpenIncident(kind, detail, workers, max(0, self.recorded), detect_s, time.time())
             return
-        if self.open.kind in PLANNED:
-            self.open.kind = kind
+        if self.open.kind in VAGUE:
+            self.open.kind, self.open.detect_s = kind, detect_s
         if detail:
             self.open.detail = f"{self.open.detail}; {detail}".removeprefix("; ")
 

@@ -104,18 +104,17 @@ def _name(uri: str) -> str:
 
 
 def _start_coordinator(assignment: Assignment) -> Any:
-    """The run's coordinator, on this node if that stays, started anew if its process or node is lost."""
+    """The run's coordinator, on the node of this command, without which there is no run; it is started anew if lost."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor_class: Any = ray.remote(Coordinator).options(
         name=_name(assignment.uri),
         namespace=NAMESPACE,
         num_cpus=0,
         max_concurrency=10_000,
         max_restarts=-1,
-        scheduling_strategy=here,
+        label_selector={RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()},
     )
     try:
         return actor_class.remote(assignment)

@@ -101,7 +101,7 @@ class Membership:
         """The generation is over, unless it is already; its other workers are told to come back."""
         if not self.roster.training:
             if kind not in LATE_NEWS:
-                self._journal.break_off(kind, detail, 0, 0.0)
+                self._journal.break_off(kind, detail, 0, silent_s)
                 self._tell_seated("end")
             return
         if self._pausing and kind in LATE_NEWS:

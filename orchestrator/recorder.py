@@ -50,7 +50,7 @@ class Recorder(Observer):
     def stop_wanted(self) -> bool:
         """See Observer; a step is about to begin."""
         if self._seat is not None:
-            self._saboteur.before_step(self._seat.rank, self._step)
+            self._saboteur.before_step(self._seat.rank, self._seat.placement.workers, self._step)
         return self.pause
 
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:

@@ -239,6 +239,8 @@ class Worker:
             if loaded:
                 self._state.load(loaded.tensors, loaded.step)
             load_s = time.perf_counter() - started
+        elif seat.rank == 0:
+            self._recorder.reporter.flush()  # a joiner may be the last one left, and has not kept earlier steps
         if (seat.share or seat.step < 0) and group.world > 1:
             self._state.receive(group)
         if seat.rank == 0:

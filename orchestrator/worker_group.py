@@ -22,7 +22,7 @@ from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGro
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.seats import NAMESPACE, OVER
+from orchestrator.seats import LEFT, NAMESPACE, OVER
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
@@ -35,17 +35,18 @@ class Opening:
     """A worker that is missing.
 
     Attributes:
-        bundle: its place in the placement group; None: beyond the first gang.
+        bundle: its place in the placement group; None: any room in the cluster, beyond the first gang.
         failures: workers in a row that ended here soon.
         not_before_s: monotonic time before which nobody is asked for.
-        avoid: a node that is being drained: the bundle moves when the node is gone.
+        home: a bundle on a node that is being drained. It moves when that node is gone, perhaps to the room that is
+            asked for: then it is used.
         actor, asked: the one that is awaited.
     """
 
     bundle: int | None
     failures: int = 0
     not_before_s: float = 0.0
-    avoid: str = ""
+    home: int | None = None
     actor: Any = None
     asked: Any = None
 
@@ -138,8 +139,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             return
         failures = filled.failures + 1 if status.error and lived_s < LIVED_S else 0
         wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
-        avoid = "" if status.error else metadata.node_id
-        self._openings.append(Opening(filled.bundle, failures, time.monotonic() + wait_s, avoid))
+        opening = Opening(filled.bundle, failures, time.monotonic() + wait_s)
+        if status.return_value == LEFT:
+            opening.bundle, opening.home = None, filled.bundle
+        self._openings.append(opening)
 
     def _keep(self, running: list[Filled]) -> None:
         self._filled = running
@@ -149,11 +152,13 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _tend(self, opening: Opening) -> None:
         """One look at an opening, without waiting for anything that takes long."""
         if opening.actor is None:
-            if time.monotonic() >= opening.not_before_s and not _is_draining(opening.avoid):
-                opening.avoid = ""
+            if time.monotonic() >= opening.not_before_s:
                 self._ask(opening)
             return
         if not ray.wait([opening.asked], timeout=0)[0]:
+            if opening.home is not None and self._has_moved(opening.home):
+                ray.kill(opening.actor)
+                opening.bundle, opening.home, opening.actor = opening.home, None, None
             return
         self._openings.remove(opening)
         try:
@@ -164,6 +169,15 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             failures = opening.failures + 1
             wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
             self._openings.append(Opening(opening.bundle, failures, time.monotonic() + wait_s))
+
+    def _has_moved(self, bundle: int) -> bool:
+        """Whether a bundle of the placement group lies on a node that stays."""
+        from ray._private.state import state
+
+        group = self._worker_group_state.placement_group_handle.placement_group
+        node = ray.util.placement_group_table(group)["bundles_to_node_id"].get(bundle, "")
+        alive = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
+        return node in alive and node not in state.get_draining_nodes()
 
     def _ask(self, opening: Opening) -> None:
         """Ask Ray for a process; it comes when there is room, which the autoscaler may have to make."""
@@ -215,12 +229,6 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """See WorkerGroup."""
         self._cancel_openings()
         super().shutdown()
-
-
-def _is_draining(node: str) -> bool:
-    from ray._private.state import state
-
-    return bool(node) and node in state.get_draining_nodes()
 
 
 class ElasticController(TrainController):  # type: ignore[misc]

@@ -53,14 +53,14 @@ def visit() -> Iterator[Path]:
     """A scratch folder for one command; when it ends, the command's processes are gone and so is the folder."""
     if others := _clusters():
         paired.say(f"waiting: a Ray cluster of somebody else's is up (gcs_server, process {others[0]})")
-    if not _wait_until(lambda: not _clusters(), QUIET_TIMEOUT_S):
+    if not wait_until(lambda: not _clusters(), QUIET_TIMEOUT_S):
         raise RuntimeError(f"a Ray cluster is up on this machine (gcs_server, process {_clusters()}); stop it first")
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))  # short: Ray puts sockets below it
     try:
         yield folder
     finally:
-        _wait_until(lambda: not _processes(folder), LEAVE_TIMEOUT_S)
-        left = _processes(folder)
+        wait_until(lambda: not processes(folder), LEAVE_TIMEOUT_S)
+        left = processes(folder)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
@@ -69,25 +69,34 @@ def visit() -> Iterator[Path]:
             raise RuntimeError(f"{len(left)} processes were still there {LEAVE_TIMEOUT_S:g} s after the command's end")
 
 
-def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
-    """Run `python ARGUMENTS` to its end; raises RuntimeError with the tail of what it said."""
+def start(arguments: Sequence[str], folder: Path, **environment: str) -> "subprocess.Popen[bytes]":
+    """Start `python ARGUMENTS` in a session of its own; what it says goes to two files of the folder."""
     env = {name: value for name, value in os.environ.items() if name not in DROPPED}
     env |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder), **environment}
-    command = [sys.executable, *arguments]
-    out, err = folder / "stdout", folder / "stderr"
+    with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
+        )
+
+
+def said(folder: Path) -> str:
+    """The tail of what a started command has said."""
+    return ((folder / "stdout").read_text() + (folder / "stderr").read_text())[-3000:]
+
+
+def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
+    """Run `python ARGUMENTS` to its end; raises RuntimeError with the tail of what it said."""
     started_s = time.time()
-    with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=stdout, stderr=stderr, start_new_session=True)
-        try:
-            status = process.wait(COMMAND_TIMEOUT_S)
-        except BaseException:
-            process.kill()
-            raise
+    process = start(arguments, folder, **environment)
+    try:
+        status = process.wait(COMMAND_TIMEOUT_S)
+    except BaseException:
+        process.kill()
+        raise
     wall_s = time.time() - started_s
     if status:
-        tail = (out.read_text() + err.read_text())[-3000:]
-        raise RuntimeError(f"{' '.join(command)}: exit status {status}\n{tail}")
-    return Finished(started_s, wall_s, out.read_text(), folder)
+        raise RuntimeError(f"python {' '.join(arguments)}: exit status {status}\n{said(folder)}")
+    return Finished(started_s, wall_s, (folder / "stdout").read_text(), folder)
 
 
 def train(workload: str, arguments: Sequence[str], folder: Path) -> tuple[Finished, Path]:
@@ -129,7 +138,7 @@ def write_cifar10(folder: Path, images_per_batch: int = 2000, heldout: int = 64)
     return batches
 
 
-def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Whether the condition came true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -139,7 +148,7 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def _processes(folder: Path) -> list[int]:
+def processes(folder: Path) -> list[int]:
     """Living processes with this folder as RAY_TMPDIR."""
     mark = f"RAY_TMPDIR={folder}".encode()
     return [pid for pid, environment in _proc("environ") if mark in environment]

@@ -1,0 +1,188 @@
+"""What a schedule cannot do: all workers at once, the coordinator, too few machines, a machine that comes late."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import (
+    Done,
+    events,
+    finish,
+    ray_processes,
+    records,
+    result,
+    run,
+    start,
+    wait_for_step,
+    wait_until,
+)
+
+STEPS = 400
+
+
+def command(storage: Path, *extra: str) -> list[str]:
+    return [
+        "resnet",
+        "--steps",
+        str(STEPS),
+        "--checkpoint-every",
+        "20",
+        "--storage",
+        str(storage),
+        "--name",
+        "run",
+        *extra,
+    ]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A cluster whose head has no CPU; tests add nodes of one CPU and take them away."""
+    from ray.cluster_utils import Cluster
+
+    from orchestrator.connect import node_token
+
+    kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE",)}
+    before = ray_processes()
+    node_token()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+    for key, value in kept.items():
+        os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+    wait_until(lambda: not ray_processes() - before, 30, "the cluster's processes to end")
+
+
+@pytest.fixture
+def node_pair(nodes: Any) -> Iterator[list[Any]]:
+    pair = [nodes.add_node(wait=False, num_cpus=1, include_dashboard=False) for _ in range(2)]
+    nodes.wait_for_nodes(60)
+    yield pair
+    for node in list(nodes.worker_nodes):
+        nodes.remove_node(node)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    storage = tmp_path_factory.mktemp("undisturbed")
+    done = run(*command(storage, "--workers", "1"))
+    assert done.status == 0, done.err
+    return str(result(storage / "run")["weights_sha256"])
+
+
+def assert_as_undisturbed(done: Done, storage: Path, undisturbed: str) -> dict[str, Any]:
+    assert done.status == 0, done.err
+    found = result(storage / "run")
+    assert found["weights_sha256"] == undisturbed
+    assert [r["step"] for r in records(storage / "run")] == list(range(1, STEPS + 1))
+    return found
+
+
+def generations(storage: Path) -> list[dict[str, Any]]:
+    return events(storage / "run", "generation_started")
+
+
+def test_all_workers_lost_at_once(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:
+    """The newest checkpoint is loaded; what is lost is bounded by its cadence."""
+    process = start(command(tmp_path, "--address", nodes.address, "--workers", "2"))
+    wait_for_step(tmp_path / "run", 50)
+    for pid in generations(tmp_path)[0]["pids"]:
+        os.kill(pid, signal.SIGKILL)
+    found = assert_as_undisturbed(finish(process), tmp_path, undisturbed)
+    assert found["incidents"][0]["kind"] == "worker_killed"
+    assert 0 <= found["incidents"][0]["steps_lost"] <= 40, "the cadence, and a checkpoint that was being written"
+    assert events(tmp_path / "run", "checkpoint_loaded")[0]["step"] >= 20
+
+
+def test_the_coordinator_is_killed(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:
+    process = start(command(tmp_path, "--address", nodes.address, "--workers", "2"))
+    wait_for_step(tmp_path / "run", 50)
+    os.kill(events(tmp_path / "run", "run_started")[0]["coordinator_pid"], signal.SIGKILL)
+    assert_as_undisturbed(finish(process), tmp_path, undisturbed)
+    (restarted,) = events(tmp_path / "run", "coordinator_restarted")
+    assert restarted["step"] >= 40
+    first, *later = generations(tmp_path)
+    assert set(later[-1]["pids"]) == set(first["pids"]), "workers were restarted with the coordinator"
+
+
+def test_a_machine_that_comes_late_is_used(nodes: Any, undisturbed: str, tmp_path: Path) -> None:
+    """From the minimum up, without restarting who trains already."""
+    nodes.add_node(wait=True, num_cpus=1, include_dashboard=False)
+    try:
+        process = start(command(tmp_path, "--address", nodes.address, "--workers", "1:2"))
+        wait_for_step(tmp_path / "run", 20)
+        nodes.add_node(wait=False, num_cpus=1, include_dashboard=False)
+        found = assert_as_undisturbed(finish(process), tmp_path, undisturbed)
+    finally:
+        for node in list(nodes.worker_nodes):
+            nodes.remove_node(node)
+    first, second = generations(tmp_path)
+    assert second["pids"][0] == first["pids"][0]
+    assert len({*second["nodes"]}) == 2
+    (incident,) = found["incidents"]
+    assert (incident["kind"], incident["workers_after"], incident["steps_lost"]) == ("workers_joined", 2, 0)
+
+
+def test_fewer_than_the_minimum_wait_and_say_so(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:
+    process = start(command(tmp_path, "--address", nodes.address, "--workers", "2:3"))
+    wait_for_step(tmp_path / "run", 30)
+    nodes.remove_node(node_pair[1], allow_graceful=False)
+    wait_until(lambda: bool(events(tmp_path / "run", "worker_left")), 60, "the loss")
+    nodes.add_node(wait=False, num_cpus=1, include_dashboard=False)
+    done = finish(process)
+    found = assert_as_undisturbed(done, tmp_path, undisturbed)
+    assert "waiting for workers: 1 more needed, 1 there" in done.err
+    assert [len(g["pids"]) for g in generations(tmp_path)] == [2, 2]
+    assert found["incidents"][0]["kind"] == "node_lost"
+    assert found["incidents"][0]["steps_lost"] == 0
+
+
+def schedule(folder: Path, *tables: str) -> str:
+    file = folder / "faults.toml"
+    file.write_text("\n".join(f"[[fault]]\n{table}" for table in tables))
+    return str(file)
+
+
+def test_a_step_that_kills_its_workers_is_no_accident(tmp_path: Path) -> None:
+    """Dying without a word in the same step again and again, with the same shards in hand."""
+    faults = schedule(tmp_path, *['kind = "kill"\nrank = 0\nstep = 20'] * 12)
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults))
+    assert done.status == 1
+    assert "step 20 killed 4 workers one after the other" in done.err
+    assert len(events(tmp_path / "run", "fault_fired")) == 4
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+def test_the_budget_of_incidents_is_finite(tmp_path: Path) -> None:
+    faults = schedule(tmp_path, *[f'kind = "kill"\nrank = 0\nstep = {step}' for step in (20, 120, 220)])
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--max-incidents", "1"))
+    assert done.status == 1
+    assert "2 workers were lost, and --max-incidents allows 1" in done.err
+
+
+def test_a_worker_that_is_stuck_is_replaced_and_its_stack_kept(undisturbed: str, tmp_path: Path) -> None:
+    faults = schedule(tmp_path, 'kind = "slow"\nrank = 1\nstep = 20\nseconds = 1000')
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--stall-limit", "2"))
+    found = assert_as_undisturbed(done, tmp_path, undisturbed)
+    assert found["incidents"][0]["kind"] == "worker_stuck"
+    assert "before_step" in (tmp_path / "run" / "logs" / "errors.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ('kind = "melt"\nrank = 0\nstep = 1', "fault 1: kind = 'melt': not known; use kill, stop"),
+        ('kind = "kill"\nstep = 1', "fault 1: kill needs the rank of a worker"),
+        ('kind = "kill"\nrank = 0', "fault 1: give step or time_s, one of them"),
+        ('kind = "kill"\nrank = 0\nstep = 1\nwhen = 2', "fault 1: when: no such key"),
+        ('kind = "add-node"\nstep = 1', "add-node needs a cluster made for it"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(table: str, line: str, tmp_path: Path) -> None:
+    done = run(*command(tmp_path, "--faults", schedule(tmp_path, table)), RAY_ADDRESS="nobody:1")
+    assert done.status == 2
+    assert line in done.err
+    assert not (tmp_path / "run").exists()
