@@ -217,7 +217,7 @@ class Coordinator:
         roster = self._members.roster
         rate, steps_rate = self._journal.rates()
         phase, missing = self._phase, roster.missing()
-        if not self._members.begun and not self._outcome:
+        if not (self._members.begun and roster.training) and not self._outcome:
             phase = "regrouping" if roster.generation else "loading data and model"
             if missing:
                 phase = "waiting for workers"

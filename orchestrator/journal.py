@@ -67,6 +67,7 @@ class Journal:
         self.superseded = False
         self._check_at_s = 0.0
         self.recorded = 0  # newest step in metrics.jsonl
+        self.best = 0  # the most it ever was
         self.first_step = -1
         self.generation = 0
         self.fired: set[int] = set()  # faults of a schedule, by an earlier coordinator
@@ -74,7 +75,8 @@ class Journal:
         self.incidents: list[Incident] = []
         self.open: OpenIncident | None = None
         self._unsettled: list[tuple[Incident, set[str]]] = []
-        self._recent: deque[tuple[float, int, float]] = deque(maxlen=4096)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
+        self._seconds: deque[float] = deque(maxlen=50)
         self._training_s = 0.0
         self.result: dict[str, Any] | None = None
         config = plan.config
@@ -129,7 +131,7 @@ class Journal:
 
     def step_seconds(self) -> list[float]:
         """Seconds of the newest steps."""
-        return [s for *_, s in list(self._recent)[-50:]]
+        return list(self._seconds)
 
     def break_off(self, kind: str, detail: str, workers: int, detect_s: float) -> None:
         """A generation of `workers` has ended; a fault during recovery belongs to the incident that is open."""
@@ -158,6 +160,7 @@ class Journal:
         if not survived:
             self._folder.cut_metrics(started.step)
             self.recorded = started.step
+            self.best = max(self.best, started.step)
         if self.open is not None:
             found, now = self.open, time.time()
             found.restore_s += restore_s
@@ -179,7 +182,9 @@ class Journal:
             log.error("steps %d to %d were not reported", self.recorded + 1, new[0]["step"] - 1)
         self._folder.metrics(new)
         self.recorded, self.loss = new[-1]["step"], new[-1]["loss"]
-        self._recent.extend((r["time_s"], r["samples"], r["step_s"]) for r in new)
+        self.best = max(self.best, self.recorded)
+        self._recent.extend((r["time_s"], r["samples"]) for r in new)
+        self._seconds.extend(r["step_s"] for r in new)
         self._training_s += sum(r["step_s"] for r in new)
         if self.open is not None and self.open.begun_s and new[-1]["generation"] >= self.open.generation:
             self.close_incident()
@@ -228,7 +233,7 @@ class Journal:
     def rates(self) -> tuple[float, float]:
         """Samples and steps per second of late."""
         now = time.time()
-        recent = [(t, n) for t, n, _ in self._recent if now - t < RATE_WINDOW_S]
+        recent = [(t, n) for t, n in self._recent if now - t < RATE_WINDOW_S]
         span = recent[-1][0] - recent[0][0] if len(recent) > 1 else 0.0
         return (sum(n for _, n in recent[1:]) / span, (len(recent) - 1) / span) if span else (0.0, 0.0)
 

@@ -20,6 +20,7 @@ from orchestrator.shards import Placement, even_placement
 
 TICK_S = 0.1
 COME_BACK_S = 10.0
+REPORTS_LATE_S = 0.5  # what rank 0 and a heartbeat may be behind
 LATE_NEWS = ("connection_lost", "workers_joined")  # say nothing new of a generation that has ended
 FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
 FROZEN = ("worker_frozen", "worker_stuck")
@@ -213,7 +214,9 @@ class Membership:
         self._failures += 1
         reason = ""
         if kind == "worker_killed" and in_step:
-            reason = self._suspicion.died(self._journal.recorded, self._placement.range_of(member.rank))
+            seconds = self._journal.step_seconds()
+            slack = 1 + int(REPORTS_LATE_S / min(seconds)) if seconds else 1
+            reason = self._suspicion.died(self._journal.best, slack, self._placement.range_of(member.rank))
         if self._failures > self._max_incidents:
             reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
         if reason:

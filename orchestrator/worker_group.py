@@ -78,6 +78,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._over_s = 0.0
         self._next_rank = len(workers)
 
+    def __bool__(self) -> bool:
+        """A group that has lost all its workers is one all the same: Ray Train asks by truth whether there is any."""
+        return True
+
     def poll_status(self, timeout: float | None = None) -> WorkerGroupPollStatus:
         """Look after workers and openings; the controller only learns whether the run is over.
 
@@ -214,10 +218,15 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._next_rank += 1  # Ray Train's number of the process; the run's ranks are the coordinator's
         self._assign_worker_ranks([worker], self._next_rank - 1, self._next_rank, 1)
         self._init_train_context([worker], self._worker_group_state.sync_actor)
-        group = ReplicaGroup([worker], resources, self._replica_group_callbacks)
-        group.start_training(self._worker_group_context)
-        log.info("started worker process %d on node %s", worker.metadata.pid, worker.metadata.node_id)
+        # In the group before it starts: Ray Train's callbacks take a group without workers for none at all.
         self._keep([*self._filled, Filled(worker, opening.bundle, opening.failures)])
+        group = ReplicaGroup([worker], resources, self._replica_group_callbacks)
+        try:
+            group.start_training(self._worker_group_context)
+        except Exception:
+            self._keep(self._filled[:-1])
+            raise
+        log.info("started worker process %d on node %s", worker.metadata.pid, worker.metadata.node_id)
 
     def _cancel_openings(self) -> None:
         for opening in self._openings:

@@ -1,0 +1,58 @@
+"""Faults of a schedule in a plain run: what ends the run, what does not, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from commands import events, result, run
+
+
+def command(storage: Path, *extra: str) -> list[str]:
+    return ["resnet", "--steps", "400", "--storage", str(storage), "--name", "run", *extra]
+
+
+def schedule(folder: Path, *tables: str) -> str:
+    file = folder / "faults.toml"
+    file.write_text("\n".join(f"[[fault]]\n{table}" for table in tables))
+    return str(file)
+
+
+def test_a_step_that_kills_its_workers_is_no_accident(tmp_path: Path) -> None:
+    """Dying without a word in the same step again and again, with the same shards in hand."""
+    faults = schedule(tmp_path, *['kind = "kill"\nrank = 0\nstep = 20'] * 12)
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults))
+    assert done.status == 1
+    assert "4 workers died one after the other at about step" in done.err
+    assert len(events(tmp_path / "run", "fault_fired")) == 4
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+def test_the_budget_of_incidents_is_finite(tmp_path: Path) -> None:
+    faults = schedule(tmp_path, *[f'kind = "kill"\nrank = 0\nstep = {step}' for step in (20, 120, 220)])
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--max-incidents", "1"))
+    assert done.status == 1
+    assert "2 workers were lost, and --max-incidents allows 1" in done.err
+
+
+def test_a_worker_that_is_stuck_is_replaced_and_its_stack_kept(tmp_path: Path) -> None:
+    faults = schedule(tmp_path, 'kind = "slow"\nrank = 1\nstep = 20\nseconds = 1000')
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--stall-limit", "2"))
+    assert done.status == 0, done.err
+    assert result(tmp_path / "run")["incidents"][0]["kind"] == "worker_stuck"
+    assert "before_step" in (tmp_path / "run" / "logs" / "errors.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        ('kind = "melt"\nrank = 0\nstep = 1', "fault 1: kind = 'melt': not known; use kill, stop"),
+        ('kind = "kill"\nstep = 1', "fault 1: kill needs the rank of a worker"),
+        ('kind = "kill"\nrank = 0', "fault 1: give step or time_s, one of them"),
+        ('kind = "kill"\nrank = 0\nstep = 1\nwhen = 2', "fault 1: when: no such key"),
+        ('kind = "add-node"\nstep = 1', "add-node needs a cluster made for it"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(table: str, line: str, tmp_path: Path) -> None:
+    done = run(*command(tmp_path, "--faults", schedule(tmp_path, table)), RAY_ADDRESS="nobody:1")
+    assert done.status == 2
+    assert line in done.err
+    assert not (tmp_path / "run").exists()
