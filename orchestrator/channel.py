@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import select
+import selectors
 import socket
 import threading
 import time
@@ -74,7 +74,7 @@ class Desk:
         member = ""
         try:
             secret, _, member = (await reader.readline()).decode().strip().partition(" ")
-            if not hmac.compare_digest(secret, self.secret):
+            if not hmac.compare_digest(secret.encode(), self.secret.encode()):
                 return
             self._writers[member] = writer
             async for line in reader:
@@ -112,6 +112,8 @@ class Line:
         self._socket = socket.create_connection(address, timeout=CONNECT_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(f"{secret} {member}\n".encode())
+        self._ready = selectors.DefaultSelector()  # not select.select, which knows 1024 descriptors
+        self._ready.register(self._socket, selectors.EVENT_READ)
         self._look, self._told = look, told
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="heartbeat", daemon=True)
@@ -123,6 +125,7 @@ class Line:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(CONNECT_S)
+        self._ready.close()
         self._socket.close()
 
     def _loop(self) -> None:
@@ -144,7 +147,7 @@ class Line:
                 next_beat_s = now + BEAT_S
             if now - heard_s > DESK_SILENT_S:
                 raise OSError(f"silent for {DESK_SILENT_S:.0f} s")
-            if select.select([self._socket], [], [], max(0.0, next_beat_s - now))[0]:
+            if self._ready.select(max(0.0, next_beat_s - now)):
                 data = self._socket.recv(4096)
                 if not data:
                     raise OSError("closed by the coordinator")

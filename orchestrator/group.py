@@ -55,6 +55,8 @@ class Group:
         self._foreign = frozenset(connections())
         if hasattr(store, "host"):
             self._servers.add((store.host, store.port))
+        if self._over.is_set():
+            raise PeerLostError("the generation was ended before it began")
         named = dist.PrefixStore(f"generation-{generation}", store)
         cuda = self.device.type == "cuda"
         with self._peers():
@@ -84,6 +86,8 @@ class Group:
         """Leave; connections of the process group are closed."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        # torch counts a group that could not be built too, and the count is part of its keys in the next store.
+        dist.distributed_c10d._world.group_count = 0
 
     def abort(self) -> None:
         """End the generation here, from any thread: collectives that wait, and all later ones, raise PeerLostError."""

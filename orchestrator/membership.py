@@ -87,9 +87,12 @@ class Membership:
         if self.excluded(member.id):
             return Order("excluded")
         if member.id in self.roster.seated:
+            first = self.roster.training  # the others were told to come, and could not stay if they would
             self._end_generation("connection_lost", f"rank {member.rank} lost a connection: {why}", 0.0)
-            if why:
+            if why and first:
                 self._note_fruitless(member, why)
+            if self.excluded(member.id):
+                return Order("excluded")
         now = time.time()
         self.roster.join(member, now)
         self._pulses[member.id] = Pulse(now, now, Beat(0, member.step, 0, True))

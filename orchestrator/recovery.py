@@ -108,7 +108,7 @@ class Roster:
             return None
         self.gather = False
         # State comes from rank 0, which has the most steps; otherwise ranks stay as they were.
-        order = sorted(candidates, key=lambda m: (-m.step, m.rank < 0, m.rank))[: self.maximum]
+        order = sorted(self._choose(candidates, now), key=lambda m: (-m.step, m.rank < 0, m.rank))
         self.seated = {m.id: m for m in order}
         self.ready = {key: m for key, m in self.ready.items() if key not in self.seated}
         self.generation += 1
@@ -122,6 +122,12 @@ class Roster:
         newest = max((m.step for m in everyone), default=-1)
         enough = len(staying) >= self.minimum and any(m.step == newest for m in staying)
         return staying if enough else everyone
+
+    def _choose(self, candidates: list[Member], now: float) -> list[Member]:
+        """The `maximum` that sit: those that stay before those that leave, but one with the newest state."""
+        order = sorted(candidates, key=lambda m: (self._avoided(m, now), -m.step, m.rank < 0, m.rank))
+        chosen, newest = order[: self.maximum], max(candidates, key=lambda m: m.step)
+        return chosen if any(m.step == newest.step for m in chosen) else [newest, *chosen[:-1]]
 
     def _avoided(self, member: Member, now: float) -> bool:
         if member.node in self.draining:

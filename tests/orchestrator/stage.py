@@ -36,7 +36,9 @@ class Stage:
         group.close()
 
     def _store(self, number: int) -> dist.TCPStore:
-        return self._served[number] if self._served else dist.TCPStore("127.0.0.1", self._ports[number])
+        if self._served:
+            return self._served[number]
+        return dist.TCPStore("127.0.0.1", self._ports[number], timeout=WAIT)
 
     def connect(self, group: Group, generation: int, timeout_s: float = TIMEOUT_S) -> Group:
         return group.connect(self._store(generation) if group.world > 1 else None, generation, timeout_s)

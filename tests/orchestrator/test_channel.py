@@ -122,14 +122,7 @@ async def refused(port: int, sent: bytes) -> None:
     writer.close()
 
 
-# BUG, orchestrator/channel.py, Desk._serve: hmac.compare_digest raises TypeError for str that is not ASCII, which is
-# not among the errors caught; a stranger's bytes end in asyncio's "Unhandled exception in client_connected_cb".
-not_ascii = pytest.mark.xfail(strict=True, reason="BUG: Desk._serve raises TypeError if the secret is not ASCII")
-
-
-@pytest.mark.parametrize(
-    "sent", [b"\xff\xfe a\n", b"\n", b"x" * 100_000, pytest.param("s\u00e9cret a\n".encode(), marks=not_ascii)]
-)
+@pytest.mark.parametrize("sent", [b"\xff\xfe a\n", b"\n", b"x" * 100_000, "s\u00e9cret a\n".encode()])
 def test_rubbish_is_refused_quietly(sent):
     async def main() -> None:
         office = await Office().open()
@@ -281,9 +274,6 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-# BUG, orchestrator/channel.py, Line._listen: select.select raises ValueError for a descriptor above 1023, and _loop
-# catches OSError only: the thread dies, "gone" is not told, and the coordinator kills a healthy worker as frozen.
-@pytest.mark.xfail(strict=True, reason="BUG: Line uses select.select: descriptors up to 1023", raises=queue.Empty)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_with_many_open_files_hears_orders(many_files):
     async def main() -> None:

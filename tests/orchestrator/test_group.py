@@ -74,9 +74,6 @@ def test_abort_frees_who_waits_for_members_to_connect():
     assert "timeout" not in message
 
 
-# BUG, orchestrator/group.py, Group.connect: an abort that came before connect is forgotten; it waits the whole
-# CONNECT_TIMEOUT_S for members that were told not to come.
-@pytest.mark.xfail(strict=True, reason="BUG: Group.connect does not look whether the generation is over already")
 def test_a_generation_that_is_over_is_not_waited_for():
     (_, message), _ = run_distributed(abort_connecting, 2, True)
     assert "timeout" not in message
@@ -97,12 +94,6 @@ def connect_after_a_failure(group: Group, fails: bool) -> list[int]:
     return ranks
 
 
-# BUG, orchestrator/group.py, Group.connect: when init_process_group fails, torch has counted the group already
-# (_world.group_count) and destroy_process_group, which resets that, is not called. The count is part of the keys
-# in the store: this process never again meets one that has failed another number of times, a new one for instance.
-split = pytest.mark.xfail(strict=True, reason="BUG: a failed connect splits workers for ever", raises=PeerLostError)
-
-
-@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=split)])
+@pytest.mark.parametrize("fails", [False, True])
 def test_who_could_not_connect_can_connect_with_others_later(fails):
     assert run_distributed(connect_after_a_failure, 2, fails) == [[0, 1]] * 2

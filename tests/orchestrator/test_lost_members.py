@@ -189,9 +189,6 @@ def test_when_all_are_lost_the_checkpoint_counts(tmp_path):
     play(story, tmp_path)
 
 
-# BUG, orchestrator/membership.py, Membership.join: the sixth of the survivors of one loss counts as the sixth
-# fruitless generation, although the coordinator itself had ended it; a healthy worker is given up and killed.
-@pytest.mark.xfail(strict=True, reason="BUG: _note_fruitless counts every survivor's return", raises=AssertionError)
 def test_many_survivors_of_one_loss_all_go_on(tmp_path):
     async def story(run: Run) -> None:
         *survivors, last = await run.enlist("abcdefgh")
@@ -204,9 +201,6 @@ def test_many_survivors_of_one_loss_all_go_on(tmp_path):
     play(story, tmp_path, workers=8)
 
 
-# BUG, orchestrator/membership.py, Membership.join: the member that is given up may be the one that asks. It is then
-# put among the ready and seated again; being excluded it can never be lost any more, and the run waits for ever.
-@pytest.mark.xfail(strict=True, reason="BUG: join keeps the member that it has just given up", raises=AssertionError)
 def test_of_workers_that_cannot_reach_each_other_one_goes(tmp_path):
     async def try_again(worker: Worker) -> Seat | Order:
         while True:

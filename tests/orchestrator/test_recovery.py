@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,10 +165,6 @@ def test_a_draining_member_with_a_newer_step_hands_it_over_first():
     assert [m.id for m in ahead.form(40.0) or []] == ["a", "b"]
 
 
-# BUG, orchestrator/recovery.py, Roster.form: with all seats taken by members on draining nodes a replacement never
-# gets one: the newest state comes first, so the same members are seated again, and wants_pause at once asks for the
-# next pause. Worker groups that never have more members than seats do not get there.
-@pytest.mark.xfail(strict=True, reason="BUG: Roster.form seats the leaving before their replacement, pause after pause")
 def test_a_replacement_gets_a_seat_though_all_are_taken_by_the_leaving():
     full = roster(1, 2)
     seat(full, member("a", node="n1"), member("b", node="n1"))

@@ -13,6 +13,7 @@ ELSEWHERE = {
     "python -m orchestrator.run bert": "test_bert_on_pythons_own_documentation",
     "ray start --head": "test_ray_job_submit",
     "python -m orchestrator.run resnet": "test_ray_job_submit",
+    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3": "test_the_schedule_of_the_readme",
     "RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m orchestrator.run resnet": "test_ray_job_submit",
 }
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
@@ -29,8 +30,8 @@ def test_every_command_is_known() -> None:
     found = commands()
     assert set(ELSEWHERE) <= set(found)
     assert (REPOSITORY / ".ci/run").read_text().count("pip install --quiet --editable") == 2
-    first_day = (REPOSITORY / "tests/ray/test_first_day.py").read_text()
-    assert all(name == ".ci/run" or f"def {name}(" in first_day for name in ELSEWHERE.values())
+    tests = "".join((REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in ("first_day", "rehearsals"))
+    assert all(name == ".ci/run" or f"def {name}(" in tests for name in ELSEWHERE.values())
 
 
 @pytest.mark.timeout(600)

@@ -88,6 +88,14 @@ def test_nodes_are_drained_lost_and_added_and_a_worker_killed(tmp_path: Path) ->
     assert left["time_s"] < notice["deadline_s"]
 
 
+def test_the_schedule_of_the_readme(tmp_path: Path) -> None:
+    """As typed there, but for the folder."""
+    faults = [(REPOSITORY / "workloads" / "faults.toml").read_text()]
+    assert_passed(
+        rehearse(tmp_path, ("resnet",), faults, "--workers", "1:3"), tmp_path, "worker_killed", "node_drained"
+    )
+
+
 def test_a_fault_that_does_not_fire_fails_the_rehearsal(tmp_path: Path) -> None:
     done = rehearse(tmp_path, ("resnet", "--steps", "10"), [fault("kill", 0, step=5000)], "--workers", "1")
     assert done.status == 1
@@ -109,17 +117,17 @@ def test_overlapping_faults_and_one_on_the_last_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [1])
 def test_a_soak_of_random_faults(seed: int, tmp_path: Path) -> None:
-    """Twelve faults at random times of a run of a minute and a half or so."""
+    """Eight faults at random times, and new nodes for lost ones."""
     chance = random.Random(seed)
-    kinds = ["kill"] * 5 + ["exception"] * 2 + ["stop"] * 2 + ["node-loss"] * 2 + ["slow"]
+    kinds = ["kill"] * 3 + ["exception", "stop", "slow"] + ["node-loss"] * 2
     chance.shuffle(kinds)
     faults, at = [], 3.0
     for kind in kinds:
-        faults.append(fault(kind, 0, time_s=round(at, 2)) if chance.random() < 0.5 else fault(kind, 0, time_s=at))
+        faults.append(fault(kind, 0, time_s=at))
         if kind == "node-loss":
             faults.append(fault("add-node", time_s=at + 1.0))
-        at += chance.uniform(0.5, 6.0)
-    workload = ("resnet", "--steps", "2500", "--checkpoint-every", "200")
+        at += chance.uniform(0.5, 4.0)
+    workload = ("resnet", "--steps", "1200", "--checkpoint-every", "200")
     done = rehearse(tmp_path, workload, faults, "--workers", "1:3", "--stall-limit", "2", timeout_s=600)
     assert done.status == 0, done.out + done.err
-    assert [r["step"] for r in records(tmp_path / "r-disturbed")] == list(range(1, 2501))
+    assert [r["step"] for r in records(tmp_path / "r-disturbed")] == list(range(1, 1201))
