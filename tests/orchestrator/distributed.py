@@ -124,7 +124,7 @@ atexit.register(_POOL.close)
 
 
 def _serve(pipe: Connection) -> None:
-    # Every TCPStore client asks DNS for the name of 127.0.0.1: where nobody answers, that takes 5 s without RES_OPTIONS.
+    # Every TCPStore client asks DNS for the name of 127.0.0.1: where nobody answers, for 5 s without RES_OPTIONS.
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RES_OPTIONS="timeout:1 attempts:1")
     import torch
     import torch.distributed as dist

@@ -22,7 +22,7 @@ def test_a_step_that_kills_its_workers_is_no_accident(tmp_path: Path) -> None:
     done = run(*command(tmp_path, "--workers", "2", "--faults", faults))
     assert done.status == 1
     assert "4 workers died one after the other at about step" in done.err
-    assert len(events(tmp_path / "run", "fault_fired")) == 4
+    assert 4 <= len(events(tmp_path / "run", "fault_fired")) < 12, "it stopped before the schedule did"
     assert result(tmp_path / "run")["status"] == "failed"
 
 

@@ -13,7 +13,7 @@ ELSEWHERE = {
     "python -m orchestrator.run bert": "test_bert_on_pythons_own_documentation",
     "ray start --head": "test_ray_job_submit",
     "python -m orchestrator.run resnet": "test_ray_job_submit",
-    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3": "test_the_schedule_of_the_readme",
+    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3": "test_the_readme_s_schedule",
     "RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m orchestrator.run resnet": "test_ray_job_submit",
 }
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each

@@ -88,7 +88,7 @@ def test_nodes_are_drained_lost_and_added_and_a_worker_killed(tmp_path: Path) ->
     assert left["time_s"] < notice["deadline_s"]
 
 
-def test_the_schedule_of_the_readme(tmp_path: Path) -> None:
+def test_the_readme_s_schedule(tmp_path: Path) -> None:
     """As typed there, but for the folder."""
     faults = [(REPOSITORY / "workloads" / "faults.toml").read_text()]
     assert_passed(
