@@ -14,12 +14,23 @@ from torch import Tensor
 
 from orchestrator.sockets import Address, connections, shut_down
 
+REACH_S = 5.0  # it listens before anyone is sent to it
 CONNECT_TIMEOUT_S = 20.0
 LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe")  # what DistributedDataParallel raises
 
 
 class PeerLostError(RuntimeError):
     """The generation is over: another worker is lost, or the coordinator ended it. Nothing was updated."""
+
+
+def reach_store(address: Address) -> dist.Store:
+    """A client of another worker's TCPStore; raises PeerLostError if nobody serves it."""
+    try:
+        store = dist.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=REACH_S))
+    except RuntimeError as error:
+        raise PeerLostError(f"the store of rank 0 cannot be reached: {error}") from error
+    store.set_timeout(datetime.timedelta(seconds=CONNECT_TIMEOUT_S))
+    return store
 
 
 @dataclass

@@ -220,12 +220,12 @@ class Worker:
                 self._served = None  # its connection to itself was shut down with the others
 
     def _store_of(self, seat: Seat) -> Any:
-        from torch import distributed as dist
+        from orchestrator.group import reach_store
 
         assert self._served is not None
         if seat.placement.workers == 1:
             return None
-        return self._served[0] if seat.rank == 0 else dist.TCPStore(*seat.store, is_master=False)
+        return self._served[0] if seat.rank == 0 else reach_store(seat.store)
 
     def _restore(self, group: Any, seat: Seat) -> None:
         """All get the state of rank 0, which loads the newest whole checkpoint if nobody has any."""

@@ -1,5 +1,6 @@
 """Generations that are aborted, as a process group sees it: gloo, no training."""
 
+import socket
 from contextlib import nullcontext
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from distributed import run_distributed
 from stage import CPU, SOON_S, TIMEOUT_S, Stage, aborted
 
-from orchestrator.group import Group, PeerLostError
+from orchestrator.group import Group, PeerLostError, reach_store
 
 COLLECTIVES = {
     "sum": lambda group: group.sum(torch.ones(4)),
@@ -97,3 +98,10 @@ def connect_after_a_failure(group: Group, fails: bool) -> list[int]:
 @pytest.mark.parametrize("fails", [False, True])
 def test_who_could_not_connect_can_connect_with_others_later(fails):
     assert run_distributed(connect_after_a_failure, 2, fails) == [[0, 1]] * 2
+
+
+def test_a_store_that_nobody_serves_is_a_lost_peer():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+    with pytest.raises(PeerLostError, match="the store of rank 0 cannot be reached"):
+        reach_store(address)
