@@ -163,7 +163,7 @@ class Journal:
             self.best = max(self.best, started.step)
         if self.open is not None:
             found, now = self.open, time.time()
-            found.restore_s += restore_s
+            found.restore_s = restore_s
             found.connected_s, found.begun_s = now - restore_s, now
             found.workers_after, found.generation = started.workers, started.generation
             found.steps_lost = max(found.steps_lost, lost)

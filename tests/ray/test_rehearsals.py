@@ -74,11 +74,11 @@ def test_workers_are_killed_raise_and_freeze(tmp_path: Path) -> None:
 
 def test_nodes_are_drained_lost_and_added_and_a_worker_killed(tmp_path: Path) -> None:
     faults = [
-        fault("kill", 0, step=5, workers=3),
-        fault("drain", 2, step=10, seconds=30, workers=3),
+        fault("drain", 2, step=10, seconds=30),
         fault("add-node", step=20),
         fault("node-loss", 1, step=60, workers=3),
         fault("add-node", step=70),
+        fault("kill", 0, step=1000, workers=2),
     ]
     done = rehearse(tmp_path, BERT, faults, "--workers", "1:3")
     assert_passed(done, tmp_path, "worker_killed", "node_drained", "node_lost", "workers_joined")
