@@ -133,6 +133,8 @@ class Line:
             self._listen()
         except OSError as error:
             log.info("the connection to the coordinator broke: %s", error)
+        except Exception:
+            log.exception("the heartbeat ends")
         if not self._closed.is_set():
             self._told("gone", 0)
 
