@@ -107,8 +107,10 @@ class Coordinator:
 
     def _start_faults(self) -> None:
         """Faults of nodes, and those that come by the clock."""
-        members = {m.rank: m for m in self._members.roster.seated.values()}
-        for number in self._faults.due(self._journal.recorded, len(members)) if self._members.begun else []:
+        seated = self._members.roster.seated.values()
+        due = self._faults.due(self._journal.recorded, len(seated)) if self._members.begun else []
+        members = {m.rank: m for m in seated} if due else {}
+        for number in due:
             fault = self._faults.faults[number]
             member = members.get(fault.rank)
             if fault.kind == "add-node":
@@ -200,7 +202,11 @@ class Coordinator:
         roster = self._members.roster
         while not self._outcome:
             await asyncio.sleep(self._watch.every_s)
-            alive, draining = await asyncio.to_thread(self._watch.look)
+            try:
+                alive, draining = await asyncio.to_thread(self._watch.look)
+            except Exception:  # Ray's head is away: what workers do is known without it
+                log.warning("Ray's nodes cannot be read", exc_info=True)
+                continue
             news = set(draining) - roster.draining
             roster.draining = frozenset(draining)
             for node in news:

@@ -27,16 +27,18 @@ def evaluate(
     requests = ((0, chunks[c].numpy()) for c in mine)
     rows: torch.Tensor | None = None
     names: list[str] = []
-    for c, (_, batch) in zip(mine, batches(samples, requests, loader_processes, group.device), strict=True):
-        group.step_on()
-        with precision.autocast():
-            sums = workload.sums(model, batch)
-        names = ["loss", "count", *sorted(sums.others)]
-        if rows is None:
-            rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=group.device)
-        values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
-        rows[c] = torch.stack([torch.as_tensor(v, device=group.device).double() for v in values])
-    model.train(was_training)
+    try:
+        for c, (_, batch) in zip(mine, batches(samples, requests, loader_processes, group.device), strict=True):
+            group.step_on()
+            with precision.autocast():
+                sums = workload.sums(model, batch)
+            names = ["loss", "count", *sorted(sums.others)]
+            if rows is None:
+                rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=group.device)
+            values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
+            rows[c] = torch.stack([torch.as_tensor(v, device=group.device).double() for v in values])
+    finally:
+        model.train(was_training)
     rows, names = _agree(rows, names, len(chunks), group)
     group.sum(rows)
     totals = dict(zip(names, rows.sum(0).tolist(), strict=True))

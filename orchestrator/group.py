@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ class PeerLostError(RuntimeError):
     """The generation is over: another worker is lost, or the coordinator ended it. Nothing was updated."""
 
 
-def reach_store(address: Address) -> dist.Store:
+def reach_store(address: Address) -> dist.TCPStore:
     """A client of another worker's TCPStore; raises PeerLostError if nobody serves it."""
     try:
         store = dist.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=REACH_S))
@@ -31,6 +32,20 @@ def reach_store(address: Address) -> dist.Store:
         raise PeerLostError(f"the store of rank 0 cannot be reached: {error}") from error
     store.set_timeout(datetime.timedelta(seconds=CONNECT_TIMEOUT_S))
     return store
+
+
+class OwnStore:
+    """The TCPStore that a worker serves: any may be rank 0 of the next generation.
+
+    Attributes:
+        address: where others reach it.
+    """
+
+    def __init__(self, host: str) -> None:
+        listener = socket.create_server((host, 0))
+        self.address: Address = (host, listener.getsockname()[1])
+        listening: Any = listener.detach()
+        self.store = dist.TCPStore(*self.address, is_master=True, wait_for_workers=False, master_listen_fd=listening)
 
 
 @dataclass
@@ -51,21 +66,21 @@ class Group:
     _foreign: frozenset[str] = frozenset()
     _servers: set[Address] = field(default_factory=set)
 
-    def connect(self, store: Any, generation: int, timeout_s: float) -> "Group":
+    def connect(self, store: dist.TCPStore | None, generation: int, timeout_s: float) -> "Group":
         """Build the process group of `generation`; blocks until all members are there.
 
         Args:
-            store: a dist.Store that all members reach; None for one worker.
+            store: reached by all members; None for one worker.
             timeout_s: of collectives; a lost or frozen peer is found earlier, by `abort`.
 
         Raises:
             PeerLostError: a member does not come, or `abort` was called meanwhile.
         """
-        if self.world == 1:
+        if store is None:
+            assert self.world == 1
             return self
         self._foreign = frozenset(connections())
-        if hasattr(store, "host"):
-            self._servers.add((store.host, store.port))
+        self._servers.add((store.host, store.port))
         if self._over.is_set():
             raise PeerLostError("the generation was ended before it began")
         named = dist.PrefixStore(f"generation-{generation}", store)
@@ -110,9 +125,9 @@ class Group:
         for inode, connection in connections().items():
             ours = connection.local in self._servers or connection.peer in self._servers
             if inode not in self._foreign and connection.peer is not None and ours:
-                shut_down(connection)
+                shut_down(inode, connection)
             elif inode in self._foreign and connection.peer in self._servers:
-                shut_down(connection)  # to the store, which was connected before
+                shut_down(inode, connection)  # to the store, which was connected before
 
     @property
     def over(self) -> bool:
@@ -130,16 +145,23 @@ class Group:
         return self._over.is_set() or isinstance(error, PeerLostError) or bool(LOST.search(str(error)))
 
     @contextlib.contextmanager
-    def _peers(self) -> Iterator[None]:
-        """What torch raises within is somebody else's end."""
+    def others_wait(self) -> Iterator[None]:
+        """Collectives happen within that are not this class's: a peer that stands still is not this worker's fault."""
         self.waiting = True
         try:
             yield
-        except RuntimeError as error:
-            raise PeerLostError(str(error)) from error
         finally:
             self.waiting = False
             self.place += 1
+
+    @contextlib.contextmanager
+    def _peers(self) -> Iterator[None]:
+        """What torch raises within is somebody else's end."""
+        with self.others_wait():
+            try:
+                yield
+            except RuntimeError as error:
+                raise PeerLostError(str(error)) from error
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite `tensor` with that of rank `source`."""

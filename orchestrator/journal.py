@@ -111,7 +111,7 @@ class Journal:
                 self.fired.add(event["fault"])
         silent_s = time.time() - (taken[-1]["time_s"] if taken else time.time())
         self.break_off("coordinator_lost", "its process ended and was started anew", workers, silent_s)
-        self.log(CoordinatorRestarted(max(0, self.recorded)))
+        self.log(CoordinatorRestarted(self.recorded))
 
     def log(self, *events: Event) -> None:
         """Append events, unless another command owns the run by now."""
@@ -136,7 +136,7 @@ class Journal:
     def break_off(self, kind: str, detail: str, workers: int, detect_s: float) -> None:
         """A generation of `workers` has ended; a fault during recovery belongs to the incident that is open."""
         if self.open is None:
-            self.open = OpenIncident(kind, detail, workers, max(0, self.recorded), detect_s, time.time())
+            self.open = OpenIncident(kind, detail, workers, self.recorded, detect_s, time.time())
             return
         if self.open.kind in VAGUE:
             self.open.kind, self.open.detect_s = kind, detect_s
@@ -243,7 +243,7 @@ class Journal:
         for incident, _ in self._unsettled:
             self._write(incident)
         self._unsettled.clear()
-        steps = max(0, self.recorded)
+        steps = self.recorded
         schedule, wall_s = self._plan.schedule, time.time() - self._started_s
         trained = schedule.samples_before(steps) - schedule.samples_before(max(0, self.first_step))
         self.log(RunEnded(status, steps, message))

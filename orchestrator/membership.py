@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from orchestrator.shards import Placement, even_placement
 TICK_S = 0.1
 COME_BACK_S = 10.0
 REPORTS_LATE_S = 0.5  # what rank 0 and a heartbeat may be behind
-LATE_NEWS = ("connection_lost", "workers_joined")  # say nothing new of a generation that has ended
+CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
 FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
 FROZEN = ("worker_frozen", "worker_stuck")
 
@@ -60,10 +61,15 @@ class Membership:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run in the background."""
+        """Run in the background; what it raises goes to logs/errors.log."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._journal.error("".join(traceback.format_exception(error)))
 
     def notify(self) -> None:
         """Let everyone who waits look again."""
@@ -88,7 +94,7 @@ class Membership:
             return Order("excluded")
         if member.id in self.roster.seated:
             first = self.roster.training  # the others were told to come, and could not stay if they would
-            self._end_generation("connection_lost", f"rank {member.rank} lost a connection: {why}", 0.0)
+            self._end_generation(CONNECTION_LOST, f"rank {member.rank} lost a connection: {why}", 0.0)
             if why and first:
                 self._note_fruitless(member, why)
             if self.excluded(member.id):
@@ -103,15 +109,16 @@ class Membership:
 
     def _end_generation(self, kind: str, detail: str, silent_s: float) -> None:
         """The generation is over, unless it is already; its other workers are told to come back."""
+        came_back = kind == CONNECTION_LOST
         if not self.roster.training:
-            if kind not in LATE_NEWS:
+            if not came_back:
                 self._journal.break_off(kind, detail, 0, silent_s)
                 self._tell_seated("end")
             return
-        if self._pausing and kind in LATE_NEWS:
+        if self._pausing and came_back:
             leaving = any(m.node in self.roster.draining for m in self.roster.seated.values())
             kind, detail = ("node_drained" if leaving else "workers_joined"), ""
-        elif not self._pausing or kind not in LATE_NEWS:
+        else:
             self._tell_seated("end")
         if not self.stopping:
             self._journal.break_off(kind, detail, len(self.roster.seated), silent_s)

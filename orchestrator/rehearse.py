@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.config import flag
 from orchestrator.connect import node_token
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.resume import default_storage
-from orchestrator.run import REHEARSAL, read_settings
+from orchestrator.run import REHEARSAL, read_faults, read_settings
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 from workloads.registry import WORKLOADS
@@ -155,43 +156,29 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--nodes", type=int, default=3, help="Nodes of the rehearsal's own cluster. [3]")
     parser.add_argument("--cpus-per-node", type=float, default=1, help="CPUs that each of them declares. [1]")
+    parser.add_argument("--faults", metavar="FILE", help="TOML schedule of faults; see orchestrator/faults.py.")
     os.environ[REHEARSAL] = "1"
     mine, rest = parser.parse_known_args(arguments)
-    given, _, faults = read_settings(workload, rest)
+    given, dry, _ = read_settings(workload, rest)
+    faults = read_faults(mine.faults)
     if not faults:
         raise UserError("--faults: not given; write a schedule, see orchestrator/faults.py, and give its file")
-    name, storage = given.get("name", time.strftime("rehearsal-%Y%m%d-%H%M%S")), given.get("storage", default_storage())
-    shared = _without(rest, ("--faults", "--name", "--storage", "--address"))
-    schedule = rest[rest.index("--faults") + 1] if "--faults" in rest else _value(rest, "--faults=")
+    if dry:
+        raise UserError("--dry-run: a rehearsal has none; use it with python -m orchestrator.run")
+    name = given.pop("name", time.strftime("rehearsal-%Y%m%d-%H%M%S"))
+    storage, address = given.pop("storage", default_storage()), given.pop("address", "")
+    shared = [f"{flag(key)}={value}" for key, value in given.items()]
     folders = [RunFolder(Folder(storage).child(f"{name}-{kind}")) for kind in ("undisturbed", "disturbed")]
     if any(folder.config() for folder in folders):
         raise UserError(f"--name {name}: was rehearsed already in {storage}; give another name")
-    with stage(given.get("address", ""), mine.nodes, mine.cpus_per_node) as where:
+    with stage(address, mine.nodes, mine.cpus_per_node) as where:
         for kind, folder, extra in zip(
-            ("undisturbed", "disturbed"), folders, ([], ["--faults", schedule]), strict=True
+            ("undisturbed", "disturbed"), folders, ([], ["--faults", mine.faults]), strict=True
         ):
             train(workload, [*shared, "--storage", storage, "--name", f"{name}-{kind}", *extra], where, folder)
     found = problems(faults, folders[0], folders[1])
     print(f"\n{table(faults, folders[1])}\n\n{_verdict(folders[0], folders[1], found)}", flush=True)
     return 1 if found else 0
-
-
-def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The arguments but for these flags and their values."""
-    kept: list[str] = []
-    skip = False
-    for word in arguments:
-        if skip:
-            skip = False
-        elif word in flags:
-            skip = True
-        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
-            kept.append(word)
-    return kept
-
-
-def _value(arguments: Sequence[str], prefix: str) -> str:
-    return next(word.removeprefix(prefix) for word in arguments if word.startswith(prefix))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,7 +50,9 @@ def _plain(address: tuple[str, int]) -> Address:
     return address[0].removeprefix("::ffff:"), address[1]
 
 
-def shut_down(connection: Connection) -> None:
-    """End a connection both ways; whoever waits on it gets an error."""
+def shut_down(inode: str, connection: Connection) -> None:
+    """End a connection both ways; whoever waits on it gets an error. `inode`: its key in `connections`."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.descriptor)) as copy:
-        copy.shutdown(socket.SHUT_RDWR)
+        # The descriptor may have been closed since, and stand for another socket now.
+        if os.readlink(f"/proc/self/fd/{copy.fileno()}") == inode:
+            copy.shutdown(socket.SHUT_RDWR)

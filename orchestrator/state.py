@@ -21,12 +21,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(_raw(tensor)))
+        digest.update(_bytes_of(tensor.detach().cpu()).numpy().data)
     return digest.hexdigest()
-
-
-def _raw(tensor: Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class TrainingState:
@@ -129,10 +125,12 @@ def _size(shape: torch.Size, dtype: torch.dtype) -> int:
 def _parts(described: list[Described]) -> Iterator[list[Described]]:
     """Stretches of about MESSAGE_BYTES: hundreds of small messages would cost more than their bytes."""
     part: list[Described] = []
+    held = 0
     for item in described:
         part.append(item)
-        if sum(_size(shape, dtype) for _, shape, dtype in part) >= MESSAGE_BYTES:
+        held += _size(item[1], item[2])
+        if held >= MESSAGE_BYTES:
             yield part
-            part = []
+            part, held = [], 0
     if part:
         yield part

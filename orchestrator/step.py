@@ -217,7 +217,8 @@ class DdpGradients:
         rows[self._group.rank, 2] = float(stop)
         rows[self._group.rank, 3] = len(fed) * weight
         rows[self._group.rank, 4] = ledger_of(fed)
-        self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
+        with self._group.others_wait():
+            self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
         self._group.sum(rows)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from typing import Any
 
 DUMP_S = 20.0
@@ -56,8 +57,6 @@ def _end(pid: int) -> str:
 
 
 def _beside_python(name: str) -> str | None:
-    import sys
-
     path = os.path.join(os.path.dirname(sys.executable), name)
     return path if os.path.exists(path) else None
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -58,11 +57,14 @@ class Worker:
     """One worker process, through all the generations that it sits in."""
 
     def __init__(self, task: dict[str, Any], coordinator: Any) -> None:
+        import ray
+
         self._plan: Plan = task["plan"]
         self._task = task
         self._coordinator = coordinator
+        context = ray.get_runtime_context()
+        self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
         self.id = uuid.uuid4().hex
-        self.rank = -1
         self._seat: Seat | None = None
         self._group: Any = None
         self._ended = 0  # newest generation that the coordinator has ended
@@ -72,7 +74,12 @@ class Worker:
         self._why = ""  # the last generation ended, as this worker saw it
         self._state: Any = None
         self._recorder: Any = None
-        self._served: tuple[Any, tuple[str, int]] | None = None
+        self._served: Any = None
+
+    @property
+    def rank(self) -> int:
+        """In the last generation it sat in; -1: in none."""
+        return self._seat.rank if self._seat else -1
 
     @property
     def step(self) -> int:
@@ -166,9 +173,8 @@ class Worker:
         while True:
             if self._line_broke:
                 self._connect_line()
-            node = ray.get_runtime_context().get_node_id()
-            store, host = self._store_address(), ray.util.get_node_ip_address()
-            member = Member(self.id, node, os.getpid(), device, step, self.rank, store, host)
+            store = self._serve_store().address
+            member = Member(self.id, self._node, os.getpid(), device, step, self.rank, store, self._host)
             try:
                 answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))
                 return answer
@@ -176,28 +182,22 @@ class Worker:
                 log.exception("the coordinator was lost; waiting for it to come back")
                 self._line_broke = True
 
-    def _store_address(self) -> tuple[str, int]:
-        """Every worker serves a store, for any may be rank 0 of the next generation."""
-        if self._served is None:
-            import ray
-            from torch import distributed as dist
+    def _serve_store(self) -> Any:
+        """The OwnStore; a new one after one was shut down."""
+        from orchestrator.group import OwnStore
 
+        if self._served is None:
             loopback = self._task["loopback"]
-            host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
             if loopback and Path("/sys/class/net/lo").exists():
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            listener = socket.create_server((host, 0))
-            port = listener.getsockname()[1]
-            listening: Any = listener.detach()
-            store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
-            self._served = store, (host, port)
-        return self._served[1]
+            self._served = OwnStore("127.0.0.1" if loopback else self._host)
+        return self._served
 
     def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
         """One generation; returns (whether the run is over, whether this worker has the state)."""
         from orchestrator.group import Group
 
-        self._seat, self.rank, self._why = seat, seat.rank, ""
+        self._seat, self._why = seat, ""
         self._recorder.take_seat(seat)
         self._group = group = Group(seat.rank, seat.placement.workers, device)
         try:
@@ -222,10 +222,9 @@ class Worker:
     def _store_of(self, seat: Seat) -> Any:
         from orchestrator.group import reach_store
 
-        assert self._served is not None
         if seat.placement.workers == 1:
             return None
-        return self._served[0] if seat.rank == 0 else reach_store(seat.store)
+        return self._serve_store().store if seat.rank == 0 else reach_store(seat.store)
 
     def _restore(self, group: Any, seat: Seat) -> None:
         """All get the state of rank 0, which loads the newest whole checkpoint if nobody has any."""

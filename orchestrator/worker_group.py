@@ -23,6 +23,7 @@ from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.seats import LEFT, NAMESPACE, OVER
+from orchestrator.watch import NodeWatch
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
@@ -77,6 +78,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._asked_over: Any = None
         self._over_s = 0.0
         self._next_rank = len(workers)
+        self._watch = NodeWatch()
 
     def __bool__(self) -> bool:
         """A group that has lost all its workers is one all the same: Ray Train asks by truth whether there is any."""
@@ -176,12 +178,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
     def _has_moved(self, bundle: int) -> bool:
         """Whether a bundle of the placement group lies on a node that stays."""
-        from ray._private.state import state
-
         group = self._worker_group_state.placement_group_handle.placement_group
         node = ray.util.placement_group_table(group)["bundles_to_node_id"].get(bundle, "")
-        alive = {found["NodeID"] for found in ray.nodes() if found["Alive"]}
-        return node in alive and node not in state.get_draining_nodes()
+        alive, draining = self._watch.look()
+        return node in alive and node not in draining
 
     def _ask(self, opening: Opening) -> None:
         """Ask Ray for a process; it comes when there is room, which the autoscaler may have to make."""

@@ -58,7 +58,7 @@ def freeze(group: Group, plan: Plan) -> tuple[float, int, bool, str]:
     first, victim = stage.next(1), os.getpid() == pid
     watcher = Watcher(state, 2 if victim else -1, lambda: os.kill(pid, signal.SIGSTOP))
     everyone = even_placement(plan.config.shards, first.world)
-    seen = lambda: stopped() and (first.waiting or plan.config.reduce == "ddp")  # noqa: E731 ddp waits within torch
+    seen = lambda: stopped() and first.waiting  # noqa: E731
     told = nullcontext([0.0]) if victim else aborted(first, seen)
     with told as seconds, pytest.raises(RuntimeError) as lost:
         train(plan, ToyWorkload(plan.config), state, first, everyone, watcher)

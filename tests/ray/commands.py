@@ -32,6 +32,26 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "PATH": path, "PYTHONUNBUFFERED": "1", **changes}
 
 
+def call(command: Sequence[str] | str, timeout_s: float, cwd: Path = REPOSITORY, **changes: str) -> Done:
+    """Any command to its end; a text is the shell's."""
+    done = subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=cwd,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def kept_in(storage: Path, name: str = "run", cluster: str = "") -> list[str]:
+    """The flags that say where a run is kept and, if given, where it is trained."""
+    return ["--storage", str(storage), "--name", name, *(["--address", cluster] if cluster else [])]
+
+
 def start(arguments: Sequence[str], **changes: str) -> "subprocess.Popen[str]":
     """`python -m orchestrator.run ARGUMENTS` in a session of its own."""
     return subprocess.Popen(

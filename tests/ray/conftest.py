@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 
 import pytest
-from commands import RAY, environment, ray_processes
+from commands import RAY, call, ray_processes
 
 
 @pytest.fixture(scope="session")
@@ -17,21 +16,9 @@ def cluster() -> Iterator[str]:
     temp = tempfile.mkdtemp(prefix="rayt-", dir="/tmp")
     command = [RAY, "start", "--head", "--num-cpus=4", "--port=0", f"--temp-dir={temp}", "--include-dashboard=false"]
     before = ray_processes()
-    started = subprocess.run(
-        [*command, "--min-worker-port=0", "--max-worker-port=0"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert started.returncode == 0, started.stdout + started.stderr
-    address = next(
-        w
-        for line in (started.stdout + started.stderr).splitlines()
-        if "--address=" in line
-        for w in [line.split("--address='")[1].split("'")[0]]
-    )
+    started = call([*command, "--min-worker-port=0", "--max-worker-port=0"], 120)
+    assert started.status == 0, started.out + started.err
+    address = (started.out + started.err).split("--address='")[1].split("'")[0]
     yield address
     for pid in ray_processes() - before:
         try:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from commands import events, result, run
+from commands import events, kept_in, result, run
 
 
 def command(storage: Path, *extra: str) -> list[str]:
-    return ["resnet", "--steps", "400", "--storage", str(storage), "--name", "run", *extra]
+    return ["resnet", "--steps", "400", *kept_in(storage), *extra]
 
 
 def schedule(folder: Path, *tables: str) -> str:

@@ -2,16 +2,15 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from commands import (
     RAY,
-    REPOSITORY,
-    environment,
+    call,
     events,
     finish,
+    kept_in,
     ray_processes,
     records,
     result,
@@ -26,7 +25,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
     before = ray_processes()
-    done = run("resnet", "--storage", str(tmp_path), "--name", "run")
+    done = run("resnet", *kept_in(tmp_path))
     assert done.status == 0, done.err
     folder = tmp_path / "run"
     found = result(folder)
@@ -43,7 +42,7 @@ def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_bert_on_pythons_own_documentation(tmp_path: Path) -> None:
-    done = run("bert", "--storage", str(tmp_path), "--name", "run", timeout_s=540)
+    done = run("bert", *kept_in(tmp_path), timeout_s=540)
     assert done.status == 0, done.err
     metrics = result(tmp_path / "run")["metrics"]
     assert metrics["masked_lm_loss"] <= metrics["unigram_entropy"] - 0.5
@@ -69,51 +68,21 @@ def fill_a_mask(folder: Path) -> None:
 def test_ray_job_submit(tmp_path: Path) -> None:
     """`ray start --head`, then `ray job submit`, with the token that Ray demands."""
     before = ray_processes()
-    started = subprocess.run(
-        [RAY, "start", "--head", "--num-cpus=2"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert started.returncode == 0, started.stderr
+    started = call([RAY, "start", "--head", "--num-cpus=2"], 120)
+    assert started.status == 0, started.err
     try:
-        here = run("resnet", "--steps", "4", "--storage", str(tmp_path), "--name", "here")
+        here = run("resnet", "--steps", "4", *kept_in(tmp_path, "here"))
         assert here.status == 0, here.err
-        submitted = subprocess.run(
-            [
-                RAY,
-                "job",
-                "submit",
-                "--working-dir",
-                ".",
-                "--",
-                "python",
-                "-m",
-                "orchestrator.run",
-                "resnet",
-                "--steps",
-                "4",
-                "--storage",
-                str(tmp_path),
-                "--name",
-                "job",
-            ],
-            cwd=REPOSITORY,
-            env=environment(RAY_AUTH_MODE="token"),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+        job = ["python", "-m", "orchestrator.run", "resnet", "--steps", "4"]
+        submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job, *kept_in(tmp_path, "job")]
+        submitted = call(submit, 240, RAY_AUTH_MODE="token")
+        assert submitted.status == 0, submitted.out + submitted.err
     finally:
-        subprocess.run([RAY, "stop", "--force"], env=environment(), capture_output=True, timeout=60, check=False)
+        call([RAY, "stop", "--force"], 60)
     assert result(tmp_path / "job")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]
     (generation,) = events(tmp_path / "here", "generation_started")
     assert generation["workers"] == 2
-    log = submitted.stdout.split("Running entrypoint")[1].split("next:")[0]
+    log = submitted.out.split("Running entrypoint")[1].split("next:")[0]
     assert "held-out:" in log
     assert not CONTROL.search(log)
     wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
@@ -121,9 +90,9 @@ def test_ray_job_submit(tmp_path: Path) -> None:
 
 def test_two_commands_at_once_have_a_ray_each(tmp_path: Path) -> None:
     """The second must not join the private cluster of the first, which ends with the first."""
-    long = start(["resnet", "--steps", "20000", "--workers", "1", "--storage", str(tmp_path), "--name", "long"])
+    long = start(["resnet", "--steps", "20000", "--workers", "1", *kept_in(tmp_path, "long")])
     wait_for_step(tmp_path / "long", 1)
-    other = start(["resnet", "--steps", "200", "--workers", "1", "--storage", str(tmp_path), "--name", "other"])
+    other = start(["resnet", "--steps", "200", "--workers", "1", *kept_in(tmp_path, "other")])
     wait_for_step(tmp_path / "other", 1)
     long.terminate()
     assert finish(long).status == 130
@@ -134,18 +103,7 @@ def test_two_commands_at_once_have_a_ray_each(tmp_path: Path) -> None:
 
 def test_the_secrets_stay_out_of_the_run_folder(cluster: str, tmp_path: Path) -> None:
     token = (Path.home() / ".ray" / "auth_token").read_text().strip()
-    done = run(
-        "resnet",
-        "--steps",
-        "2",
-        "--storage",
-        str(tmp_path),
-        "--name",
-        "run",
-        "--address",
-        cluster,
-        AWS_SECRET_ACCESS_KEY="not-to-be-seen",
-    )
+    done = run("resnet", "--steps", "2", *kept_in(tmp_path, "run", cluster), AWS_SECRET_ACCESS_KEY="not-to-be-seen")
     assert done.status == 0, done.err
     written = (
         done.out
@@ -159,9 +117,7 @@ def test_the_secrets_stay_out_of_the_run_folder(cluster: str, tmp_path: Path) ->
 
 
 def test_metrics_have_their_keys(cluster: str, tmp_path: Path) -> None:
-    done = run(
-        "resnet", "--workers", "1", "--steps", "3", "--storage", str(tmp_path), "--name", "run", "--address", cluster
-    )
+    done = run("resnet", "--workers", "1", "--steps", "3", *kept_in(tmp_path, "run", cluster))
     assert done.status == 0, done.err
     keys = {"step", "epoch", "loss", "lr", "samples_per_s", "workers", "generation"}
     assert all(keys <= set(record) for record in records(tmp_path / "run"))

@@ -11,6 +11,7 @@ from commands import (
     Done,
     events,
     finish,
+    kept_in,
     ray_processes,
     records,
     result,
@@ -20,39 +21,23 @@ from commands import (
     wait_until,
 )
 
+from orchestrator.rehearse import stage
+
 STEPS = 400
 
 
 def command(storage: Path, *extra: str) -> list[str]:
-    return [
-        "resnet",
-        "--steps",
-        str(STEPS),
-        "--checkpoint-every",
-        "20",
-        "--storage",
-        str(storage),
-        "--name",
-        "run",
-        *extra,
-    ]
+    return ["resnet", "--steps", str(STEPS), "--checkpoint-every", "20", *kept_in(storage), *extra]
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
     """A cluster whose head has no CPU; tests add nodes of one CPU and take them away."""
-    from ray.cluster_utils import Cluster
-
-    from orchestrator.connect import node_token
-
-    kept = {key: os.environ.get(key) for key in ("RAY_AUTH_MODE",)}
     before = ray_processes()
-    node_token()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
-    for key, value in kept.items():
-        os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")  # the stage sets it, and nobody else should have it
+        with stage("", nodes=0, cpus=1) as where:
+            yield where.cluster
     wait_until(lambda: not ray_processes() - before, 30, "the cluster's processes to end")
 
 

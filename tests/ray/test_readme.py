@@ -1,11 +1,10 @@
 """Every command of README.md is run: here as it stands, or by the test or script named beside it."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, environment, result
+from commands import REPOSITORY, call, result
 
 ELSEWHERE = {
     "pip install -e . && python -m orchestrator.run resnet": ".ci/run",
@@ -42,31 +41,14 @@ def test_the_laptop_commands(tmp_path: Path) -> None:
     plain = [c for c in commands() if c not in ELSEWHERE and not c.startswith(BENCHMARKS)]
     assert len(plain) == 4
     for command in plain:
-        done = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        done = call(command, 240, cwd=tmp_path)
+        assert done.status == 0, f"{command}\n{done.out}{done.err}"
     assert result(tmp_path / "runs" / "first")["status"] == "finished"
-    assert "finished already" not in done.stdout
+    assert "finished already" not in done.out
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith(BENCHMARKS)])
 def test_benchmarks_start(command: str) -> None:
-    done = subprocess.run(
-        [*command.split(), "--help"],
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+    done = call([*command.split(), "--help"], 120)
+    assert done.status == 0, done.err
+    assert "usage:" in done.out

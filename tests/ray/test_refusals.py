@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from commands import Done, events, finish, result, run, start, wait_for_step
+from commands import Done, events, finish, kept_in, result, run, start, wait_for_step
 from PIL import Image
 
 
@@ -15,18 +15,18 @@ def assert_one_line(done: Done, status: int, *words: str) -> None:
 
 
 def test_more_workers_than_fit(cluster: str, tmp_path: Path) -> None:
-    done = run("resnet", "--workers", "8", "--storage", str(tmp_path), "--name", "run", "--address", cluster)
+    done = run("resnet", "--workers", "8", *kept_in(tmp_path, "run", cluster))
     assert_one_line(done, 2, "--workers 8", "--workers 4 would fit", "CPU=0.5")
     assert not (tmp_path / "run" / "events.jsonl").exists()
 
 
 def test_no_cluster_at_the_address(tmp_path: Path) -> None:
-    done = run("resnet", "--storage", str(tmp_path), "--name", "run", "--address", "127.0.0.1:1")
+    done = run("resnet", *kept_in(tmp_path), "--address", "127.0.0.1:1")
     assert_one_line(done, 2, "--address 127.0.0.1:1")
 
 
 def test_a_run_that_is_going_on(cluster: str, tmp_path: Path) -> None:
-    command = ["resnet", "--steps", "2000", "--storage", str(tmp_path), "--name", "run", "--address", cluster]
+    command = ["resnet", "--steps", "2000", *kept_in(tmp_path, "run", cluster)]
     process = start([*command, "--workers", "1"])
     wait_for_step(tmp_path / "run", 1)
     assert_one_line(run(*command), 2, "going on already")
@@ -35,21 +35,7 @@ def test_a_run_that_is_going_on(cluster: str, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite(cluster: str, tmp_path: Path) -> None:
-    done = run(
-        "resnet",
-        "--lr",
-        "1e30",
-        "--warmup",
-        "0",
-        "--workers",
-        "2",
-        "--storage",
-        str(tmp_path),
-        "--name",
-        "run",
-        "--address",
-        cluster,
-    )
+    done = run("resnet", "--lr", "1e30", "--warmup", "0", "--workers", "2", *kept_in(tmp_path, "run", cluster))
     assert done.status == 1
     assert "loss is not finite in shard" in done.err
     assert "samples [" in done.err
@@ -83,12 +69,7 @@ def test_an_image_that_cannot_be_decoded(cluster: str, tmp_path: Path) -> None:
         "2",
         "--epochs",
         "1",
-        "--storage",
-        str(tmp_path),
-        "--name",
-        "run",
-        "--address",
-        cluster,
+        *kept_in(tmp_path, "run", cluster),
     )
     assert done.status == 1, done.err
     assert str(broken) in done.err

@@ -5,13 +5,12 @@ what the run folder says of each incident.
 """
 
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import REPOSITORY, Done, environment, events, ray_processes, records, result
+from commands import REPOSITORY, Done, call, events, kept_in, ray_processes, records, result
 
 RESNET = ("resnet", "--steps", "1000", "--checkpoint-every", "1000000")
 BERT = (
@@ -30,13 +29,10 @@ def rehearse(folder: Path, workload: tuple[str, ...], faults: list[str], *extra:
     schedule = folder / "schedule.toml"
     schedule.write_text("\n".join(faults))
     before = ray_processes()
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.rehearse", *workload, "--faults", str(schedule), "--storage", str(folder),
-         "--name", "r", *extra],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "orchestrator.rehearse", *workload, "--faults", str(schedule)]
+    done = call([*command, *kept_in(folder, "r"), *extra], timeout_s)
     assert not ray_processes() - before, "the rehearsal left processes behind"
-    return Done(done.returncode, done.stdout, done.stderr)
+    return done
 
 
 def incidents(folder: Path) -> list[dict[str, Any]]:

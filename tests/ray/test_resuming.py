@@ -5,24 +5,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import Done, events, finish, records, result, run, start, wait_for_step, wait_until
+from commands import Done, events, finish, kept_in, records, result, run, start, wait_for_step, wait_until
 
 STEPS = 60
 
 
 def arguments(storage: Path, name: str, *extra: str) -> list[str]:
-    return [
-        "resnet",
-        "--steps",
-        str(STEPS),
-        "--checkpoint-every",
-        "8",
-        "--storage",
-        str(storage),
-        "--name",
-        name,
-        *extra,
-    ]
+    return ["resnet", "--steps", str(STEPS), "--checkpoint-every", "8", *kept_in(storage, name), *extra]
 
 
 @pytest.fixture(scope="module")
@@ -104,19 +93,7 @@ def test_a_killed_worker_is_replaced(cluster: str, undisturbed: str, tmp_path: P
 
 
 def test_a_finished_run_says_so_and_changes_nothing(cluster: str, tmp_path: Path) -> None:
-    command = [
-        "resnet",
-        "--workers",
-        "1",
-        "--steps",
-        "2",
-        "--storage",
-        str(tmp_path),
-        "--name",
-        "run",
-        "--address",
-        cluster,
-    ]
+    command = ["resnet", "--workers", "1", "--steps", "2", *kept_in(tmp_path, "run", cluster)]
     assert run(*command).status == 0
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again = run(*command)
@@ -126,19 +103,7 @@ def test_a_finished_run_says_so_and_changes_nothing(cluster: str, tmp_path: Path
 
 
 def test_the_stored_configuration_runs_again_as_it_is(cluster: str, tmp_path: Path) -> None:
-    command = [
-        "resnet",
-        "--workers",
-        "1",
-        "--steps",
-        "4",
-        "--storage",
-        str(tmp_path),
-        "--name",
-        "one",
-        "--address",
-        cluster,
-    ]
+    command = ["resnet", "--workers", "1", "--steps", "4", *kept_in(tmp_path, "one", cluster)]
     assert run(*command).status == 0
     config = str(tmp_path / "one" / "config.toml")
     assert run("resnet", "--config", config, "--name", "two").status == 0

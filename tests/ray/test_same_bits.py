@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from commands import events, records, result, run
+from commands import events, kept_in, records, result, run
 
 WORKLOADS = {
     # 1,437 images in batches of 256: six steps an epoch, the last one short; ten steps cross an epoch's end.
@@ -28,12 +28,7 @@ def test_one_hash_for_one_to_four_workers(workload: str, precision: str, cluster
             str(workers),
             "--shards",
             "8",
-            "--storage",
-            str(tmp_path),
-            "--name",
-            name,
-            "--address",
-            cluster,
+            *kept_in(tmp_path, name, cluster),
         )
         assert done.status == 0, done.err
         folder = tmp_path / name
@@ -48,7 +43,7 @@ def test_one_hash_for_one_to_four_workers(workload: str, precision: str, cluster
 def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Path) -> None:
     hashes = set()
     for name, extra in (("a", []), ("b", ["--seed", "1"]), ("c", ["--precision", "bf16"])):
-        done = run("resnet", "--steps", "3", *extra, "--storage", str(tmp_path), "--name", name, "--address", cluster)
+        done = run("resnet", "--steps", "3", *extra, *kept_in(tmp_path, name, cluster))
         assert done.status == 0, done.err
         hashes.add(result(tmp_path / name)["weights_sha256"])
     assert len(hashes) == 3
@@ -56,20 +51,7 @@ def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Pa
 
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 def test_ordinary_ddp_trains(workload: str, cluster: str, tmp_path: Path) -> None:
-    done = run(
-        workload,
-        *WORKLOADS[workload],
-        "--reduce",
-        "ddp",
-        "--workers",
-        "3",
-        "--storage",
-        str(tmp_path),
-        "--name",
-        "ddp",
-        "--address",
-        cluster,
-    )
+    done = run(workload, *WORKLOADS[workload], "--reduce", "ddp", "--workers", "3", *kept_in(tmp_path, "ddp", cluster))
     assert done.status == 0, done.err
     losses = [r["loss"] for r in records(tmp_path / "ddp")]
     assert losses[-1] < losses[0]
@@ -86,12 +68,7 @@ def test_fp16_scales_its_loss(cluster: str, tmp_path: Path) -> None:
             "6",
             "--workers",
             workers,
-            "--storage",
-            str(tmp_path),
-            "--name",
-            f"w{workers}",
-            "--address",
-            cluster,
+            *kept_in(tmp_path, f"w{workers}", cluster),
         )
         assert done.status == 0, done.err
         hashes.add(result(tmp_path / f"w{workers}")["weights_sha256"])
