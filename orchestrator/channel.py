@@ -29,12 +29,16 @@ class Beat:
     Attributes:
         place: grows with every piece of work that is done.
         waiting: whether it waits for the other workers.
+        shards: computed in this generation.
+        busy_ms: milliseconds in which they were computed; waiting for others is not in it.
     """
 
     generation: int
     step: int
     place: int
     waiting: bool
+    shards: int = 0
+    busy_ms: int = 0
 
 
 class Desk:
@@ -78,8 +82,8 @@ class Desk:
                 return
             self._writers[member] = writer
             async for line in reader:
-                generation, step, place, waiting = (int(word) for word in line.split())
-                self._heard(member, Beat(generation, step, place, bool(waiting)))
+                generation, step, place, waiting, shards, busy_ms = (int(word) for word in line.split())
+                self._heard(member, Beat(generation, step, place, bool(waiting), shards, busy_ms))
         except (OSError, ValueError):
             log.info("the connection of %s broke", member)
         finally:
@@ -144,8 +148,8 @@ class Line:
             now = time.monotonic()
             if now >= next_beat_s:
                 beat = self._look()
-                words = (beat.generation, beat.step, beat.place, int(beat.waiting))
-                self._socket.sendall(" ".join(map(str, words)).encode() + b"\n")
+                words = (beat.generation, beat.step, beat.place, beat.waiting, beat.shards, beat.busy_ms)
+                self._socket.sendall(" ".join(str(int(word)) for word in words).encode() + b"\n")
                 next_beat_s = now + BEAT_S
             if now - heard_s > DESK_SILENT_S:
                 raise OSError(f"silent for {DESK_SILENT_S:.0f} s")

@@ -37,12 +37,16 @@ class CheckpointStore:
         folder: the run's checkpoints/.
         identity: of the plan; checkpoints of another identity are refused.
         keep: how many are kept.
+        halfway: called with the step when the state is written and the manifest is not.
     """
 
-    def __init__(self, folder: Folder, identity: str, keep: int) -> None:
+    def __init__(
+        self, folder: Folder, identity: str, keep: int, halfway: Callable[[int], None] = lambda step: None
+    ) -> None:
         self._folder = folder
         self._identity = identity
         self._keep = keep
+        self._halfway = halfway
 
     def steps(self) -> list[int]:
         """Steps of which there is a folder, whole or not, oldest first."""
@@ -56,6 +60,7 @@ class CheckpointStore:
         name = f"step-{step}"
         state = save(dict(tensors))
         self._folder.write(f"{name}/{STATE}", state)
+        self._halfway(step)
         manifest = {
             "format": FORMAT,
             "step": step,

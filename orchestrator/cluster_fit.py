@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,14 @@ class Node:
 
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What an autoscaler may add: `nodes`, or it does not say (`known` is False)."""
+
+    nodes: tuple[Node, ...] = ()
+    known: bool = True
 
 
 def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
@@ -42,23 +51,43 @@ def capacity(nodes: Sequence[Node], per_worker: Mapping[str, float], placement: 
     return sum(each)
 
 
-def choose_workers(config: RunConfig, per_worker: Mapping[str, float], nodes: Sequence[Node]) -> int:
-    """The number of workers to start; raises UserError if the minimum can never fit, saying what would."""
+def choose_workers(
+    config: RunConfig, per_worker: Mapping[str, float], nodes: Sequence[Node], offer: Offer | None = None
+) -> int:
+    """The number of workers to start: what fits, or the minimum if an autoscaler can make room for it.
+
+    Args:
+        offer: of the cluster's autoscaler; None: there is none.
+
+    Raises:
+        UserError: the minimum can never fit; says what would.
+    """
     labels = dict(config.node_labels.items)
     fits = capacity(nodes, per_worker, config.placement, labels)
     wanted = config.workers
     if fits >= wanted.minimum:
         return min(wanted.maximum, fits)
+    offered = offer.nodes if offer else ()
+    could = capacity([*nodes, *offered], per_worker, config.placement, labels)
+    if offer and (could >= wanted.minimum or not offer.known):
+        return wanted.minimum
     need = ",".join(f"{name}={amount:g}" for name, amount in per_worker.items())
     total = {name: sum(node.resources.get(name, 0.0) for node in nodes) for name in per_worker}
     have = ", ".join(f"{name}={amount:g}" for name, amount in total.items())
     where = f" with labels {config.node_labels}" if labels else ""
-    hint = f"--workers {fits} would fit" if fits else "no worker fits"
-    smaller = _smaller_cpu(config, per_worker, nodes)
+    hint = f"--workers {could} would fit" if could else "no worker fits"
+    smaller = _smaller_cpu(config, per_worker, [*nodes, *offered])
+    more = f"; the autoscaler could add {_described(offered)}" if offer else ""
     raise UserError(
         f"--workers {wanted}: {wanted.minimum} x {need} ({config.placement}) do not fit on {len(nodes)} "
-        f"node(s){where} with {have}; {hint}{smaller}"
+        f"node(s){where} with {have}{more}; {hint}{smaller}"
     )
+
+
+def _described(nodes: Sequence[Node]) -> str:
+    """Such as "3 x CPU=1, 2 x CPU=8,GPU=1"."""
+    counts = Counter(",".join(f"{k}={v:g}" for k, v in sorted(n.resources.items()) if k != "memory") for n in nodes)
+    return ", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "nothing"
 
 
 def _smaller_cpu(config: RunConfig, per_worker: Mapping[str, float], nodes: Sequence[Node]) -> str:

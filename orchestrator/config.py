@@ -50,8 +50,7 @@ class RunConfig:
     """Name of the run and of its folder; the same name on the same storage resumes it. Empty: made from the time."""
 
     storage: str = setting("", result=False)
-    """Where run folders are kept: a folder or a URI such as s3://bucket/runs. Empty: ./runs, or ~/runs in a
-    submitted job."""
+    """Where run folders are: a folder or a URI such as s3://bucket/runs. Empty: ./runs; ~/runs in a submitted job."""
 
     workers: WorkerRange = setting(WorkerRange(1, 8), result=False)
     """Number of workers, N or MIN:MAX; with a range the run takes what the cluster has, grows when there is more and
@@ -139,8 +138,10 @@ class RunConfig:
     """How many lost workers or nodes a run survives before it stops."""
 
     stall_limit: float = setting(0.0, result=False, low=0)
-    """Seconds without a sign of life, or of progress, after which a worker is given up and replaced. 0: 20 steps'
-    time, at least 5 s (300 s before the first step)."""
+    """Seconds without a sign of life or progress until a worker is replaced. 0: 20 steps, at least 5 s (first 300)."""
+
+    balance: str = setting("measured", result=False, choices=("measured", "even"))
+    """Shards of each worker: by its measured speed (with --reduce fixed), or as even as can be."""
 
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""

@@ -56,15 +56,6 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
         ray.shutdown()
 
 
-def node_token() -> None:
-    """Give the nodes that this process starts a token, as ray.init does for its own."""
-    from ray._private.authentication import authentication_token_setup as setup
-
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    setup.Config.initialize("")
-    setup.ensure_token_if_auth_enabled(None, create_token_if_missing=True)
-
-
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"--address {address}: no Ray cluster answers ({reason}); start one with `ray start --head`, set "

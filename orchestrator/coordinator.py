@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.balancer import Balancer
 from orchestrator.events import Event, FaultFired, GenerationStarted, NodeDraining, WorkerFailed
 from orchestrator.injector import Schedule, drain_node
 from orchestrator.journal import Journal
@@ -35,7 +36,9 @@ class Coordinator:
         )
         roster = Roster(config.workers.floor, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, again
-        self._members = Membership(self._journal, roster, config.shards, config.stall_limit, config.max_incidents)
+        measured = config.balance == "measured" and config.reduce == "fixed"
+        balancer = Balancer(self._journal, config.shards, self._plan.total_steps, measured)
+        self._members = Membership(self._journal, roster, balancer, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch = NodeWatch()
@@ -67,7 +70,7 @@ class Coordinator:
         roster = self._members.roster
         if seat.generation != roster.generation or not roster.training:
             return
-        seated = sorted(roster.seated.values(), key=lambda m: m.rank)
+        seated = roster.by_rank
         ranges = [[r.start, r.stop] for r in seat.placement]
         nodes, pids = [m.node for m in seated], [m.pid for m in seated]
         started = GenerationStarted(seat.generation, step, len(seated), ranges, nodes, pids, seated[0].device)

@@ -71,8 +71,8 @@ class Incident:
 
     Attributes:
         kind: worker_killed, worker_failed (it raised), worker_frozen, worker_stuck, connection_lost, node_lost,
-            node_drained, workers_joined, worker_unreachable (by the others),
-            coordinator_lost.
+            node_drained, workers_joined, worker_unreachable (by the others), coordinator_lost, rebalanced,
+            straggler_left.
         step: the last committed one.
         detail: what is known of the cause, one line.
         steps_lost: committed steps that had to be taken again.
@@ -145,6 +145,35 @@ class CoordinatorRestarted:
 
 
 @dataclass(frozen=True)
+class StragglerFound:
+    """A worker needs much longer for a shard than the others do.
+
+    Attributes:
+        shard_s: seconds that it computes for a shard.
+        slower: times the median of the others.
+        cost: share of a step's time that it costs with the best shares.
+        since_s: when it began, seconds since 1970.
+    """
+
+    rank: int
+    node: str
+    pid: int
+    shard_s: float
+    slower: float
+    cost: float
+    since_s: float
+
+
+@dataclass(frozen=True)
+class Rebalanced:
+    """Shards move between workers; `ranges` by rank, `gain`: the share of a step's time that this should save."""
+
+    step: int
+    ranges: list[list[int]]
+    gain: float
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """The command's end: finished, stopped or failed."""
 
@@ -166,6 +195,8 @@ Event = (
     | NodeDraining
     | CoordinatorRestarted
     | FaultFired
+    | StragglerFound
+    | Rebalanced
     | RunEnded
 )
 

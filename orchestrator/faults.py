@@ -5,12 +5,13 @@ kind = "kill"     # kill, stop, exception, slow: of a worker, by rank
 rank = 1
 step = 20         # or time_s = 3.5, seconds since training began
 workers = 3       # if so many train by then; else as soon as they do
+during = "step"   # or restore, checkpoint: halfway through the first handing over of state, or checkpoint, after it
 
 [[fault]]
 kind = "drain"    # drain, node-loss, network-cut: of a node, by the rank of a worker on it; add-node: of none
 rank = 2
 step = 40
-seconds = 10      # drain: until the node goes; slow: added to each of the worker's next `steps` steps
+seconds = 10      # drain: until the node goes; slow: added to its next `steps` steps, if it has its even share of work
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from orchestrator.errors import UserError
 
 WORKER_KINDS = ("kill", "stop", "exception", "slow")
 NODE_KINDS = ("drain", "node-loss", "network-cut")
+MOMENTS = ("step", "restore", "checkpoint")
 KINDS = (*WORKER_KINDS, *NODE_KINDS, "add-node")
 
 
@@ -33,9 +35,11 @@ class Fault:
         rank: of the worker, or of a worker on the node; -1 for add-node.
         step: when that many steps are committed; -1: by time.
         time_s: seconds since the first generation began to train; -1: by step.
-        seconds: drain: notice before the node goes; slow: added to each step.
+        seconds: drain: notice before the node goes; slow: added to each step of a worker with an even share of the
+            shards; more with more, less with fewer.
         steps: slow: how many steps.
         workers: not before so many train: 0 does not wait for the replacements of earlier faults.
+        during: what a worker has to be doing; with kill and stop, by step.
     """
 
     kind: str
@@ -45,6 +49,7 @@ class Fault:
     seconds: float = 1.0
     steps: int = 10
     workers: int = 0
+    during: str = "step"
 
     def is_due(self, steps_done: int, trained_s: float, workers: int) -> bool:
         """Whether its moment has come, with `workers` training."""
@@ -85,4 +90,8 @@ def _fault(table: dict[str, Any], where: str) -> Fault:
         raise UserError(f"{where}: give step or time_s, one of them")
     if kind != "add-node" and "rank" not in table:
         raise UserError(f"{where}: {kind} needs the rank of a worker" + (" on the node" if kind in NODE_KINDS else ""))
+    if table.get("during", "step") not in MOMENTS:
+        raise UserError(f"{where}: during = {table['during']!r}: not known; use {', '.join(MOMENTS)}")
+    if table.get("during", "step") != "step" and (kind not in ("kill", "stop") or "step" not in table):
+        raise UserError(f"{where}: during: goes with kill or stop, and with step")
     return Fault(**table)

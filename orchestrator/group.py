@@ -5,7 +5,7 @@ import datetime
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.sockets import Address, connections, shut_down
+from orchestrator.stopwatch import Stopwatch
 
 REACH_S = 5.0  # it listens before anyone is sent to it
 CONNECT_TIMEOUT_S = 20.0
@@ -55,6 +56,8 @@ class Group:
     Attributes:
         place: counts what this worker has got through (shards, chunks of an evaluation): a sign of progress.
         waiting: whether it waits for the others in a collective.
+        clock: of its own computing.
+        drag: called with the pieces of work that come next; a rehearsal makes a worker slow by it.
     """
 
     rank: int
@@ -62,6 +65,8 @@ class Group:
     device: torch.device
     place: int = 0
     waiting: bool = False
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    drag: Callable[[int], None] = lambda pieces: None
     _over: threading.Event = field(default_factory=threading.Event)
     _foreign: frozenset[str] = frozenset()
     _servers: set[Address] = field(default_factory=set)
@@ -134,9 +139,10 @@ class Group:
         """Whether `abort` was called."""
         return self._over.is_set()
 
-    def step_on(self) -> None:
-        """A sign of progress between two pieces of work; raises PeerLostError once the generation is over."""
+    def step_on(self, pieces: int = 1) -> None:
+        """A sign of progress between pieces of work; raises PeerLostError once the generation is over."""
         self.place += 1
+        self.drag(pieces)
         if self._over.is_set():
             raise PeerLostError("the generation was ended")
 

@@ -50,23 +50,35 @@ class Saboteur:
         self._faults, self._may_fire = faults, may_fire
         self._done: set[int] = set()
         self._raise = ""
-        self._slow_s, self._slow_steps = 0.0, 0
+        self._slow_s, self._slow_steps, self._drag_s = 0.0, 0, 0.0
 
-    def before_step(self, rank: int, workers: int, steps_done: int) -> None:
-        """Do what the schedule has for this rank at this step; raises InjectedError for an exception."""
+    def at(self, moment: str, rank: int, workers: int, steps_done: int) -> None:
+        """Do what the schedule has for this rank at this step, at a moment as in Fault.during."""
         for number, fault in enumerate(self._faults):
             here = fault.kind in WORKER_KINDS and fault.rank == rank and number not in self._done
-            if here and fault.step >= 0 and fault.is_due(steps_done, -1.0, workers):
+            if here and fault.during == moment and fault.step >= 0 and fault.is_due(steps_done, -1.0, workers):
                 self._done.add(number)
                 if self._may_fire(number):
                     self.do(number)
                     break  # one at a time: the next has its step
+
+    def before_step(self, rank: int, workers: int, steps_done: int, shards: int) -> None:
+        """As `at`; raises InjectedError for an exception.
+
+        Args:
+            shards: of the whole step; a slow worker is so for each of its own.
+        """
+        self.at("step", rank, workers, steps_done)
         if self._raise:
             text, self._raise = self._raise, ""
             raise InjectedError(text)
-        if self._slow_steps:
-            self._slow_steps -= 1
-            time.sleep(self._slow_s)
+        self._drag_s = self._slow_s * workers / shards if self._slow_steps else 0.0
+        self._slow_steps = max(0, self._slow_steps - 1)
+
+    def drag(self, pieces: int) -> None:
+        """Before pieces of work: be slow, if that was asked for."""
+        if self._drag_s:
+            time.sleep(self._drag_s * pieces)
 
     def do(self, number: int) -> None:
         """Make fault `number` happen, from any thread."""
@@ -95,9 +107,10 @@ def end_node() -> None:
 
 
 def cut_network() -> None:
-    """Take this network namespace's interfaces down; only where it is not the machine's own (needs root)."""
-    if os.readlink("/proc/self/ns/net") == os.readlink("/proc/1/ns/net"):
-        log.error("network-cut: this node shares the machine's network; nothing was cut")
+    """Take this network namespace's interfaces down; only where it is one of `ip netns` (needs root)."""
+    own, named = os.stat("/proc/self/ns/net").st_ino, Path("/run/netns")
+    if not (named.is_dir() and any(file.stat().st_ino == own for file in named.iterdir())):
+        log.error("network-cut: this node has no network of its own; nothing was cut")
         return
     for name in sorted(set(os.listdir("/sys/class/net")) - {"lo"}):
         subprocess.run(["ip", "link", "set", "dev", name, "down"], check=False)

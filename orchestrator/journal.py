@@ -27,7 +27,8 @@ from orchestrator.storage import Folder
 
 RATE_WINDOW_S = 10.0
 OWNER_EVERY_S = 1.0
-VAGUE = ("workers_joined", "node_drained", "connection_lost")  # what a fault that is found next explains better
+PAUSES = ("workers_joined", "node_drained", "rebalanced", "straggler_left")  # at a step boundary
+VAGUE = (*PAUSES, "connection_lost")  # what a fault that is found next explains better
 KILLED = ("worker_killed", "worker_frozen", "connection_lost")
 log = logging.getLogger("orchestrator.journal")
 
@@ -78,6 +79,7 @@ class Journal:
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
         self._seconds: deque[float] = deque(maxlen=50)
         self._training_s = 0.0
+        self.pause_s = 0.0  # that the newest pause took
         self.result: dict[str, Any] | None = None
         config = plan.config
         if again:
@@ -209,6 +211,8 @@ class Journal:
             generation=found.generation,
             detail=found.detail,
         )
+        if incident.kind in PAUSES:
+            self.pause_s = incident.recovery_s
         self._unsettled.append((incident, found.nodes))
 
     async def settle(self, reachable: Callable[[str], Awaitable[bool]]) -> None:

@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
 from orchestrator.faults import Fault
+from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.runfolder import RunFolder
@@ -78,8 +79,9 @@ def launch(
     import ray
 
     found = nodes()
-    per_worker = resources_per_worker(plan.config, found)
-    workers = choose_workers(plan.config, per_worker, found)
+    offered = None if own_cluster else offer()
+    per_worker = resources_per_worker(plan.config, [*found, *(offered.nodes if offered else ())])
+    workers = choose_workers(plan.config, per_worker, found, offered)
     # A cluster of the command's own never gets more nodes.
     maximum = workers if own_cluster else max(workers, plan.config.workers.maximum)
     assignment = Assignment(
@@ -153,6 +155,7 @@ def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float])
             Trainer(
                 train_worker,
                 own_cluster=assignment.loopback,
+                maximum=assignment.maximum,
                 train_loop_config=task,
                 torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum),
                 scaling_config=scaling,
@@ -192,7 +195,7 @@ def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted
     import ray
 
     silent_since = time.monotonic()
-    with Progress(plan.total_steps) as progress:
+    with Progress(plan.total_steps, lambda: len(nodes())) as progress:
         while True:
             alive = trainer.is_alive()
             try:

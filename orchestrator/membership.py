@@ -12,19 +12,19 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.balancer import Balancer
 from orchestrator.channel import PING_S, Beat, Desk
 from orchestrator.events import WorkerLeft
 from orchestrator.journal import Journal
 from orchestrator.recovery import Member, Roster, Suspicion, silence_limit_s, stall_limit_s
 from orchestrator.seats import Order, Seat
-from orchestrator.shards import Placement, even_placement
+from orchestrator.shards import Placement
 
 TICK_S = 0.1
 COME_BACK_S = 10.0
 REPORTS_LATE_S = 0.5  # what rank 0 and a heartbeat may be behind
 CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
 FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
-FROZEN = ("worker_frozen", "worker_stuck")
 
 
 @dataclass
@@ -39,22 +39,25 @@ class Pulse:
 class Membership:
     """Who is in the run. `journal` gets what happens; `end_run` is called with the reason why it cannot go on."""
 
-    def __init__(self, journal: Journal, roster: Roster, shards: int, stall_s: float, max_incidents: int) -> None:
-        self.roster, self._journal = roster, journal
+    def __init__(
+        self, journal: Journal, roster: Roster, balancer: Balancer, stall_s: float, max_incidents: int
+    ) -> None:
+        self.roster, self._journal, self._balancer = roster, journal, balancer
         self.desk = Desk(secrets.token_hex(16), self._heard, self._gone)
         self.end_run: Callable[[str], None]
         self.kill: Callable[[Member], None]
         self.stopping = False
         self.over = False
         self.begun = False
-        self._shards, self._stall_s, self._max_incidents = shards, stall_s, max_incidents
+        self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion = Suspicion()
-        self._placement = Placement((0, shards))
+        self._placement = Placement((0, 1))
         self._pulses: dict[str, Pulse] = {}
         self._answers: dict[str, Seat | Order] = {}
         self._excluded: set[str] = set()
+        self._pausing = ""  # the kind of incident that it will be
         self.changed = asyncio.Condition()
-        self._pausing = False
+        self._last = ""  # who leads the end of a stop
         self._failures = 0
         self._fruitless: list[int] = []
         self.broken_s = time.time()
@@ -116,8 +119,7 @@ class Membership:
                 self._tell_seated("end")
             return
         if self._pausing and came_back:
-            leaving = any(m.node in self.roster.draining for m in self.roster.seated.values())
-            kind, detail = ("node_drained" if leaving else "workers_joined"), ""
+            kind, detail = self._pausing, ""
         else:
             self._tell_seated("end")
         if not self.stopping:
@@ -147,7 +149,9 @@ class Membership:
             del self.roster.ready[member.id]
             self._excluded.add(member.id)
             self._answers[member.id] = Order("leave")
-            self._journal.log(WorkerLeft("node_drained", member.rank, member.node, member.pid, ""))
+            why = "straggler_left" if member.id in self.roster.unwanted else "node_drained"
+            self._journal.log(WorkerLeft(why, member.rank, member.node, member.pid, ""))
+            self._balancer.forget(member.id)
             self.notify()
         if self.stopping:
             self._order_stop()
@@ -158,7 +162,7 @@ class Membership:
 
     def _give_seats(self, order: list[Member]) -> None:
         first, now, generation = order[0], time.time(), self.roster.generation
-        self._placement = even_placement(self._shards, len(order))
+        self._placement = self._balancer.placement(order)
         share = any(m.step != first.step for m in order)
         for rank, member in enumerate(order):
             recorded = self._journal.recorded
@@ -166,24 +170,29 @@ class Membership:
             self._answers[member.id] = seat
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
-        self._pausing = self.begun = False
+        self._pausing, self.begun = "", False
         self.notify()
 
     def _order_stop(self) -> None:
         """A stop was asked for: who has the newest state writes it down."""
+        if self._last:
+            if self.excluded(self._last):
+                self.end_run("the worker that wrote down the state of the stop was lost; earlier checkpoints are kept")
+            return
         there = sorted(self.roster.ready.values(), key=lambda m: (-m.step, m.rank))
         if not there or there[0].step < 0:
             self.end_run("")
             return
+        self._last = there[0].id
         for place, member in enumerate(there):
             self._answers[member.id] = Order("stop", lead=place == 0)
         self.roster.ready.clear()
         self.notify()
 
-    def pause(self) -> None:
-        """End the generation at its next step boundary."""
+    def pause(self, kind: str = "workers_joined") -> None:
+        """End the generation at its next step boundary; `kind` as in events.Incident."""
         if self.roster.training and self.begun and not self._pausing:
-            self._pausing = True
+            self._pausing = kind
             self._tell_seated("pause")
 
     def abandon(self) -> None:
@@ -197,6 +206,7 @@ class Membership:
         if pulse is not None:
             moved = beat.place != pulse.beat.place or beat.generation != pulse.beat.generation or beat.waiting
             self._pulses[member_id] = Pulse(now, now if moved else pulse.moved_s, beat)
+            self._balancer.heard(member_id, pulse.beat, beat)
 
     def _gone(self, member_id: str) -> None:
         self.lose(member_id, "worker_killed", "its process ended")
@@ -207,19 +217,20 @@ class Membership:
             return
         self._excluded.add(member_id)
         self.desk.hang_up(member_id)
+        self._balancer.forget(member_id)
         now, pulse = time.time(), self._pulses.pop(member_id, None)
         member = self.roster.seated.get(member_id)
         if member is None:
             self.roster.lose(member_id)
             return
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
-        silent_s = now - pulse.heard_s if pulse else 0.0
-        self._end_generation(kind, f"rank {member.rank} (process {member.pid}): {detail}", silent_s)
+        said = f"rank {member.rank} (process {member.pid}): {detail}"
+        self._end_generation(kind, said, now - pulse.heard_s if pulse else 0.0)
         self.roster.lose(member_id)
         self.roster.lost_on(member.home, now)
         self._journal.blame(member.node)
         self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail))
-        if kind in FROZEN:
+        if kind in ("worker_frozen", "worker_stuck"):
             self.kill(member)
         self._failures += 1
         reason = ""
@@ -255,8 +266,21 @@ class Membership:
                 pinged = now
             self._check_pulses(now)
             if self.roster.wants_pause(now):
-                self.pause()
+                self.pause("node_drained" if self.roster.drained else "workers_joined")
+            self._balance(now)
             self.seat()
+
+    def _balance(self, now: float) -> None:
+        """Move shards from slow workers to quick ones; a worker that only holds the others up leaves."""
+        if not (self.roster.training and self.begun) or self._pausing:
+            return
+        order = self.roster.by_rank
+        slow = self._balancer.straggler(order)
+        if slow is not None and len(order) > self.roster.minimum:
+            self.roster.dismiss(slow, now)
+            self.pause("straggler_left")
+        elif self._balancer.wants_move(order, self._placement):
+            self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:
         steps = self._journal.step_seconds()

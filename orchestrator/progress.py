@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -14,8 +15,12 @@ LINE_EVERY_S = 5.0
 class Progress:
     """Shows Status after Status; on a terminal with tqdm, else in lines without control characters."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
+    def __init__(self, total_steps: int, nodes: Callable[[], int]) -> None:
+        """Args:
+        nodes: asked for the number of the cluster's nodes while workers are waited for.
+        """
+        self._total, self._nodes = total_steps, nodes
+        self._waiting_since = time.monotonic()
         self._bar: Any = None
         self._last_line_s = 0.0
         self._phase = ""
@@ -36,6 +41,8 @@ class Progress:
     def show(self, status: Status, stopping: bool) -> None:
         """Show where the run is."""
         phase = "stopping after a checkpoint" if stopping and not status.outcome else status.phase
+        if not status.missing:
+            self._waiting_since = time.monotonic()
         if self._bar is not None:
             self._show_bar(status, phase)
         else:
@@ -47,7 +54,7 @@ class Progress:
             self._bar.set_description(f"generation {status.generation}")
             self._bar.set_postfix_str(_figures(status), refresh=False)
         else:
-            self._bar.set_description(waiting_for(status, phase))
+            self._bar.set_description(self._waiting_for(status, phase))
         self._bar.refresh()
 
     def _show_line(self, status: Status, phase: str) -> None:
@@ -58,22 +65,23 @@ class Progress:
         if phase == "training":
             line = f"step {status.step}/{self._total}  {_figures(status)}{self._left(status)}"
         else:
-            line = waiting_for(status, phase)
+            line = self._waiting_for(status, phase)
         print(line, file=sys.stderr, flush=True)
         self._phase, self._last_line_s = phase, now
+
+    def _waiting_for(self, status: Status, phase: str) -> str:
+        """One line on what is being waited for."""
+        if not (status.missing and phase.startswith("waiting")):
+            return phase
+        asked_s = time.monotonic() - self._waiting_since
+        there = f"{status.missing} more needed, {status.joined} there, {self._nodes()} nodes up"
+        return f"{phase}: {there}; Ray was asked for them {asked_s:.0f} s ago"
 
     def _left(self, status: Status) -> str:
         if not status.steps_per_s or status.step >= self._total:
             return ""
         seconds = (self._total - status.step) / status.steps_per_s
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
-
-
-def waiting_for(status: Status, phase: str) -> str:
-    """One line on what is being waited for."""
-    if status.missing and phase.startswith("waiting"):
-        return f"{phase}: {status.missing} more needed, {status.joined} there; Ray was asked for them"
-    return phase
 
 
 def _figures(status: Status) -> str:

@@ -14,7 +14,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
-from orchestrator.ray_policy import OwnGroupConfig, StaticPolicy
+from orchestrator.ray_policy import GrowingPolicy, OwnGroupConfig, StaticPolicy
 from orchestrator.worker_group import ElasticController
 
 __all__ = ["OwnGroupConfig", "Trainer"]
@@ -27,8 +27,8 @@ class Trainer(TorchTrainer):
     command's own there is no autoscaler to ask either.
     """
 
-    def __init__(self, *arguments: Any, own_cluster: bool, **named: Any) -> None:
-        self._own_cluster = own_cluster
+    def __init__(self, *arguments: Any, own_cluster: bool, maximum: int, **named: Any) -> None:
+        self._own_cluster, self._maximum = own_cluster, maximum
         super().__init__(*arguments, **named)
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
@@ -36,6 +36,9 @@ class Trainer(TorchTrainer):
         controller["callbacks"] = [c for c in controller["callbacks"] if not isinstance(c, unused)]
         if self._own_cluster:
             controller["scaling_policy"] = StaticPolicy(self.scaling_config)
+        else:
+            controller["scaling_policy"] = GrowingPolicy(self.scaling_config)
+            controller["scaling_policy"].maximum = self._maximum
         here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         variables = get_env_vars_to_propagate()
         actor_class: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})

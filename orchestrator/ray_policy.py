@@ -31,6 +31,15 @@ class OwnGroupConfig(BackendConfig):
         return OwnGroupBackend
 
 
+class GrowingPolicy(FixedScalingPolicy):
+    """A group that starts with a fixed number of workers and asks the autoscaler for the most it may have."""
+
+    maximum = 1
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self.maximum
+
+
 class StaticPolicy(FixedScalingPolicy):
     """A fixed number of workers on a cluster without an autoscaler: nobody is asked for nodes."""
 

@@ -21,7 +21,8 @@ class Recorder(Observer):
     def __init__(self, plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> None:
         self._plan, self._saboteur = plan, saboteur
         folder = Folder(uri).child("checkpoints")
-        self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints)
+        halfway = lambda step: self.sabotage("checkpoint", step)  # noqa: E731
+        self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, halfway)
         self.reporter = Reporter(coordinator)
         self._writer = BackgroundWriter(self.store, lambda saved: self.reporter.event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
         self.pause = False
@@ -47,10 +48,16 @@ class Recorder(Observer):
         self._first, self._step = True, step
         self._stepped_s = time.time()
 
+    def sabotage(self, moment: str, step: int) -> None:
+        """Do what a rehearsal has for this worker at a moment other than a step's begin."""
+        if self._seat is not None:
+            self._saboteur.at(moment, self._seat.rank, self._seat.placement.workers, step)
+
     def stop_wanted(self) -> bool:
         """See Observer; a step is about to begin."""
         if self._seat is not None:
-            self._saboteur.before_step(self._seat.rank, self._seat.placement.workers, self._step)
+            placement = self._seat.placement
+            self._saboteur.before_step(self._seat.rank, placement.workers, self._step, placement.shards)
         return self.pause
 
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:

@@ -30,6 +30,7 @@ class Member:
         rank: in its last generation; -1: it was in none.
         store: host and port of the TCPStore that it serves.
         host: address of its machine, which stays when a node comes back under another id.
+        speed: of its machine, as declared: how many times that of others.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Member:
     rank: int
     store: tuple[str, int]
     host: str = ""
+    speed: float = 1.0
 
     @property
     def home(self) -> str:
@@ -68,8 +70,19 @@ class Roster:
     training: bool = False
     draining: frozenset[str] = frozenset()
     left_out: dict[str, float] = field(default_factory=dict)
+    unwanted: set[str] = field(default_factory=set)
     _joined_s: float = 0.0
     _losses: dict[str, deque[float]] = field(default_factory=dict)
+
+    @property
+    def drained(self) -> bool:
+        """Whether somebody trains on a node that will go."""
+        return any(m.node in self.draining for m in self.seated.values())
+
+    @property
+    def by_rank(self) -> list[Member]:
+        """Who trains."""
+        return sorted(self.seated.values(), key=lambda m: m.rank)
 
     def join(self, member: Member, now: float) -> None:
         """A member asks for a seat; one that sat in the generation ends it by that."""
@@ -95,6 +108,11 @@ class Roster:
         if recent >= FLAPS:
             self.left_out[home] = now + LEFT_OUT_S * 2 ** min(recent - FLAPS, 4)
 
+    def dismiss(self, member: Member, now: float) -> None:
+        """A member is to leave at the next step boundary, for the run is better off without its machine."""
+        self.unwanted.add(member.id)
+        self.left_out[member.home] = now + LEFT_OUT_S * 8
+
     def form(self, now: float) -> list[Member] | None:
         """The members of the next generation in rank order, who are seated by this; None: not yet."""
         if self.training or self.seated:
@@ -108,7 +126,7 @@ class Roster:
             return None
         self.gather = False
         # State comes from rank 0, which has the most steps; otherwise ranks stay as they were.
-        order = sorted(self._choose(candidates, now), key=lambda m: (-m.step, m.rank < 0, m.rank))
+        order = beside_each_other(sorted(self._choose(candidates, now), key=lambda m: (-m.step, m.rank < 0, m.rank)))
         self.seated = {m.id: m for m in order}
         self.ready = {key: m for key, m in self.ready.items() if key not in self.seated}
         self.generation += 1
@@ -149,17 +167,26 @@ class Roster:
         return grows or (leaves and bool(staying))
 
     def must_leave(self, member: Member) -> bool:
-        """Whether a member that came back has to go: its node is being drained and others hold its state."""
-        if member.node not in self.draining:
+        """Whether a member that came back has to go: it is unwanted, or its node goes, and others hold its state."""
+        if not self._leaves(member):
             return False
-        others = [m for m in (*self.ready.values(), *self.seated.values()) if m.node not in self.draining]
+        others = [m for m in (*self.ready.values(), *self.seated.values()) if not self._leaves(m)]
         return len(others) >= self.minimum and any(m.step >= member.step for m in others)
+
+    def _leaves(self, member: Member) -> bool:
+        return member.node in self.draining or member.id in self.unwanted
 
     def missing(self) -> int:
         """How many more members training waits for."""
         there = len(self.ready) + len(self.seated)
         wanted = self.expected if not self.generation else self.minimum
         return max(0, wanted - there)
+
+
+def beside_each_other(members: list[Member]) -> list[Member]:
+    """The same order, but those of one node together: neighbouring shards meet before they cross the network."""
+    nodes = list(dict.fromkeys(m.node for m in members))
+    return sorted(members, key=lambda m: nodes.index(m.node))
 
 
 def stall_limit_s(given_s: float, step_s: Iterable[float], begun: bool) -> float:

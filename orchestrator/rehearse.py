@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import flag
-from orchestrator.connect import node_token
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.resume import default_storage
 from orchestrator.run import REHEARSAL, read_faults, read_settings
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
+from orchestrator.watch import node_token
 from workloads.registry import WORKLOADS
 
 POLL_S = 0.1

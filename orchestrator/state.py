@@ -1,7 +1,7 @@
 """Training state: what a checkpoint holds and a joiner receives. It never mentions the number of workers."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +84,22 @@ class TrainingState:
             return tensor.clone()
         return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
-    def receive(self, group: Group) -> None:
-        """Take over the state of rank 0; every worker of the group calls it. Who has as many steps keeps its own."""
+    def receive(self, group: Group, halfway: Callable[[int], None] = lambda step: None) -> None:
+        """Take over the state of rank 0; every worker of the group calls it. Who has as many steps keeps its own.
+
+        Args:
+            halfway: called with the number of steps before the middle one of the messages.
+        """
         tensors = self.tensors() if group.rank == 0 else {}
         described = [(name, t.shape, t.dtype) for name, t in tensors.items()]
         described, step, evaluated = group.broadcast_object((described, self.step, self.evaluated_step))
         if not step:
             return  # everybody has the initial state
         received: dict[str, Tensor] = {}
-        for part in _parts(described):
+        parts = list(_parts(described))
+        for number, part in enumerate(parts):
+            if number == len(parts) // 2:
+                halfway(step)
             if group.rank == 0:
                 raw = [_bytes_of(tensors[name].detach()).to(group.device) for name, *_ in part]
                 flat = torch.cat(raw)

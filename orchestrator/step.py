@@ -106,6 +106,7 @@ class ShardedGradients:
         self._state.model.train()
         self._statistics.start_step()
         self._reducer.start_step()
+        self._group.clock.start(self._group.device)
         for shard in self._own:
             self._group.step_on()
             self._reducer.start_shard(shard)
@@ -114,6 +115,7 @@ class ShardedGradients:
                 torch.manual_seed(derive_seed("step", seed, step, shard))
                 self._one_shard(shard, end - start, nominal, stop)
             self._reducer.end_shard()
+        self._group.clock.stop(len(self._own))
         self._reducer.finish()
         rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
         self._check_finite(step, rows[:, 0])
@@ -202,8 +204,8 @@ class DdpGradients:
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any worker's loss is not finite."""
-        self._group.step_on()
         samples, world = self._plan.schedule.samples_in_step(step), self._group.world
+        self._group.step_on(self._plan.config.shards // world)
         nominal = self._workload.nominal_count(samples)
         _, indices, weight = self._part(step)
         self._state.optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import tempfile
 import time
 import traceback
@@ -16,6 +15,7 @@ from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
 from orchestrator.recovery import Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
+from orchestrator.watch import all_stacks, declared_speed, interface_of
 
 log = logging.getLogger("orchestrator.worker")
 COORDINATOR_BACK_S = 120.0
@@ -64,6 +64,7 @@ class Worker:
         self._coordinator = coordinator
         context = ray.get_runtime_context()
         self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
+        self._speed = declared_speed()
         self.id = uuid.uuid4().hex
         self._seat: Seat | None = None
         self._group: Any = None
@@ -146,7 +147,8 @@ class Worker:
         group, generation = self._group, self._seat.generation if self._seat else 0
         if group is None:
             return Beat(generation, self.step, 0, waiting=True)
-        return Beat(generation, self.step, group.place, group.waiting)
+        clock = group.clock
+        return Beat(generation, self.step, group.place, group.waiting, clock.shards, int(clock.busy_s * 1000))
 
     def _told(self, word: str, generation: int) -> None:
         """An order from the coordinator, in the wire's thread."""
@@ -157,9 +159,7 @@ class Worker:
         elif word == "checkpoint" and self._recorder:
             self._recorder.checkpoint_asked = True
         elif word == "dump":
-            frames = sys._current_frames().items()
-            text = "\n".join(f"thread {ident}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
-            self._coordinator.stack.remote(self.rank, text)
+            self._coordinator.stack.remote(self.rank, all_stacks())
         elif word in ("end", "gone"):
             self._line_broke |= word == "gone"
             self._ended = max(self._ended, generation, self._seat.generation if word == "gone" and self._seat else 0)
@@ -174,7 +174,7 @@ class Worker:
             if self._line_broke:
                 self._connect_line()
             store = self._serve_store().address
-            member = Member(self.id, self._node, os.getpid(), device, step, self.rank, store, self._host)
+            member = Member(self.id, self._node, os.getpid(), device, step, self.rank, store, self._host, self._speed)
             try:
                 answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))
                 return answer
@@ -187,10 +187,10 @@ class Worker:
         from orchestrator.group import OwnStore
 
         if self._served is None:
-            loopback = self._task["loopback"]
-            if loopback and Path("/sys/class/net/lo").exists():
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            self._served = OwnStore("127.0.0.1" if loopback else self._host)
+            host = "127.0.0.1" if self._task["loopback"] else self._host
+            if name := interface_of(host):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            self._served = OwnStore(host)
         return self._served
 
     def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
@@ -199,7 +199,7 @@ class Worker:
 
         self._seat, self._why = seat, ""
         self._recorder.take_seat(seat)
-        self._group = group = Group(seat.rank, seat.placement.workers, device)
+        self._group = group = Group(seat.rank, seat.placement.workers, device, drag=self._saboteur.drag)
         try:
             if self._ended >= seat.generation:
                 group.abort()
@@ -241,7 +241,7 @@ class Worker:
         elif seat.rank == 0:
             self._recorder.reporter.flush()  # a joiner may be the last one left, and has not kept earlier steps
         if (seat.share or seat.step < 0) and group.world > 1:
-            self._state.receive(group)
+            self._state.receive(group, lambda step: self._recorder.sabotage("restore", step))
         if seat.rank == 0:
             arguments = (seat, self._state.step, load_s, time.perf_counter() - started, rejected)
             ray.get(self._coordinator.begin.remote(*arguments))

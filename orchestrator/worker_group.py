@@ -4,6 +4,10 @@ Ray Train restarts all workers when one is lost; with replica groups (TorchFT's 
 waits for it and looks after nobody meanwhile. Here a missing worker is an opening that fills itself: an actor is
 asked for, and when Ray has found room for it, it is given its context and the train function. The run's coordinator,
 not Ray Train, decides what a lost worker means. Internals of Ray 2.60, which is why its version is pinned.
+
+A placement group finds room for the first workers, all at once and by its strategy; then it is removed and they are
+plain actors on the nodes that it chose. A group that lost a node keeps Ray's head busy, with a whole core, until it
+can be placed again (https://github.com/ray-project/ray/pull/65007), which may be all night.
 """
 
 import dataclasses
@@ -14,16 +18,31 @@ from typing import Any
 
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2._internal.util import bundle_to_remote_args
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
-from orchestrator.seats import LEFT, NAMESPACE, OVER
-from orchestrator.watch import NodeWatch
+from orchestrator.seats import NAMESPACE, OVER
+
+
+class _NoBarrier:
+    """Instead of Ray Train's actor for barriers between workers that report(): ours do not, and it costs a process."""
+
+    def options(self, **_: Any) -> "_NoBarrier":
+        return self
+
+    def remote(self, **_: Any) -> str:
+        return "no barrier"
+
+
+worker_group.SynchronizationActor = _NoBarrier()
+state._shutdown_sync_actor = lambda _: None
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
@@ -36,29 +55,23 @@ class Opening:
     """A worker that is missing.
 
     Attributes:
-        bundle: its place in the placement group; None: any room in the cluster, beyond the first gang.
         failures: workers in a row that ended here soon.
         not_before_s: monotonic time before which nobody is asked for.
-        home: a bundle on a node that is being drained. It moves when that node is gone, perhaps to the room that is
-            asked for: then it is used.
         actor, asked: the one that is awaited.
     """
 
-    bundle: int | None
     failures: int = 0
     not_before_s: float = 0.0
-    home: int | None = None
     actor: Any = None
     asked: Any = None
 
 
 @dataclass
 class Filled:
-    """A worker that was started, when, and what its place is."""
+    """A worker that was started, when, and how often others ended soon in its place."""
 
     worker: Worker
-    bundle: int | None
-    failures: int
+    failures: int = 0
     since_s: float = field(default_factory=time.monotonic)
     poll: Any = None
 
@@ -72,13 +85,12 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         super()._start_impl(builder)
         config = self._train_run_context.backend_config
         workers = self._worker_group_state.workers
-        self._filled = [Filled(worker, worker.placement_group_bundle_index, 0) for worker in workers]
-        self._openings = [Opening(None) for _ in range(config.maximum - len(workers))]
+        self._filled = [Filled(worker) for worker in workers]
+        self._openings = [Opening() for _ in range(config.maximum - len(workers))]
         self._coordinator = ray.get_actor(config.coordinator, namespace=NAMESPACE)
         self._asked_over: Any = None
         self._over_s = 0.0
         self._next_rank = len(workers)
-        self._watch = NodeWatch()
 
     def __bool__(self) -> bool:
         """A group that has lost all its workers is one all the same: Ray Train asks by truth whether there is any."""
@@ -145,10 +157,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             return
         failures = filled.failures + 1 if status.error and lived_s < LIVED_S else 0
         wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
-        opening = Opening(filled.bundle, failures, time.monotonic() + wait_s)
-        if status.return_value == LEFT:
-            opening.bundle, opening.home = None, filled.bundle
-        self._openings.append(opening)
+        self._openings.append(Opening(failures, time.monotonic() + wait_s))
 
     def _keep(self, running: list[Filled]) -> None:
         self._filled = running
@@ -162,9 +171,6 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
                 self._ask(opening)
             return
         if not ray.wait([opening.asked], timeout=0)[0]:
-            if opening.home is not None and self._has_moved(opening.home):
-                ray.kill(opening.actor)
-                opening.bundle, opening.home, opening.actor = opening.home, None, None
             return
         self._openings.remove(opening)
         try:
@@ -174,33 +180,42 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             ray.kill(opening.actor)
             failures = opening.failures + 1
             wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
-            self._openings.append(Opening(opening.bundle, failures, time.monotonic() + wait_s))
-
-    def _has_moved(self, bundle: int) -> bool:
-        """Whether a bundle of the placement group lies on a node that stays."""
-        group = self._worker_group_state.placement_group_handle.placement_group
-        node = ray.util.placement_group_table(group)["bundles_to_node_id"].get(bundle, "")
-        alive, draining = self._watch.look()
-        return node in alive and node not in draining
+            self._openings.append(Opening(failures, time.monotonic() + wait_s))
 
     def _ask(self, opening: Opening) -> None:
         """Ask Ray for a process; it comes when there is room, which the autoscaler may have to make."""
         context, scaling = self._worker_group_context, self._train_run_context.scaling_config
-        options: dict[str, Any] = {}
-        if opening.bundle is not None:
-            group = self._worker_group_state.placement_group_handle.placement_group
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=opening.bundle
-            )
-        else:
-            labels = (scaling._label_selector_per_worker(1) or [{}])[0]
-            options["label_selector"] = {**labels, **self._apart_or_together(context.placement_strategy)}
-            options["scheduling_strategy"] = "SPREAD" if "SPREAD" in context.placement_strategy else "DEFAULT"
-        environment = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
-        resources = bundle_to_remote_args(context.resources_per_worker)
-        actor_class: Any = ray.remote(runtime_env=environment, **resources)(self._worker_cls)
-        opening.actor = actor_class.options(**options).remote()
+        labels = (scaling._label_selector_per_worker(1) or [{}])[0]
+        labels = {**labels, **self._apart_or_together(context.placement_strategy)}
+        opening.actor = self._actor(labels, "SPREAD" if "SPREAD" in context.placement_strategy else "DEFAULT")
         opening.asked = opening.actor.get_metadata.remote()
+
+    def _actor(self, labels: dict[str, str], strategy: str) -> Any:
+        """A worker's actor, on a node with these labels."""
+        environment = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+        resources = bundle_to_remote_args(self._worker_group_context.resources_per_worker)
+        actor_class: Any = ray.remote(runtime_env=environment, **resources)(self._worker_cls)
+        return actor_class.options(label_selector=labels, scheduling_strategy=strategy).remote()
+
+    def _create_workers(
+        self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: Any, **_: Any
+    ) -> list[Worker]:
+        """The first workers, as plain actors where the placement group has found room."""
+        nodes = ray.util.placement_group_table(placement_group)["bundles_to_node_id"]
+        ray.util.remove_placement_group(placement_group)
+        actors = [self._actor({RAY_NODE_ID_KEY: nodes[number]}, "DEFAULT") for number in range(num_workers)]
+        try:
+            # Somebody else may have taken the room, or a node may have gone.
+            found = ray.get([a.get_metadata.remote() for a in actors], timeout=self._worker_group_start_timeout_s)
+        except ray.exceptions.RayError as error:
+            for actor in actors:
+                ray.kill(actor)
+            raise WorkerGroupStartupFailedError(f"a worker did not start: {error}") from error
+        workers = [
+            Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=number)
+            for number, (actor, metadata) in enumerate(zip(actors, found, strict=True))
+        ]
+        return list(self._assign_worker_ranks(workers, 0, num_workers, 1))
 
     def _apart_or_together(self, strategy: str) -> dict[str, str]:
         """The node label that a strict placement asks for, given where the others are."""
@@ -212,14 +227,12 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _fill(self, opening: Opening) -> None:
         """The process is there: give it its context and the train function."""
         resources = self._worker_group_context.resources_per_worker
-        worker = Worker(
-            opening.actor, ray.get(opening.asked), resources, placement_group_bundle_index=opening.bundle or 0
-        )
+        worker = Worker(opening.actor, ray.get(opening.asked), resources, placement_group_bundle_index=0)
         self._next_rank += 1  # Ray Train's number of the process; the run's ranks are the coordinator's
         self._assign_worker_ranks([worker], self._next_rank - 1, self._next_rank, 1)
         self._init_train_context([worker], self._worker_group_state.sync_actor)
         # In the group before it starts: Ray Train's callbacks take a group without workers for none at all.
-        self._keep([*self._filled, Filled(worker, opening.bundle, opening.failures)])
+        self._keep([*self._filled, Filled(worker, opening.failures)])
         group = ReplicaGroup([worker], resources, self._replica_group_callbacks)
         try:
             group.start_training(self._worker_group_context)

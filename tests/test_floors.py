@@ -43,9 +43,11 @@ FLOORS: dict[int, str] = {
     " orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.reduce orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
-    " orchestrator.vision_ops orchestrator.sockets orchestrator.channel orchestrator.journal workloads.workload",
+    " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
+    " workloads.workload",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.prepare",
-    4: "orchestrator.coordinator orchestrator.membership orchestrator.watch orchestrator.injector"
+    4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.watch"
+    " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
     " workloads.registry",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from toys import toy_plan
 
+from orchestrator.balancer import Balancer
 from orchestrator.channel import Beat, Line
 from orchestrator.events import GenerationStarted
 from orchestrator.journal import Journal
@@ -45,7 +46,8 @@ class Run:
         self.folder = folder
         self.journal = Journal(toy_plan(shards=8), str(folder), "token", "", 0.0, again)
         roster = Roster(1, workers, workers, self.journal.generation, again)
-        self.members = Watched(self.journal, roster, 8, stall_s, max_incidents)
+        balancer = Balancer(self.journal, 8, 1000, enabled=True)
+        self.members = Watched(self.journal, roster, balancer, stall_s, max_incidents)
         self.ended: list[str] = []
         self.killed: asyncio.Queue[str] = asyncio.Queue()
         self.members.end_run, self.members.kill = self._end, lambda m: self.killed.put_nowait(m.id)
@@ -115,6 +117,7 @@ class Worker:
         self.run, self.name, self.node = run, name, node
         self.step = self.rank = -1
         self.waiting = True
+        self.computed = 0, 0  # shards, milliseconds
         self.beats = threading.Event()
         self.beats.set()
         self.orders: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
@@ -125,7 +128,7 @@ class Worker:
 
     def look(self) -> Beat:
         self.beats.wait(3 * WAIT_S)
-        return Beat(self.seat.generation if self.seat else 0, self.step, 0, self.waiting)
+        return Beat(self.seat.generation if self.seat else 0, self.step, 0, self.waiting, *self.computed)
 
     async def join(self, why: str = "") -> Seat | Order:
         member = Member(self.name, self.node, 1, "cpu", self.step, self.rank, (self.name, 1))

@@ -99,6 +99,13 @@ def test_a_stop_is_led_by_who_has_the_newest_step(tmp_path):
         b.step = 2
         assert await asyncio.gather(a.join(), b.join()) == [Order("stop", lead=False), Order("stop", lead=True)]
         assert run.journal.open is None, "a stop is no incident"
+        run.members.seat()
+        assert not run.ended, "the one that leads is still writing"
+        b.die()
+        while not run.ended:
+            await asyncio.wait_for(run.members.beats.get(), 20)
+            run.members.seat()
+        assert "was lost" in run.ended[0]
 
     async def before_the_first_step(run: Run) -> None:
         waiting = asyncio.create_task(run.worker("a").join())
@@ -139,3 +146,51 @@ def test_a_pause_is_asked_for_once_and_only_when_training_has_begun(tmp_path):
         assert await a.told() == ("pause", 2)
 
     play(story, tmp_path, workers=1)
+
+
+def test_shards_move_to_the_quicker_worker(tmp_path):
+    async def story(run: Run) -> None:
+        a, b = await run.enlist("ab")
+        run.steps(*range(1, 9), by=[a, b])
+        a.computed, b.computed = (40, 4000), (40, 12000)
+        assert await a.told() == await b.told() == ("pause", 1)
+        await run.seat(a, b)
+        assert [len(part) for part in a.seat.placement] == [6, 2]
+        run.steps(9, by=[a, b])
+        (incident,) = await run.incidents()
+        assert (incident["kind"], incident["steps_lost"]) == ("rebalanced", 0)
+        (moved,) = run.events("rebalanced")
+        assert (moved["ranges"], moved["step"]) == ([[0, 6], [6, 8]], 8)
+        assert 0.4 < moved["gain"] < 0.6
+        (slow,) = run.events("straggler_found")
+        assert (slow["rank"], slow["shard_s"], slow["slower"]) == (1, 0.3, 3.0)
+
+    play(story, tmp_path)
+
+
+def test_even_workers_keep_their_shards(tmp_path):
+    async def story(run: Run) -> None:
+        a, b = await run.enlist("ab")
+        run.steps(*range(1, 9), by=[a, b])
+        a.computed, b.computed = (40, 4000), (40, 4100)
+        await a.heard(waiting=True)
+        await b.heard(waiting=True)
+        c = run.worker("c")
+        run.members.roster.maximum = 3
+        joined = asyncio.create_task(c.join())
+        assert await a.told() == await b.told() == ("pause", 1)
+        await asyncio.gather(a.join(), b.join(), joined)
+        assert [len(part) for part in a.seat.placement] == [2, 3, 3]
+        assert not run.events("rebalanced")
+        assert not run.events("straggler_found")
+
+    play(story, tmp_path)
+
+
+def test_workers_of_one_node_have_neighbouring_shards(tmp_path):
+    async def story(run: Run) -> None:
+        a, b, c = run.worker("a", "n0"), run.worker("b", "n1"), run.worker("c", "n0")
+        await run.seat(a, b, c)
+        assert sorted([a.rank, c.rank]) in ([0, 1], [1, 2])
+
+    play(story, tmp_path, workers=3)

@@ -4,6 +4,7 @@ A rehearsal itself compares hashes, ledgers and fired faults with an undisturbed
 what the run folder says of each incident.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ BERT = (
 )  # fmt: skip
 
 
-def fault(kind: str, rank: int | None = None, **more: float) -> str:
-    lines = [f'kind = "{kind}"', *([f"rank = {rank}"] if rank is not None else [])]
-    return "\n".join(["[[fault]]", *lines, *(f"{key} = {value}" for key, value in more.items()), ""])
+def fault(kind: str, rank: int | None = None, **more: float | str) -> str:
+    given = {"kind": kind, **({} if rank is None else {"rank": rank}), **more}
+    return "\n".join(["[[fault]]", *(f"{key} = {json.dumps(value)}" for key, value in given.items()), ""])
 
 
 def rehearse(folder: Path, workload: tuple[str, ...], faults: list[str], *extra: str, timeout_s: float = 400) -> Done:
@@ -43,23 +44,36 @@ def assert_passed(done: Done, folder: Path, *kinds: str) -> None:
     """Same weights and ledger, every fault fired, no committed step lost, and these kinds of incident among them."""
     assert done.status == 0, done.out + done.err
     assert "passed: the same weights" in done.out
-    found = [incident["kind"] for incident in incidents(folder)]
-    for kind in kinds:
-        assert kind in found, f"{kind} is not among {found}"
+    # Faults that overlap are one incident, but each worker leaves for a reason of its own.
+    found = {incident["kind"] for incident in incidents(folder)}
+    found |= {left["why"] for left in events(folder / "r-disturbed", "worker_left")}
+    assert set(kinds) <= found
     assert all(incident["steps_lost"] == 0 for incident in incidents(folder))
     for incident in incidents(folder):
         phases = ("regroup_s", "restore_s", "recompute_s")
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
 
 
-def test_workers_are_killed_raise_and_freeze(tmp_path: Path) -> None:
+def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
+    """One after the other, two at once, during recovery, while state is handed over, while a checkpoint is written."""
     faults = [
         fault("kill", 1, step=10),
         fault("exception", 0, step=20, workers=3),
         fault("stop", 0, step=100, workers=3),
         fault("slow", 0, step=5, seconds=0.05),
+        # Two of three in one step; then who receives state dies, and then who gives it.
+        fault("kill", 1, step=200, workers=3),
+        fault("kill", 2, step=200),
+        fault("kill", 1, step=201, during="restore", workers=2),
+        fault("kill", 0, step=202, during="restore", workers=2),
+        # Rank 0 and at once another.
+        fault("kill", 0, step=300, workers=3),
+        fault("kill", 1, step=300),
+        fault("kill", 0, step=400, during="checkpoint", workers=2),
+        fault("kill", 0, step=999, workers=2),
     ]
-    done = rehearse(tmp_path, RESNET, faults, "--workers", "3", "--stall-limit", "2")
+    often = ("resnet", "--steps", "1000", "--checkpoint-every", "50")
+    done = rehearse(tmp_path, often, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
     assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen")
     errors = (tmp_path / "r-disturbed" / "logs" / "errors.log").read_text()
     assert "InjectedError" in errors
@@ -92,30 +106,11 @@ def test_the_readme_s_schedule(tmp_path: Path) -> None:
     )
 
 
-def test_a_fault_that_does_not_fire_fails_the_rehearsal(tmp_path: Path) -> None:
-    done = rehearse(tmp_path, ("resnet", "--steps", "10"), [fault("kill", 0, step=5000)], "--workers", "1")
-    assert done.status == 1
-    assert "FAILED: fault 1 (kill) did not fire" in done.out
-
-
-def test_overlapping_faults_and_one_on_the_last_step(tmp_path: Path) -> None:
-    """Two of three die in one step; rank 0 dies during the recovery; one dies at the last step."""
-    faults = [
-        fault("kill", 1, step=20),
-        fault("kill", 2, step=20),
-        fault("kill", 0, step=90, workers=3),
-        fault("kill", 1, step=90),
-        fault("kill", 0, step=999, workers=2),
-    ]
-    done = rehearse(tmp_path, RESNET, faults, "--workers", "3")
-    assert_passed(done, tmp_path, "worker_killed")
-
-
 @pytest.mark.parametrize("seed", [1])
 def test_a_soak_of_random_faults(seed: int, tmp_path: Path) -> None:
-    """Eight faults at random times, and new nodes for lost ones."""
+    """At random times, and new nodes for lost ones."""
     chance = random.Random(seed)
-    kinds = ["kill"] * 3 + ["exception", "stop", "slow"] + ["node-loss"] * 2
+    kinds = ["kill", "kill", "exception", "stop", "node-loss"]
     chance.shuffle(kinds)
     faults, at = [], 3.0
     for kind in kinds:
@@ -123,7 +118,7 @@ def test_a_soak_of_random_faults(seed: int, tmp_path: Path) -> None:
         if kind == "node-loss":
             faults.append(fault("add-node", time_s=at + 1.0))
         at += chance.uniform(0.5, 4.0)
-    workload = ("resnet", "--steps", "1200", "--checkpoint-every", "200")
+    workload = ("resnet", "--steps", "800", "--checkpoint-every", "200")
     done = rehearse(tmp_path, workload, faults, "--workers", "1:3", "--stall-limit", "2", timeout_s=600)
     assert done.status == 0, done.out + done.err
-    assert [r["step"] for r in records(tmp_path / "r-disturbed")] == list(range(1, 1201))
+    assert [r["step"] for r in records(tmp_path / "r-disturbed")] == list(range(1, 801))

@@ -76,12 +76,13 @@ def test_a_corrupted_checkpoint_is_passed_over(cluster: str, undisturbed: str, t
     assert events(folder, "checkpoint_loaded")[0]["step"] == steps[-2]
 
 
-def test_a_killed_worker_is_replaced(cluster: str, undisturbed: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_is_replaced(number: int, cluster: str, undisturbed: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(arguments(tmp_path, "run", "--address", cluster, "--workers", "2"))
     wait_for_step(folder, 20)
     (generation,) = events(folder, "generation_started")
-    os.kill(generation["pids"][1], signal.SIGKILL)
+    os.kill(generation["pids"][1], number)
     assert_as_undisturbed(finish(process), folder, undisturbed)
     killed = result(folder)["incidents"][0]
     assert killed["kind"] == "worker_killed"

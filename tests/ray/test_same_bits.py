@@ -17,7 +17,8 @@ WORKLOADS = {
 @pytest.mark.parametrize("workload", list(WORKLOADS))
 def test_one_hash_for_one_to_four_workers(workload: str, precision: str, cluster: str, tmp_path: Path) -> None:
     hashes, losses = set(), set()
-    for workers in (1, 2, 3, 4):
+    everyone = (workload, precision) in (("resnet", "fp32"), ("bert", "bf16"))
+    for workers in (1, 2, 3, 4) if everyone else (1, 3):
         name = f"w{workers}"
         done = run(
             workload,
@@ -43,7 +44,7 @@ def test_one_hash_for_one_to_four_workers(workload: str, precision: str, cluster
 def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Path) -> None:
     hashes = set()
     for name, extra in (("a", []), ("b", ["--seed", "1"]), ("c", ["--precision", "bf16"])):
-        done = run("resnet", "--steps", "3", *extra, *kept_in(tmp_path, name, cluster))
+        done = run("resnet", "--steps", "3", "--workers", "1", *extra, *kept_in(tmp_path, name, cluster))
         assert done.status == 0, done.err
         hashes.add(result(tmp_path / name)["weights_sha256"])
     assert len(hashes) == 3

@@ -1,0 +1,128 @@
+"""`python -m cluster.local --nodes 3 --cpus 1`: a cluster of several nodes on this machine, with Ray's real autoscaler.
+
+For trying things out: nodes come when a run asks for them and go when they are idle. Each is a raylet with its own
+workers, all on loopback. `python -m cluster.local --stop` ends it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MARK = "ORCHESTRATOR_LOCAL_CLUSTER"  # in the environment of all its processes
+STOP_S = 10.0
+
+
+def configuration(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> dict[str, Any]:
+    """The autoscaler's configuration: Ray's fake_multinode provider, whose nodes are processes of this machine."""
+    worker = {"resources": {"CPU": cpus}, "node_config": {}, "min_workers": least, "max_workers": nodes}
+    return {
+        "cluster_name": "local",
+        "max_workers": nodes,
+        "idle_timeout_minutes": idle_s / 60,
+        "upscaling_speed": 1000,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"127.0.0.1:{port}",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": {
+            # The provider knows the head by this name; nothing trains on it.
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": worker,
+        },
+        "head_node_type": "ray.head.default",
+        "head_node": {},
+        "worker_nodes": {},
+    }
+
+
+def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
+    """Start the head; nodes follow when they are asked for. Returns the cluster's address."""
+    from orchestrator.watch import node_token
+
+    folder = Path(tempfile.mkdtemp(prefix="rlc-", dir="/tmp"))  # short: Ray's sockets live below it
+    file = folder / "autoscaler.yaml"
+    file.write_text(yaml.safe_dump(configuration(nodes, cpus, least, idle_s, port)))
+    node_token()
+    environment = os.environ | {
+        MARK: str(folder),
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "0",  # the second version has no such provider in Ray's wheel
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all addresses are 127.0.0.1
+    }
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=0", f"--port={port}",
+        "--node-ip-address=127.0.0.1", f"--autoscaling-config={file}", f"--temp-dir={folder}",
+        "--include-dashboard=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        stop()
+        reason = (done.stderr or done.stdout).strip().splitlines()
+        raise SystemExit(f"error: Ray did not start: {reason[-1] if reason else 'no reason given'}")
+    return f"127.0.0.1:{port}"
+
+
+def stop() -> int:
+    """End all clusters that `start` started here; returns how many processes there were."""
+    import ray  # noqa: F401  (brings psutil)
+
+    # isort: split
+    import psutil
+
+    found, folders = [], set()
+    for process in psutil.process_iter():
+        try:
+            folder = process.environ().get(MARK)
+        except psutil.Error:
+            continue
+        if folder and process.pid != os.getpid():
+            found.append(process)
+            folders.add(folder)
+    for process in found:
+        process.terminate()
+    _, left = psutil.wait_procs(found, STOP_S)
+    for process in left:
+        process.kill()
+    psutil.wait_procs(left, STOP_S)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.local", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--nodes", type=int, default=3, help="most nodes beside the head [3]")
+    parser.add_argument("--cpus", type=float, default=1, help="CPUs that each declares [1]")
+    parser.add_argument("--least", type=int, default=0, help="nodes that stay also when they are idle [0]")
+    parser.add_argument("--idle", type=float, default=60, help="seconds after which an idle node goes [60]")
+    parser.add_argument("--port", type=int, default=6379, help="of Ray's control store [6379]")
+    parser.add_argument("--stop", action="store_true", help="end it")
+    given = parser.parse_args(arguments)
+    if given.stop:
+        count = stop()
+        print(f"ended {count} processes" if count else "there was none")
+        return 0
+    if not (0 <= given.least <= given.nodes and given.nodes > 0 and given.cpus > 0 and given.idle > 0):
+        parser.error("--nodes, --cpus and --idle have to be above 0, and --least from 0 to --nodes")
+    address = start(given.nodes, given.cpus, given.least, given.idle, given.port)
+    print(f"a cluster of up to {given.nodes} nodes at {address}; nodes come when they are asked for")
+    print("next: python -m orchestrator.run resnet --workers 1:2")
+    print("stop: python -m cluster.local --stop")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

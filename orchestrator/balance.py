@@ -1,0 +1,160 @@
+"""How many shards each worker gets: from measured speeds, and only when moving pays. No clock, no I/O.
+
+A step takes as long as its slowest worker: the best shares give everyone about the same time. Bits do not depend
+on shares, so they may follow the machines as closely as measurement allows.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SMOOTH_S = 4.0  # time constant of a measured pace
+KNOWN_S = 2.0  # a pace that was measured for less is not acted upon
+LEAST_GAIN = 0.05  # of a step's time: measured paces vary by a few percent
+PAYBACK_S = 60.0  # what a move costs has to be won back three times in this time, or until the run's end
+PAYBACK_TIMES = 3.0
+SLOW = 1.5  # a worker that needs so many times the median is a straggler
+
+
+@dataclass
+class Pace:
+    """How long a worker computes for a shard, waiting for nobody; an exponential average over SMOOTH_S seconds.
+
+    Attributes:
+        shard_s: seconds a shard; 0: not known.
+        known_s: for how many seconds it was measured.
+    """
+
+    shard_s: float = 0.0
+    known_s: float = 0.0
+
+    def measured(self, shards: int, busy_s: float) -> None:
+        """It computed `shards` in `busy_s` seconds."""
+        if shards <= 0 or busy_s <= 0:
+            return
+        # What is known so far counts for at most SMOOTH_S seconds, and at first for what it is.
+        old = min(self.known_s, SMOOTH_S) * math.exp(-busy_s / SMOOTH_S)
+        self.shard_s = (self.shard_s * old + busy_s / shards * busy_s) / (old + busy_s)
+        self.known_s += busy_s
+
+
+def shares(shards: int, speeds: Sequence[float]) -> list[int]:
+    """Shards for each worker, at least one each, so that the slowest is done as early as can be.
+
+    One after the other, each shard goes to the worker that would be done with it first: D'Hondt's method, which
+    never gives less than the whole part of a proportional share (Balinski and Young, Fair Representation, 1982), so
+    only what is beyond that has to be dealt out one by one.
+
+    Args:
+        speeds: shards a second, or any multiple of it; above 0.
+    """
+    speed = np.asarray(speeds, dtype=np.float64)
+    assert len(speed) <= shards
+    assert (speed > 0).all()
+    counts = _whole_parts(shards, speed)
+    for _ in range(shards - int(counts.sum())):
+        counts[int(np.argmin((counts + 1) / speed))] += 1
+    return [int(count) for count in counts]
+
+
+def _whole_parts(shards: int, speed: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Proportional shares rounded down, but at least one each; who gets that one has no part in the rest."""
+    one = np.zeros(len(speed), dtype=bool)
+    while True:
+        rest = shards - int(one.sum())
+        quota = np.where(one, 1.0, rest * speed / max(float(speed[~one].sum()), 1e-300))
+        few = ~one & (quota < 1.0)
+        if not few.any():
+            return np.maximum(1, np.floor(quota + 1e-9)).astype(np.int64)
+        one |= few
+
+
+def step_seconds(counts: Sequence[int], shard_s: Sequence[float]) -> float:
+    """Seconds that the slowest worker computes."""
+    return max(count * seconds for count, seconds in zip(counts, shard_s, strict=True))
+
+
+@dataclass(frozen=True)
+class Move:
+    """A better placement.
+
+    Attributes:
+        counts: shards for each worker, in rank order.
+        gain: share of a step's time that it is expected to save.
+    """
+
+    counts: list[int]
+    gain: float
+
+
+def better(counts: Sequence[int], paces: Sequence[Pace], step_s: float, steps_left: int, cost_s: float) -> Move | None:
+    """Other shares, if they win more than moving costs; None: stay.
+
+    Args:
+        counts: shards now, in rank order.
+        paces: of the workers, in rank order.
+        step_s: seconds of a step now; what is beyond the slowest worker's computing does not change.
+        steps_left: of the run.
+        cost_s: seconds that training stands still for a move.
+    """
+    if len(counts) < 2 or any(pace.known_s < KNOWN_S for pace in paces):
+        return None
+    shard_s = [pace.shard_s for pace in paces]
+    new = shares(sum(counts), [1 / seconds for seconds in shard_s])
+    saved_s = step_seconds(counts, shard_s) - step_seconds(new, shard_s)
+    gain = saved_s / max(step_s, step_seconds(counts, shard_s))
+    steps = min(steps_left, PAYBACK_S / step_s)
+    if gain < LEAST_GAIN or saved_s * steps < PAYBACK_TIMES * cost_s:
+        return None
+    return Move(new, gain)
+
+
+def speeds(paces: Sequence[Pace], declared: Sequence[float]) -> list[float]:
+    """Shards a second of each worker, as measured; one that is not known yet by what is declared of it.
+
+    Args:
+        paces: in rank order.
+        declared: speeds of the machines relative to each other.
+    """
+    known = [p.known_s >= KNOWN_S for p in paces]
+    ratios = [1 / p.shard_s / d for p, d, sure in zip(paces, declared, known, strict=True) if sure]
+    unit = statistics.median(ratios) if ratios else 1.0
+    return [1 / p.shard_s if sure else d * unit for p, d, sure in zip(paces, declared, known, strict=True)]
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """A worker that is much slower than the others.
+
+    Attributes:
+        rank: of the worker.
+        slower: times the median of the others.
+        cost: share of the step's time that would be saved if it were as fast as they are.
+        worse_than_none: whether the run would be faster without it.
+    """
+
+    rank: int
+    slower: float
+    cost: float
+    worse_than_none: bool
+
+
+def stragglers(shards: int, paces: Sequence[Pace]) -> list[Straggler]:
+    """Who is slow, judged by the best shares that each may have; nobody until all paces are known."""
+    if len(paces) < 2 or any(pace.known_s < KNOWN_S for pace in paces):
+        return []
+    shard_s = [pace.shard_s for pace in paces]
+    found: list[Straggler] = []
+    for rank, seconds in enumerate(shard_s):
+        others = shard_s[:rank] + shard_s[rank + 1 :]
+        usual = statistics.median(others)
+        if seconds < SLOW * usual:
+            continue
+        best = lambda all_s: step_seconds(shares(shards, [1 / s for s in all_s]), all_s)  # noqa: E731
+        now_s, mended_s, without_s = best(shard_s), best([*others, usual]), best(others)
+        found.append(Straggler(rank, seconds / usual, 1 - mended_s / now_s, without_s < now_s))
+    return found

@@ -1,0 +1,97 @@
+"""Watches how fast the workers compute, and says when shards should move; decides by balance.py.
+
+Part of the coordinator.
+"""
+
+import time
+from collections.abc import Sequence
+
+from orchestrator import balance
+from orchestrator.channel import Beat
+from orchestrator.events import Rebalanced, StragglerFound
+from orchestrator.journal import Journal
+from orchestrator.recovery import Member
+from orchestrator.shards import Placement, even_placement, placement_from_counts
+
+MOVE_COST_S = 0.5  # until one was measured
+SETTLE_STEPS = 5  # of a generation before it is judged: caches are cold
+LEAVE_AFTER_S = 20.0  # a straggler that the run is better off without is given so long
+
+
+class Balancer:
+    """Measured paces of a run's workers, and the placements that they call for."""
+
+    def __init__(self, journal: Journal, shards: int, total_steps: int, enabled: bool) -> None:
+        self._journal, self._shards, self._total_steps, self._enabled = journal, shards, total_steps, enabled
+        self._paces: dict[str, balance.Pace] = {}
+        self._slow_since: dict[str, float] = {}
+        self._move: balance.Move | None = None
+        self._begun_at = 0
+
+    def heard(self, member_id: str, before: Beat, beat: Beat) -> None:
+        """A beat of a worker after another one; one of an earlier generation may still be on its way."""
+        if not self._enabled or beat.generation < before.generation:
+            return
+        same = beat.generation == before.generation  # counts begin anew in each
+        shards, busy_ms = (before.shards, before.busy_ms) if same else (0, 0)
+        pace = self._paces.setdefault(member_id, balance.Pace())
+        pace.measured(beat.shards - shards, (beat.busy_ms - busy_ms) / 1000)
+
+    def forget(self, member_id: str) -> None:
+        """A worker is gone."""
+        for known in (self._paces, self._slow_since):
+            known.pop(member_id, None)
+
+    def _of(self, order: Sequence[Member]) -> list[balance.Pace]:
+        return [self._paces.get(m.id, balance.Pace()) for m in order]
+
+    def placement(self, order: Sequence[Member]) -> Placement:
+        """Shards for the members of the next generation, in rank order."""
+        even, paces, declared = even_placement(self._shards, len(order)), self._of(order), [m.speed for m in order]
+        self._begun_at = self._journal.recorded
+        if not self._enabled:
+            return even
+        speeds = balance.speeds(paces, declared)
+        counts = balance.shares(self._shards, speeds)
+        shard_s = [1 / speed for speed in speeds]
+        best_s, even_s = balance.step_seconds(counts, shard_s), balance.step_seconds([len(r) for r in even], shard_s)
+        chosen = placement_from_counts(counts) if best_s < even_s * (1 - balance.LEAST_GAIN) else even
+        if self._move is not None:
+            ranges = [[r.start, r.stop] for r in chosen]
+            self._journal.log(Rebalanced(self._journal.recorded, ranges, round(self._move.gain, 4)))
+            self._move = None
+        return chosen
+
+    def wants_move(self, order: Sequence[Member], placement: Placement) -> bool:
+        """Whether other shares would pay; then the generation should end at its next step boundary."""
+        seconds = self._journal.step_seconds()
+        if not self._enabled or self._journal.recorded - self._begun_at < SETTLE_STEPS or not seconds:
+            return False
+        step_s = sum(seconds[-SETTLE_STEPS:]) / len(seconds[-SETTLE_STEPS:])
+        left = self._total_steps - self._journal.recorded
+        counts = [len(part) for part in placement]
+        cost_s = self._journal.pause_s or MOVE_COST_S
+        self._move = balance.better(counts, self._of(order), step_s, left, cost_s)
+        return self._move is not None
+
+    def straggler(self, order: Sequence[Member]) -> Member | None:
+        """Report stragglers; returns one that the run is better off without, if it has been so for a while."""
+        if not self._enabled or self._journal.recorded - self._begun_at < SETTLE_STEPS:
+            return None
+        paces, now = self._of(order), time.time()
+        found = {order[s.rank].id: s for s in balance.stragglers(self._shards, paces)}
+        for member_id in set(self._slow_since) - set(found):
+            del self._slow_since[member_id]
+        for member in order:
+            slow = found.get(member.id)
+            if slow is None:
+                continue
+            if member.id not in self._slow_since:
+                self._slow_since[member.id] = now
+                pace = self._paces[member.id]
+                slower, cost = round(slow.slower, 3), round(slow.cost, 4)
+                where = (member.rank, member.node, member.pid)
+                self._journal.log(StragglerFound(*where, round(pace.shard_s, 6), slower, cost, round(now, 3)))
+            if slow.worse_than_none and now - self._slow_since[member.id] > LEAVE_AFTER_S:
+                return member
+        return None

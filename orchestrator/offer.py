@@ -1,0 +1,67 @@
+"""What an autoscaler could add to the cluster: asked of Ray before a run is refused for want of room."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cluster_fit import Node, Offer
+
+MOST = 10_000  # of one kind; an autoscaler without a limit has this one here
+
+
+def offer() -> Offer | None:
+    """The nodes that may come; None: the cluster has no autoscaler."""
+    from ray._private import ray_constants
+    from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    config = state.get_cluster_config()  # the second version of the autoscaler says what it has
+    if config is not None and config.node_group_configs:
+        groups = [(dict(g.resources), dict(g.labels), g.max_count) for g in config.node_group_configs]
+        return Offer(tuple(_nodes(groups)))
+    if (file := _configuration_here()) is not None:
+        return Offer(tuple(_nodes(_node_types(file))))
+    status = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    report = json.loads(status).get("autoscaler_report") if status else None
+    # Without a configuration the monitor reports each node as a kind of its own, node_ID.
+    kinds = [kind for kind in (report or {}).get("active_nodes", {}) if not kind.startswith(("node_", "local.cluster"))]
+    return Offer(known=False) if kinds else None
+
+
+def _nodes(groups: list[tuple[dict[str, float], dict[str, str], int]]) -> Iterator[Node]:
+    for resources, labels, count in groups:
+        yield from [Node(resources, labels)] * min(count if count >= 0 else MOST, MOST)
+
+
+def _configuration_here() -> Path | None:
+    """What the first version of the autoscaler was started with, if it runs on this machine, for our cluster."""
+    import psutil
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if f"--gcs-address={address}" in words and any(word.endswith("/monitor.py") for word in words):
+            for word in words:
+                if word.startswith("--autoscaling-config="):
+                    return Path(word.removeprefix("--autoscaling-config="))
+    return None
+
+
+def _node_types(file: Path) -> list[tuple[dict[str, float], dict[str, str], int]]:
+    import yaml
+
+    try:
+        content: dict[str, Any] = yaml.safe_load(file.read_text())
+    except OSError:
+        return []
+    most = content.get("max_workers", 2)
+    return [
+        (kind.get("resources", {}), kind.get("labels", {}), min(kind.get("max_workers", most), most))
+        for name, kind in content.get("available_node_types", {}).items()
+        if name != content.get("head_node_type")
+    ]

@@ -1,0 +1,45 @@
+"""When a rehearsal fails: what speaks against a disturbed run is read from two run folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.faults import Fault
+from orchestrator.rehearse import problems, table
+from orchestrator.runfolder import METRICS, RunFolder
+from orchestrator.storage import Folder
+
+KILL = Fault("kill", rank=0, step=2)
+
+
+def run(folder: Path, weights: str = "aa", status: str = "finished", ledgers: str = "wxyz", **fired: str) -> RunFolder:
+    """The folder of a run of as many steps as `ledgers`; `fired`: fault number after an f -> problem."""
+    made = RunFolder(Folder(str(folder)))
+    records = [{"step": n, "samples": 8, "ledger": letter, "loss": 1.0} for n, letter in enumerate(ledgers, 1)]
+    made.metrics(records)
+    lines = [{"event": "fault_fired", "fault": int(f[1:]), "problem": text, "step": 2} for f, text in fired.items()]
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    made.write_result({"status": status, "weights_sha256": weights, "incidents": []})
+    assert (folder / METRICS).exists()
+    return made
+
+
+def test_the_same_run_passes(tmp_path):
+    assert problems([KILL], run(tmp_path / "a"), run(tmp_path / "b", f0="")) == []
+    assert "kill" in table([KILL], run(tmp_path / "c", f0=""))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "fault 1 (kill) did not fire"),
+        ({"f0": "no such node"}, "fault 1 (kill) did not take effect: no such node"),
+        ({"f0": "", "status": "failed"}, "the disturbed run did not finish: failed"),
+        ({"f0": "", "weights": "bb"}, "the final weights differ"),
+        ({"f0": "", "ledgers": "wxy"}, "not every step was committed exactly once"),
+        ({"f0": "", "ledgers": "wxQz"}, "step 3 used other samples, or has another loss"),
+    ],
+)
+def test_what_differs_is_said(tmp_path, given, line):
+    assert line in problems([KILL], run(tmp_path / "a"), run(tmp_path / "b", **given))
