@@ -15,6 +15,7 @@ from orchestrator.shards import Placement, even_placement, placement_from_counts
 
 MOVE_COST_S = 0.5  # until one was measured
 SETTLE_STEPS = 5  # of a generation before it is judged: caches are cold
+HOLD_S = 3.0  # a better placement has to stay better for so long: what starts beside a worker slows it for a moment
 LEAVE_AFTER_S = 20.0  # a straggler that the run is better off without is given so long
 
 
@@ -26,6 +27,7 @@ class Balancer:
         self._paces: dict[str, balance.Pace] = {}
         self._slow_since: dict[str, float] = {}
         self._move: balance.Move | None = None
+        self._wanted_since = 0.0
         self._begun_at = 0
 
     def heard(self, member_id: str, before: Beat, beat: Beat) -> None:
@@ -48,7 +50,7 @@ class Balancer:
     def placement(self, order: Sequence[Member]) -> Placement:
         """Shards for the members of the next generation, in rank order."""
         even, paces, declared = even_placement(self._shards, len(order)), self._of(order), [m.speed for m in order]
-        self._begun_at = self._journal.recorded
+        self._begun_at, self._wanted_since = self._journal.recorded, 0.0
         if not self._enabled:
             return even
         speeds = balance.speeds(paces, declared)
@@ -71,7 +73,12 @@ class Balancer:
         left = self._total_steps - self._journal.recorded
         counts = [len(part) for part in placement]
         cost_s = self._journal.pause_s or MOVE_COST_S
-        self._move = balance.better(counts, self._of(order), step_s, left, cost_s)
+        move, now = balance.better(counts, self._of(order), step_s, left, cost_s), time.time()
+        if move is None:
+            self._wanted_since = 0.0
+            return False
+        self._wanted_since = self._wanted_since or now
+        self._move = move if now - self._wanted_since >= HOLD_S else None
         return self._move is not None
 
     def straggler(self, order: Sequence[Member]) -> Member | None:

@@ -27,7 +27,8 @@ STEPS = 400
 
 
 def command(storage: Path, *extra: str) -> list[str]:
-    return ["resnet", "--steps", str(STEPS), "--checkpoint-every", "20", *kept_in(storage), *extra]
+    settings = ["--steps", str(STEPS), "--checkpoint-every", "20", "--balance", "even"]
+    return ["resnet", *settings, *kept_in(storage), *extra]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,12 @@ ELSEWHERE = {
     "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3": "test_the_readme_s_schedule",
     "RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m orchestrator.run resnet": "test_ray_job_submit",
 }
+LOCAL = "test_from_no_node_to_the_minimum_to_the_maximum_and_back"
+ELSEWHERE |= {
+    "python -m cluster.local --nodes 3 --cpus 1": LOCAL,
+    "python -m orchestrator.run resnet --workers 1:3 --address 127.0.0.1:6379": LOCAL,
+    "python -m cluster.local --stop": LOCAL,
+}
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
 
 
@@ -29,7 +35,9 @@ def test_every_command_is_known() -> None:
     found = commands()
     assert set(ELSEWHERE) <= set(found)
     assert (REPOSITORY / ".ci/run").read_text().count("pip install --quiet --editable") == 2
-    tests = "".join((REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in ("first_day", "rehearsals"))
+    tests = "".join(
+        (REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in ("first_day", "rehearsals", "autoscaling")
+    )
     assert all(name == ".ci/run" or f"def {name}(" in tests for name in ELSEWHERE.values())
 
 
