@@ -1,7 +1,8 @@
 """`python -m cluster.local --nodes 3 --cpus 1`: a cluster of several nodes on this machine, with Ray's real autoscaler.
 
 For trying things out: nodes come when a run asks for them and go when they are idle. Each is a raylet with its own
-workers, all on loopback. `python -m cluster.local --stop` ends it.
+workers. They demand the token of ~/.ray, as any cluster that `ray start` starts does. `python -m cluster.local --stop`
+ends it.
 """
 
 import argparse
@@ -20,7 +21,7 @@ MARK = "ORCHESTRATOR_LOCAL_CLUSTER"  # in the environment of all its processes
 STOP_S = 10.0
 
 
-def configuration(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> dict[str, Any]:
+def configuration(nodes: int, cpus: float, least: int, idle_s: float, address: str) -> dict[str, Any]:
     """The autoscaler's configuration: Ray's fake_multinode provider, whose nodes are processes of this machine."""
     worker = {"resources": {"CPU": cpus}, "node_config": {}, "min_workers": least, "max_workers": nodes}
     return {
@@ -30,7 +31,7 @@ def configuration(nodes: int, cpus: float, least: int, idle_s: float, port: int)
         "upscaling_speed": 1000,
         "provider": {
             "type": "fake_multinode",
-            "gcs_address": f"127.0.0.1:{port}",
+            "gcs_address": address,
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -41,37 +42,41 @@ def configuration(nodes: int, cpus: float, least: int, idle_s: float, port: int)
             "worker": worker,
         },
         "head_node_type": "ray.head.default",
-        "head_node": {},
-        "worker_nodes": {},
+        # Nothing is copied or installed, for every node is this machine; the autoscaler wants to read it all the same.
+        **{key: {} for key in ("auth", "docker", "file_mounts", "head_node", "worker_nodes")},
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands")},
+        **{f"{who}setup_commands": [] for who in ("", "head_", "worker_")},
+        **{f"{who}_start_ray_commands": [] for who in ("head", "worker")},
     }
 
 
 def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
     """Start the head; nodes follow when they are asked for. Returns the cluster's address."""
+    from ray.util import get_node_ip_address
+
     from orchestrator.watch import node_token
 
-    folder = Path(tempfile.mkdtemp(prefix="rlc-", dir="/tmp"))  # short: Ray's sockets live below it
+    address = f"{get_node_ip_address()}:{port}"
+    folder = Path(tempfile.mkdtemp(prefix="local-cluster-"))
     file = folder / "autoscaler.yaml"
-    file.write_text(yaml.safe_dump(configuration(nodes, cpus, least, idle_s, port)))
+    file.write_text(yaml.safe_dump(configuration(nodes, cpus, least, idle_s, address)))
     node_token()
     environment = os.environ | {
         MARK: str(folder),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "0",  # the second version has no such provider in Ray's wheel
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # all addresses are 127.0.0.1
     }
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=0", f"--port={port}",
-        "--node-ip-address=127.0.0.1", f"--autoscaling-config={file}", f"--temp-dir={folder}",
-        "--include-dashboard=false",
+        f"--autoscaling-config={file}", "--include-dashboard=false",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         stop()
         reason = (done.stderr or done.stdout).strip().splitlines()
         raise SystemExit(f"error: Ray did not start: {reason[-1] if reason else 'no reason given'}")
-    return f"127.0.0.1:{port}"
+    return address
 
 
 def stop() -> int:
@@ -81,14 +86,15 @@ def stop() -> int:
     # isort: split
     import psutil
 
-    found, folders = [], set()
+    found, folders = set(), set()
     for process in psutil.process_iter():
         try:
             folder = process.environ().get(MARK)
         except psutil.Error:
             continue
         if folder and process.pid != os.getpid():
-            found.append(process)
+            # Children too: Ray's agents write their titles over their environment.
+            found |= {process, *process.children(recursive=True)}
             folders.add(folder)
     for process in found:
         process.terminate()

@@ -18,7 +18,7 @@ def autoscaling() -> Iterator[str]:
     local, before = [sys.executable, "-m", "cluster.local"], ray_processes()
     started = call([*local, "--nodes", "2", "--cpus", "1", "--idle", "3", "--port", str(port)], 120)
     assert started.status == 0, started.out + started.err
-    yield f"127.0.0.1:{port}"
+    yield started.out.split(" at ")[1].split(";")[0]
     assert "ended" in call([*local, "--stop"], 60).out
     wait_until(lambda: not ray_processes() - before, 30, "the cluster's processes to end")
 

@@ -18,7 +18,7 @@ ELSEWHERE = {
 LOCAL = "test_from_no_node_to_the_minimum_to_the_maximum_and_back"
 ELSEWHERE |= {
     "python -m cluster.local --nodes 3 --cpus 1": LOCAL,
-    "python -m orchestrator.run resnet --workers 1:3 --address 127.0.0.1:6379": LOCAL,
+    "python -m orchestrator.run resnet --workers 1:3": LOCAL,
     "python -m cluster.local --stop": LOCAL,
 }
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each

@@ -40,15 +40,18 @@ def incidents(folder: Path) -> list[dict[str, Any]]:
     return list(result(folder / "r-disturbed")["incidents"])
 
 
-def assert_passed(done: Done, folder: Path, *kinds: str) -> None:
-    """Same weights and ledger, every fault fired, no committed step lost, and these kinds of incident among them."""
+def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> None:
+    """Same weights and ledger, every fault fired, and these kinds of incident among them.
+
+    No committed step is lost, but where all workers may be: then no more than the checkpoints' cadence.
+    """
     assert done.status == 0, done.out + done.err
     assert "passed: the same weights" in done.out
     # Faults that overlap are one incident, but each worker leaves for a reason of its own.
     found = {incident["kind"] for incident in incidents(folder)}
     found |= {left["why"] for left in events(folder / "r-disturbed", "worker_left")}
     assert set(kinds) <= found
-    assert all(incident["steps_lost"] == 0 for incident in incidents(folder))
+    assert all(incident["steps_lost"] <= cadence for incident in incidents(folder))
     for incident in incidents(folder):
         phases = ("regroup_s", "restore_s", "recompute_s")
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
@@ -75,7 +78,7 @@ def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
     ]
     often = ("resnet", "--steps", "1000", "--checkpoint-every", "50")
     done = rehearse(tmp_path, often, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
-    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced")
+    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
     assert events(tmp_path / "r-disturbed", "straggler_found")
     errors = (tmp_path / "r-disturbed" / "logs" / "errors.log").read_text()
     assert "InjectedError" in errors
