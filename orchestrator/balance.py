@@ -4,6 +4,7 @@ A step takes as long as its slowest worker: the best shares give everyone about 
 on shares, so they may follow the machines as closely as measurement allows.
 """
 
+import heapq
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ KNOWN_S = 2.0  # a pace that was measured for less is not acted upon
 LEAST_GAIN = 0.05  # of a step's time: measured paces vary by a few percent
 PAYBACK_S = 60.0  # what a move costs has to be won back three times in this time, or until the run's end
 PAYBACK_TIMES = 3.0
+MOST_STRAGGLERS = 2  # that are looked at: the slowest
 SLOW = 1.5  # a worker that needs so many times the median is a straggler
 
 
@@ -56,8 +58,13 @@ def shares(shards: int, speeds: Sequence[float]) -> list[int]:
     assert len(speed) <= shards
     assert (speed > 0).all()
     counts = _whole_parts(shards, speed)
-    for _ in range(shards - int(counts.sum())):
-        counts[int(np.argmin((counts + 1) / speed))] += 1
+    left = shards - int(counts.sum())
+    done_s = [(float(at), rank) for rank, at in enumerate((counts + 1) / speed)] if left else []
+    heapq.heapify(done_s)
+    for _ in range(left):
+        rank = done_s[0][1]
+        counts[rank] += 1
+        heapq.heapreplace(done_s, (float((counts[rank] + 1) / speed[rank]), rank))
     return [int(count) for count in counts]
 
 
@@ -148,8 +155,11 @@ def stragglers(shards: int, paces: Sequence[Pace]) -> list[Straggler]:
     if len(paces) < 2 or any(pace.known_s < KNOWN_S for pace in paces):
         return []
     shard_s = [pace.shard_s for pace in paces]
+    # The median of the others is at least this; looking at each one's others would take minutes for thousands.
+    low = sorted(shard_s)[(len(shard_s) - 2) // 2]
+    slow = sorted((s, rank) for rank, s in enumerate(shard_s) if s >= SLOW * low)[-MOST_STRAGGLERS:]
     found: list[Straggler] = []
-    for rank, seconds in enumerate(shard_s):
+    for seconds, rank in reversed(slow):
         others = shard_s[:rank] + shard_s[rank + 1 :]
         usual = statistics.median(others)
         if seconds < SLOW * usual:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.cluster_fit import Node, choose_workers
+from orchestrator.cluster_fit import Node, Offer, choose_workers
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
@@ -88,7 +88,9 @@ def launch(
         plan, folder.uri, uuid.uuid4().hex, description, started_s, workers, maximum, own_cluster, faults
     )
     coordinator = _start_coordinator(assignment)
-    trainer = threading.Thread(target=_fit, args=(assignment, coordinator, per_worker), name="ray-train", daemon=True)
+    trainer = threading.Thread(
+        target=_fit, args=(assignment, coordinator, per_worker, offered), name="ray-train", daemon=True
+    )
     trainer.start()
     try:
         with _signals(coordinator) as interrupted:
@@ -125,7 +127,7 @@ def _start_coordinator(assignment: Assignment) -> Any:
         raise UserError(f"--name {name}: this run is going on already on this cluster") from None
 
 
-def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float]) -> None:
+def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float], offered: Offer | None) -> None:
     """Run TorchTrainer.fit; in a thread, for the main thread shows progress and takes signals."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -154,8 +156,7 @@ def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float])
         with tempfile.TemporaryDirectory(prefix="orchestrator-ray-") as scratch:
             Trainer(
                 train_worker,
-                own_cluster=assignment.loopback,
-                maximum=assignment.maximum,
+                asked_for=assignment.maximum if offered else 0,
                 train_loop_config=task,
                 torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum),
                 scaling_config=scaling,

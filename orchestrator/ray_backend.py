@@ -23,22 +23,24 @@ __all__ = ["OwnGroupConfig", "Trainer"]
 class Trainer(TorchTrainer):
     """TorchTrainer with workers that are replaced one by one, without data sets and without a cleaner.
 
-    A workload reads its own data. Ray removes the placement group of a job that ends by itself. On a cluster of the
-    command's own there is no autoscaler to ask either.
+    A workload reads its own data. Ray removes the placement group of a job that ends by itself.
+
+    Args:
+        asked_for: workers that the autoscaler is asked for; 0: there is none.
     """
 
-    def __init__(self, *arguments: Any, own_cluster: bool, maximum: int, **named: Any) -> None:
-        self._own_cluster, self._maximum = own_cluster, maximum
+    def __init__(self, *arguments: Any, asked_for: int, **named: Any) -> None:
+        self._asked_for = asked_for
         super().__init__(*arguments, **named)
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         controller["callbacks"] = [c for c in controller["callbacks"] if not isinstance(c, unused)]
-        if self._own_cluster:
-            controller["scaling_policy"] = StaticPolicy(self.scaling_config)
-        else:
+        if self._asked_for:
             controller["scaling_policy"] = GrowingPolicy(self.scaling_config)
-            controller["scaling_policy"].maximum = self._maximum
+            controller["scaling_policy"].maximum = self._asked_for
+        else:
+            controller["scaling_policy"] = StaticPolicy(self.scaling_config)
         here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         variables = get_env_vars_to_propagate()
         actor_class: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})

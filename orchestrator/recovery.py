@@ -185,8 +185,8 @@ class Roster:
 
 def beside_each_other(members: list[Member]) -> list[Member]:
     """The same order, but those of one node together: neighbouring shards meet before they cross the network."""
-    nodes = list(dict.fromkeys(m.node for m in members))
-    return sorted(members, key=lambda m: nodes.index(m.node))
+    nodes = {node: number for number, node in enumerate(dict.fromkeys(m.node for m in members))}
+    return sorted(members, key=lambda m: nodes[m.node])
 
 
 def stall_limit_s(given_s: float, step_s: Iterable[float], begun: bool) -> float:

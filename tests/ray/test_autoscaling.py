@@ -34,7 +34,7 @@ def test_from_no_node_to_the_minimum_to_the_maximum_and_back(autoscaling: str, t
     refused = run("resnet", "--resources-per-worker", "GPU=1", *kept_in(tmp_path, "gpu", autoscaling))
     assert refused.status == 2
     assert "the autoscaler could add 2 x CPU=1; no worker fits" in refused.err
-    steps = ["--steps", "600", "--balance", "even"]
+    steps = ["--steps", "400", "--balance", "even"]
     done = run("resnet", *steps, "--workers", "1:2", *kept_in(tmp_path, "run", autoscaling))
     assert done.status == 0, done.err
     assert "waiting for workers: 1 more needed, 0 there" in done.err

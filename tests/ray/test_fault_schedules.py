@@ -38,7 +38,7 @@ def test_a_worker_that_is_stuck_is_replaced_and_its_stack_kept(tmp_path: Path) -
     done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--stall-limit", "2"))
     assert done.status == 0, done.err
     assert result(tmp_path / "run")["incidents"][0]["kind"] == "worker_stuck"
-    assert "before_step" in (tmp_path / "run" / "logs" / "errors.log").read_text()
+    assert "in drag" in (tmp_path / "run" / "logs" / "errors.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_a_host_is_cut_off_and_comes_back(tmp_path: Path) -> None:
         address = net.start_ray(0, cpus=0)
         for number in (1, 2):
             net.start_ray(number, cpus=1)
-        settings = ["bert", "--steps", "2000", "--checkpoint-every", "1000000", "--sequence-length", "16"]
+        settings = ["bert", "--steps", "1300", "--checkpoint-every", "1000000", "--sequence-length", "16"]
         small = ["--hidden-size", "32", "--shards", "4", "--batch-size", "16"]
         flags = [*kept_in(tmp_path, "r", address), "--workers", "1:2", "--faults", str(schedule)]
         process = net.start(0, [sys.executable, "-m", "orchestrator.rehearse", *settings, *small, *flags])

@@ -43,7 +43,7 @@ def test_a_run_on_object_storage_resumes(bucket: str, tmp_path: Path) -> None:
     from orchestrator.storage import Folder
 
     os.environ.update(KEYS)
-    steps = ["--steps", "300", "--checkpoint-every", "30", "--workers", "1"]
+    steps = ["--steps", "150", "--checkpoint-every", "30", "--workers", "1"]
     assert run("resnet", *steps, "--storage", str(tmp_path), "--name", "local").status == 0
     process = start(["resnet", *steps, "--storage", bucket, "--name", "run"], **KEYS)
     folder = Folder(bucket).child("run")
@@ -58,7 +58,7 @@ def test_a_run_on_object_storage_resumes(bucket: str, tmp_path: Path) -> None:
     found = json.loads(folder.read("result.json"))
     assert found["weights_sha256"] == result(tmp_path / "local")["weights_sha256"]
     lines = folder.read("metrics.jsonl").decode().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 301))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 151))
     assert "model.safetensors" in folder.child("model").names()
 
 

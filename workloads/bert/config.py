@@ -73,7 +73,7 @@ class BertConfig(RunConfig):
     batch_size: int = setting(64, low=1)
     """Global batch: sequences per step over all workers; a multiple of the shards."""
 
-    steps: int | None = setting(1200, low=1)
+    steps: int | None = setting(700, low=1)
     """Training length in optimizer steps; give this or --epochs."""
 
     epochs: int | None = setting(None, low=1)
