@@ -73,10 +73,10 @@ def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
         fault("kill", 0, step=300, workers=3),
         fault("kill", 1, step=300),
         fault("kill", 0, step=400, during="checkpoint", workers=2),
-        fault("slow", 1, step=450, seconds=0.3, steps=40, workers=2),
-        fault("kill", 0, step=699, workers=2),
+        fault("slow", 1, step=500, seconds=0.3, steps=40, workers=2),
+        fault("kill", 0, step=999, workers=2),
     ]
-    often = ("resnet", "--steps", "700", "--checkpoint-every", "50")
+    often = ("resnet", "--steps", "1000", "--checkpoint-every", "50")
     done = rehearse(tmp_path, often, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
     assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
     assert events(tmp_path / "r-disturbed", "straggler_found")
