@@ -81,11 +81,9 @@ def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
 
 def stop() -> int:
     """End all clusters that `start` started here; returns how many processes there were."""
-    import ray  # noqa: F401  (brings psutil)
+    from orchestrator.watch import psutil_of_ray
 
-    # isort: split
-    import psutil
-
+    psutil = psutil_of_ray()
     found, folders = set(), set()
     for process in psutil.process_iter():
         try:

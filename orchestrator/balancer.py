@@ -3,6 +3,7 @@
 Part of the coordinator.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from orchestrator.shards import Placement, even_placement, placement_from_counts
 
 MOVE_COST_S = 0.5  # until one was measured
 SETTLE_STEPS = 5  # of a generation before it is judged: caches are cold
+EVERY_S = 1.0  # with thousands of workers each look takes tens of milliseconds
 HOLD_S = 3.0  # a better placement has to stay better for so long: what starts beside a worker slows it for a moment
 LEAVE_AFTER_S = 20.0  # a straggler that the run is better off without is given so long
 
@@ -29,6 +31,7 @@ class Balancer:
         self._move: balance.Move | None = None
         self._wanted_since = 0.0
         self._begun_at = 0
+        self._looked_s = 0.0
 
     def heard(self, member_id: str, before: Beat, beat: Beat) -> None:
         """A beat of a worker after another one; one of an earlier generation may still be on its way."""
@@ -64,15 +67,23 @@ class Balancer:
             self._move = None
         return chosen
 
-    def wants_move(self, order: Sequence[Member], placement: Placement) -> bool:
-        """Whether other shares would pay; then the generation should end at its next step boundary."""
-        seconds = self._journal.step_seconds()
-        if not self._enabled or self._journal.recorded - self._begun_at < SETTLE_STEPS or not seconds:
+    def judges(self, now: float) -> bool:
+        """Whether it is time to look again, and there is enough to go by."""
+        settled = self._journal.recorded - self._begun_at >= SETTLE_STEPS
+        if not (self._enabled and settled) or now - self._looked_s < EVERY_S:
             return False
-        step_s = sum(seconds[-SETTLE_STEPS:]) / len(seconds[-SETTLE_STEPS:])
+        self._looked_s = now
+        return True
+
+    def wants_move(self, order: Sequence[Member], placement: Placement) -> bool:
+        """Whether other shares would pay; then the generation should end at its next step boundary.
+
+        To be asked, as `straggler`, when `judges` says so.
+        """
+        step_s = statistics.fmean(self._journal.step_seconds()[-SETTLE_STEPS:])
         left = self._total_steps - self._journal.recorded
         counts = [len(part) for part in placement]
-        cost_s = self._journal.pause_s or MOVE_COST_S
+        cost_s = self._journal.pause_seconds() or MOVE_COST_S
         move, now = balance.better(counts, self._of(order), step_s, left, cost_s), time.time()
         if move is None:
             self._wanted_since = 0.0
@@ -83,8 +94,6 @@ class Balancer:
 
     def straggler(self, order: Sequence[Member]) -> Member | None:
         """Report stragglers; returns one that the run is better off without, if it has been so for a while."""
-        if not self._enabled or self._journal.recorded - self._begun_at < SETTLE_STEPS:
-            return None
         paces, now = self._of(order), time.time()
         found = {order[s.rank].id: s for s in balance.stragglers(self._shards, paces)}
         for member_id in set(self._slow_since) - set(found):

@@ -90,8 +90,9 @@ def _fault(table: dict[str, Any], where: str) -> Fault:
         raise UserError(f"{where}: give step or time_s, one of them")
     if kind != "add-node" and "rank" not in table:
         raise UserError(f"{where}: {kind} needs the rank of a worker" + (" on the node" if kind in NODE_KINDS else ""))
-    if table.get("during", "step") not in MOMENTS:
-        raise UserError(f"{where}: during = {table['during']!r}: not known; use {', '.join(MOMENTS)}")
-    if table.get("during", "step") != "step" and (kind not in ("kill", "stop") or "step" not in table):
+    fault = Fault(**table)
+    if fault.during not in MOMENTS:
+        raise UserError(f"{where}: during = {fault.during!r}: not known; use {', '.join(MOMENTS)}")
+    if fault.during != "step" and (kind not in ("kill", "stop") or fault.step < 0):
         raise UserError(f"{where}: during: goes with kill or stop, and with step")
-    return Fault(**table)
+    return fault

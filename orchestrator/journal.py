@@ -79,7 +79,6 @@ class Journal:
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
         self._seconds: deque[float] = deque(maxlen=50)
         self._training_s = 0.0
-        self.pause_s = 0.0  # that the newest pause took
         self.result: dict[str, Any] | None = None
         config = plan.config
         if again:
@@ -130,6 +129,10 @@ class Journal:
             self._check_at_s = time.monotonic() + OWNER_EVERY_S
             self.superseded = self._folder.owner() != self._token
         return self.superseded
+
+    def pause_seconds(self) -> float:
+        """What the newest pause at a step boundary cost; 0: there was none."""
+        return next((i.recovery_s for i in reversed(self.incidents) if i.kind in PAUSES), 0.0)
 
     def step_seconds(self) -> list[float]:
         """Seconds of the newest steps."""
@@ -211,8 +214,6 @@ class Journal:
             generation=found.generation,
             detail=found.detail,
         )
-        if incident.kind in PAUSES:
-            self.pause_s = incident.recovery_s
         self._unsettled.append((incident, found.nodes))
 
     async def settle(self, reachable: Callable[[str], Awaitable[bool]]) -> None:

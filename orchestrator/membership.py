@@ -272,7 +272,7 @@ class Membership:
 
     def _balance(self, now: float) -> None:
         """Move shards from slow workers to quick ones; a worker that only holds the others up leaves."""
-        if not (self.roster.training and self.begun) or self._pausing:
+        if self._pausing or not (self.roster.training and self.begun and self._balancer.judges(now)):
             return
         order = self.roster.by_rank
         slow = self._balancer.straggler(order)

@@ -36,9 +36,11 @@ def _nodes(groups: list[tuple[dict[str, float], dict[str, str], int]]) -> Iterat
 
 def _configuration_here() -> Path | None:
     """What the first version of the autoscaler was started with, if it runs on this machine, for our cluster."""
-    import psutil
     import ray
 
+    from orchestrator.watch import psutil_of_ray
+
+    psutil = psutil_of_ray()
     address = ray.get_runtime_context().gcs_address
     for process in psutil.process_iter():
         try:

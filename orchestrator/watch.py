@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -78,17 +79,19 @@ def declared_speed() -> float:
     return TERAFLOPS.get(labels.get("ray.io/accelerator-type", ""), 1.0)
 
 
+def psutil_of_ray() -> Any:
+    """The psutil that Ray's wheel brings along, importable once Ray is."""
+    import ray  # noqa: F401
+
+    return importlib.import_module("psutil")
+
+
 def interface_of(address: str) -> str:
     """The network interface of this machine that has `address`, "" if none has.
 
     gloo would take the one that the host's name stands for, which on many machines is 127.0.1.1.
     """
-    import ray  # noqa: F401  (brings psutil)
-
-    # isort: split
-    import psutil
-
-    addresses = psutil.net_if_addrs()
+    addresses = psutil_of_ray().net_if_addrs()
     return next((name for name, known in addresses.items() if any(a.address == address for a in known)), "")
 
 

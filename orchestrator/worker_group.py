@@ -30,6 +30,11 @@ from ray.util.placement_group import PlacementGroup
 
 from orchestrator.seats import NAMESPACE, OVER
 
+LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
+BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
+END_S = 5.0  # workers still there so long after the run's end are shut down
+log = logging.getLogger("ray.train")
+
 
 class _NoBarrier:
     """Instead of Ray Train's actor for barriers between workers that report(): ours do not, and it costs a process."""
@@ -43,11 +48,6 @@ class _NoBarrier:
 
 worker_group.SynchronizationActor = _NoBarrier()
 state._shutdown_sync_actor = lambda _: None
-
-LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
-BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
-END_S = 5.0  # workers still there so long after the run's end are shut down
-log = logging.getLogger("ray.train")
 
 
 @dataclass
@@ -155,7 +155,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.kill(filled.worker.actor)
         if status.return_value == OVER:
             return
-        failures = filled.failures + 1 if status.error and lived_s < LIVED_S else 0
+        self._open(filled.failures + 1 if status.error and lived_s < LIVED_S else 0)
+
+    def _open(self, failures: int) -> None:
+        """A worker is missing; after `failures` in a row the next one is asked for later."""
         wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
         self._openings.append(Opening(failures, time.monotonic() + wait_s))
 
@@ -178,9 +181,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         except Exception:
             log.warning("a new worker did not start", exc_info=True)
             ray.kill(opening.actor)
-            failures = opening.failures + 1
-            wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
-            self._openings.append(Opening(failures, time.monotonic() + wait_s))
+            self._open(opening.failures + 1)
 
     def _ask(self, opening: Opening) -> None:
         """Ask Ray for a process; it comes when there is room, which the autoscaler may have to make."""

@@ -53,9 +53,14 @@ def kept_in(storage: Path, name: str = "run", cluster: str = "") -> list[str]:
 
 
 def start(arguments: Sequence[str], **changes: str) -> "subprocess.Popen[str]":
-    """`python -m orchestrator.run ARGUMENTS` in a session of its own."""
+    """`python -m orchestrator.run ARGUMENTS`, as `begin`."""
+    return begin([sys.executable, "-m", "orchestrator.run", *arguments], **changes)
+
+
+def begin(command: Sequence[str], **changes: str) -> "subprocess.Popen[str]":
+    """Any command in a session of its own; see `finish`."""
     return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.run", *arguments],
+        command,
         cwd=REPOSITORY,
         env=environment(**changes),
         stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from commands import RAY, REPOSITORY, call, environment, wait_until
+from commands import RAY, begin, call, wait_until
 
 NOT_HERE = "" if os.geteuid() == 0 and shutil.which("ip") else "network namespaces need root and iproute2"
 
@@ -72,10 +72,7 @@ class Hosts:
 
     def start(self, number: int, command: Sequence[str]) -> "subprocess.Popen[str]":
         """A command on a host; see commands.finish."""
-        return subprocess.Popen(
-            self.on(number, command), cwd=REPOSITORY, env=environment(RAY_AUTH_MODE="token"), start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        return begin(self.on(number, command), RAY_AUTH_MODE="token")
 
     def processes(self, number: int) -> list[int]:
         """Ids of what runs on a host."""

@@ -40,18 +40,18 @@ def incidents(folder: Path) -> list[dict[str, Any]]:
     return list(result(folder / "r-disturbed")["incidents"])
 
 
-def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> None:
+def assert_passed(done: Done, folder: Path, *kinds: str) -> None:
     """Same weights and ledger, every fault fired, and these kinds of incident among them.
 
-    No committed step is lost, but where all workers may be: then no more than the checkpoints' cadence.
+    No committed step is lost, but where a checkpoint had to be loaded, for all workers died.
     """
     assert done.status == 0, done.out + done.err
     assert "passed: the same weights" in done.out
-    # Faults that overlap are one incident, but each worker leaves for a reason of its own.
-    found = {incident["kind"] for incident in incidents(folder)}
-    found |= {left["why"] for left in events(folder / "r-disturbed", "worker_left")}
-    assert set(kinds) <= found
-    assert all(incident["steps_lost"] <= cadence for incident in incidents(folder))
+    found = [incident["kind"] for incident in incidents(folder)]
+    for kind in kinds:
+        assert kind in found, f"{kind} is not among {found}"
+    lossy = [incident for incident in incidents(folder) if incident["steps_lost"]]
+    assert len(lossy) <= len(events(folder / "r-disturbed", "checkpoint_loaded"))
     for incident in incidents(folder):
         phases = ("regroup_s", "restore_s", "recompute_s")
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
@@ -65,20 +65,20 @@ def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
         fault("stop", 0, step=100, workers=3),
         fault("slow", 0, step=5, seconds=0.05),
         # Two of three in one step; then who receives state dies, and then who gives it.
-        fault("kill", 1, step=200, workers=3),
-        fault("kill", 2, step=200),
-        fault("kill", 1, step=201, during="restore", workers=2),
-        fault("kill", 0, step=202, during="restore", workers=2),
+        fault("kill", 1, step=500, workers=3),
+        fault("kill", 2, step=500),
+        fault("kill", 1, step=501, during="restore", workers=2),
+        fault("kill", 0, step=502, during="restore", workers=2),
         # Rank 0 and at once another.
-        fault("kill", 0, step=300, workers=3),
-        fault("kill", 1, step=300),
-        fault("kill", 0, step=400, during="checkpoint", workers=2),
-        fault("slow", 1, step=500, seconds=0.3, steps=40, workers=2),
-        fault("kill", 0, step=999, workers=2),
+        fault("kill", 0, step=600, workers=3),
+        fault("kill", 1, step=600),
+        fault("kill", 0, step=700, during="checkpoint", workers=2),
+        fault("slow", 1, step=800, seconds=0.3, steps=40, workers=2),
+        fault("kill", 0, step=1299, workers=2),
     ]
-    often = ("resnet", "--steps", "1000", "--checkpoint-every", "50")
+    often = ("resnet", "--steps", "1300", "--checkpoint-every", "50")
     done = rehearse(tmp_path, often, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
-    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
+    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced")
     assert events(tmp_path / "r-disturbed", "straggler_found")
     errors = (tmp_path / "r-disturbed" / "logs" / "errors.log").read_text()
     assert "InjectedError" in errors
