@@ -1,6 +1,7 @@
 """Random histories of a roster: joins, losses, drains, flapping nodes and time in any order."""
 
 import dataclasses
+import itertools
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -101,11 +102,15 @@ class Histories(RuleBasedStateMachine):
         assert roster.generation == generation + 1
         newest = max(m.step for m in ready.values())
         assert order[0].step == newest, "the newest state is abandoned"
-        assert [m.step for m in order] == sorted((m.step for m in order), reverse=True)
-        for step in {m.step for m in order}:
-            ranks = [m.rank for m in order if m.step == step]
-            old = [rank for rank in ranks if rank >= 0]
-            assert ranks[: len(old)] == sorted(old), "ranks do not stay as they were"
+        nodes = [node for node, _ in itertools.groupby(order, key=lambda m: m.node)]
+        assert len(set(nodes)) == len(nodes), "workers of a node are no neighbours"
+        first = [m for n, m in enumerate(order) if m.node not in {before.node for before in order[:n]}]
+        for some in (first, *([m for m in order if m.node == node] for node in nodes)):
+            assert [m.step for m in some] == sorted((m.step for m in some), reverse=True)
+            for step in {m.step for m in some}:
+                ranks = [m.rank for m in some if m.step == step]
+                old = [rank for rank in ranks if rank >= 0]
+                assert ranks[: len(old)] == sorted(old), "ranks do not stay as they were"
         staying = [m for m in ready.values() if m.id not in avoided]
         if avoided & set(ids):
             assert len(staying) < roster.minimum or all(m.step < newest for m in staying)
