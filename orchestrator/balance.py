@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.shards import Placement, even_placement, placement_from_counts
+
 SMOOTH_S = 4.0  # time constant of a measured pace
 KNOWN_S = 2.0  # a pace that was measured for less is not acted upon
 LEAST_GAIN = 0.05  # of a step's time: measured paces vary by a few percent
@@ -57,15 +59,16 @@ def shares(shards: int, speeds: Sequence[float]) -> list[int]:
     speed = np.asarray(speeds, dtype=np.float64)
     assert len(speed) <= shards
     assert (speed > 0).all()
-    counts = _whole_parts(shards, speed)
-    left = shards - int(counts.sum())
-    done_s = [(float(at), rank) for rank, at in enumerate((counts + 1) / speed)] if left else []
+    counts: list[int] = _whole_parts(shards, speed).tolist()
+    pace: list[float] = speed.tolist()
+    left = shards - sum(counts)
+    done_s = [((count + 1) / pace[rank], rank) for rank, count in enumerate(counts)] if left else []
     heapq.heapify(done_s)
     for _ in range(left):
         rank = done_s[0][1]
         counts[rank] += 1
-        heapq.heapreplace(done_s, (float((counts[rank] + 1) / speed[rank]), rank))
-    return [int(count) for count in counts]
+        heapq.heapreplace(done_s, ((counts[rank] + 1) / pace[rank], rank))
+    return counts
 
 
 def _whole_parts(shards: int, speed: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -83,6 +86,19 @@ def _whole_parts(shards: int, speed: NDArray[np.float64]) -> NDArray[np.int64]:
 def step_seconds(counts: Sequence[int], shard_s: Sequence[float]) -> float:
     """Seconds that the slowest worker computes."""
     return max(count * seconds for count, seconds in zip(counts, shard_s, strict=True))
+
+
+def best_seconds(shards: int, shard_s: NDArray[np.float64]) -> float:
+    """step_seconds of the best shares, without dealing them out: the least time in which `shards` can be done."""
+    low = max(shards / float((1 / shard_s).sum()), float(shard_s.max()))  # each worker has one at least
+    high = low + float(shard_s.max())  # in which rounding down costs nobody more than one
+    for _ in range(50):
+        middle = (low + high) / 2
+        if int(np.floor(middle / shard_s * (1 + 1e-12)).sum()) >= shards:
+            high = middle
+        else:
+            low = middle
+    return high
 
 
 @dataclass(frozen=True)
@@ -125,12 +141,21 @@ def speeds(paces: Sequence[Pace], declared: Sequence[float]) -> list[float]:
 
     Args:
         paces: in rank order.
-        declared: speeds of the machines relative to each other.
+        declared: speeds of the machines relative to each other; 0: nothing is said of it, so it is a usual one.
     """
+    usual = statistics.median([speed for speed in declared if speed] or [1.0])
+    declared = [speed or usual for speed in declared]
     known = [p.known_s >= KNOWN_S for p in paces]
     ratios = [1 / p.shard_s / d for p, d, sure in zip(paces, declared, known, strict=True) if sure]
     unit = statistics.median(ratios) if ratios else 1.0
     return [1 / p.shard_s if sure else d * unit for p, d, sure in zip(paces, declared, known, strict=True)]
+
+
+def placement(shards: int, speeds: Sequence[float]) -> Placement:
+    """Even shares, or others where they make a step shorter by LEAST_GAIN."""
+    even, counts, shard_s = even_placement(shards, len(speeds)), shares(shards, speeds), [1 / s for s in speeds]
+    best_s, even_s = step_seconds(counts, shard_s), step_seconds([len(own) for own in even], shard_s)
+    return placement_from_counts(counts) if best_s < even_s * (1 - LEAST_GAIN) else even
 
 
 @dataclass(frozen=True)
@@ -159,12 +184,13 @@ def stragglers(shards: int, paces: Sequence[Pace]) -> list[Straggler]:
     low = sorted(shard_s)[(len(shard_s) - 2) // 2]
     slow = sorted((s, rank) for rank, s in enumerate(shard_s) if s >= SLOW * low)[-MOST_STRAGGLERS:]
     found: list[Straggler] = []
+    everyone = np.asarray(shard_s)
+    now_s = best_seconds(shards, everyone) if slow else 0.0
     for seconds, rank in reversed(slow):
-        others = shard_s[:rank] + shard_s[rank + 1 :]
-        usual = statistics.median(others)
+        others = np.delete(everyone, rank)
+        usual = float(np.median(others))
         if seconds < SLOW * usual:
             continue
-        best = lambda all_s: step_seconds(shares(shards, [1 / s for s in all_s]), all_s)  # noqa: E731
-        now_s, mended_s, without_s = best(shard_s), best([*others, usual]), best(others)
-        found.append(Straggler(rank, seconds / usual, 1 - mended_s / now_s, without_s < now_s))
+        mended_s, without_s = best_seconds(shards, np.append(others, usual)), best_seconds(shards, others)
+        found.append(Straggler(rank, seconds / usual, 1 - mended_s / now_s, without_s < now_s * (1 - 1e-9)))
     return found

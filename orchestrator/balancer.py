@@ -12,7 +12,7 @@ from orchestrator.channel import Beat
 from orchestrator.events import Rebalanced, StragglerFound
 from orchestrator.journal import Journal
 from orchestrator.recovery import Member
-from orchestrator.shards import Placement, even_placement, placement_from_counts
+from orchestrator.shards import Placement, even_placement
 
 MOVE_COST_S = 0.5  # until one was measured
 SETTLE_STEPS = 5  # of a generation before it is judged: caches are cold
@@ -52,15 +52,10 @@ class Balancer:
 
     def placement(self, order: Sequence[Member]) -> Placement:
         """Shards for the members of the next generation, in rank order."""
-        even, paces, declared = even_placement(self._shards, len(order)), self._of(order), [m.speed for m in order]
         self._begun_at, self._wanted_since = self._journal.recorded, 0.0
         if not self._enabled:
-            return even
-        speeds = balance.speeds(paces, declared)
-        counts = balance.shares(self._shards, speeds)
-        shard_s = [1 / speed for speed in speeds]
-        best_s, even_s = balance.step_seconds(counts, shard_s), balance.step_seconds([len(r) for r in even], shard_s)
-        chosen = placement_from_counts(counts) if best_s < even_s * (1 - balance.LEAST_GAIN) else even
+            return even_placement(self._shards, len(order))
+        chosen = balance.placement(self._shards, balance.speeds(self._of(order), [m.speed for m in order]))
         if self._move is not None:
             ranges = [[r.start, r.stop] for r in chosen]
             self._journal.log(Rebalanced(self._journal.recorded, ranges, round(self._move.gain, 4)))

@@ -1,4 +1,4 @@
-"""How many workers fit on a cluster: a pure decision from its nodes' resources and labels."""
+"""How many workers fit on a cluster, and where: pure decisions from its nodes' resources and labels."""
 
 import math
 import re
@@ -9,13 +9,32 @@ from dataclasses import dataclass
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 
+SPEED_LABEL = "orchestrator-speed"  # of a node, relative to others: `ray start --labels orchestrator-speed=2`
+# Dense 16-bit tensor throughput by NVIDIA's datasheets; it only matters until speeds are measured.
+TERAFLOPS = {
+    "T4": 65.0, "V100": 125.0, "A10G": 70.0, "L4": 121.0, "A100": 312.0, "L40S": 362.0, "H100": 989.0, "H200": 989.0,
+    "B200": 2250.0,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Node:
-    """A node as Ray describes it: total resources and labels."""
+    """A node as Ray describes it.
+
+    Attributes:
+        resources: all that it has.
+        name: its address, for people.
+        free: of its resources, what nobody uses now; None: all.
+    """
 
     resources: Mapping[str, float]
     labels: Mapping[str, str]
+    name: str = ""
+    free: Mapping[str, float] | None = None
+
+    def now(self) -> "Node":
+        """The node without what others use of it."""
+        return self if self.free is None else Node(self.free, self.labels, self.name)
 
 
 @dataclass(frozen=True)
@@ -37,13 +56,28 @@ def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     return True
 
 
+def declared_speed(labels: Mapping[str, str]) -> float:
+    """How fast a node is said to be: by its label SPEED_LABEL, or by its accelerator; 0: nothing is said."""
+    given = labels.get(SPEED_LABEL, "")
+    if re.fullmatch(r"\d+(\.\d+)?", given) and float(given) > 0:
+        return float(given)
+    return TERAFLOPS.get(labels.get("ray.io/accelerator-type", ""), 0.0)
+
+
+def rooms(nodes: Sequence[Node], per_worker: Mapping[str, float], labels: Mapping[str, str]) -> list[int]:
+    """How many workers each node has room for."""
+    amounts = [(name, amount) for name, amount in per_worker.items() if amount]
+    return [
+        min(math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in amounts)
+        if matches(node.labels, labels)
+        else 0
+        for node in nodes
+    ]
+
+
 def capacity(nodes: Sequence[Node], per_worker: Mapping[str, float], placement: str, labels: Mapping[str, str]) -> int:
     """How many workers could run at once if nothing else did."""
-    each = [
-        min(math.floor(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount)
-        for node in nodes
-        if matches(node.labels, labels)
-    ]
+    each = rooms(nodes, per_worker, labels)
     if placement == "strict-pack":
         return max(each, default=0)
     if placement == "strict-spread":
@@ -51,10 +85,29 @@ def capacity(nodes: Sequence[Node], per_worker: Mapping[str, float], placement: 
     return sum(each)
 
 
+def where(
+    nodes: Sequence[Node], per_worker: Mapping[str, float], placement: str, labels: Mapping[str, str], workers: int
+) -> list[int]:
+    """The node's number for each worker, as Ray is expected to place them; fewer if they do not all fit.
+
+    Ray's strategies (docs.ray.io, placement groups): PACK fills node after node, SPREAD takes them in turn, the strict
+    ones take one node, or one node each. Which of several equal nodes Ray takes is its own affair.
+    """
+    left = dict(enumerate(rooms(nodes, per_worker, labels)))
+    if placement == "strict-pack":
+        best = max(left, key=lambda n: left[n], default=0)
+        return [best] * min(workers, left.get(best, 0))
+    if placement == "pack":
+        filled = sorted(left, key=lambda n: -left[n])
+        return sorted([n for n in filled for _ in range(left[n])][:workers])
+    turns = 1 if placement == "strict-spread" else max(left.values(), default=0)
+    return sorted([n for turn in range(turns) for n in left if left[n] > turn][:workers])
+
+
 def choose_workers(
     config: RunConfig, per_worker: Mapping[str, float], nodes: Sequence[Node], offer: Offer | None = None
 ) -> int:
-    """The number of workers to start: what fits, or the minimum if an autoscaler can make room for it.
+    """The number of workers to start: what fits beside others' work, at least the minimum, which may have to wait.
 
     Args:
         offer: of the cluster's autoscaler; None: there is none.
@@ -66,7 +119,8 @@ def choose_workers(
     fits = capacity(nodes, per_worker, config.placement, labels)
     wanted = config.workers
     if fits >= wanted.minimum:
-        return min(wanted.maximum, fits)
+        now = capacity([node.now() for node in nodes], per_worker, config.placement, labels)
+        return max(wanted.minimum, min(wanted.maximum, now))
     offered = offer.nodes if offer else ()
     could = capacity([*nodes, *offered], per_worker, config.placement, labels)
     if offer and (could >= wanted.minimum or not offer.known):

@@ -4,42 +4,19 @@ A setting's help text is the docstring under its field. `result=False` marks the
 the result (workers, placement, cadence): a resumed run takes them as they are given now.
 """
 
-import ast
 import dataclasses
 import difflib
-import inspect
 import json
-import textwrap
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator.errors import UserError
+from orchestrator.settings import parse_value, setting, settings
 from orchestrator.values import Cadence, Pairs, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
 TOGETHER = {"shards", "workers", "batch_size", "steps", "epochs"}  # what check_together looks at side by side
-
-
-def setting(
-    default: Any,
-    *,
-    result: bool = True,
-    choices: Sequence[str] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A field of a configuration.
-
-    Args:
-        default: its value when nothing is given.
-        result: whether another value gives another result.
-        choices: the allowed words, where they are few.
-        low, high: the allowed range of a number, both included.
-    """
-    return field(default=default, metadata={"result": result, "choices": tuple(choices), "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +93,15 @@ class RunConfig:
     loader_processes: int = setting(-1, result=False, low=-1, high=256)
     """Processes per worker that decode and augment ahead. 0: none, in the training process. -1: by kind of data."""
 
+    shuffle_window: int = setting(16, low=1)
+    """Files of prepared data (parquet:URI) whose samples are mixed at a time; data in memory is mixed as a whole."""
+
+    data_cache: float = setting(20.0, result=False, low=0.1)
+    """GB of prepared data that a node keeps on its disk, at least two windows; what was not used longest goes."""
+
+    storage_patience: float = setting(60.0, result=False, low=0)
+    """Seconds for which storage or data that does not answer is asked again before the run stops."""
+
     eval_every: int = setting(0, result=False, low=0)
     """Epochs between evaluations on the held-out split. 0: at the end only."""
 
@@ -145,80 +131,6 @@ class RunConfig:
 
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""
-
-
-def settings(config_type: type[RunConfig]) -> dict[str, dataclasses.Field[Any]]:
-    """Field name -> dataclass field, in the order of declaration."""
-    return {f.name: f for f in dataclasses.fields(config_type)}
-
-
-def help_texts(config_type: type[RunConfig]) -> dict[str, str]:
-    """Field name -> the docstring under the field, joined to one line."""
-    texts: dict[str, str] = {}
-    for cls in reversed(config_type.__mro__):
-        if not (dataclasses.is_dataclass(cls) and cls is not object):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for node, after in zip(body.body, body.body[1:], strict=False):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                texts[node.target.id] = " ".join(str(after.value.value).split())
-    return texts
-
-
-def flag(name: str) -> str:
-    """A setting's name as it is typed: batch_size -> --batch-size."""
-    return "--" + name.replace("_", "-")
-
-
-def parse_value(config_type: type[RunConfig], name: str, raw: Any) -> Any:
-    """The typed value of setting `name` from a flag's text or a TOML value; raises UserError with one line."""
-    meta = settings(config_type)[name].metadata
-    if isinstance(raw, dict | list):
-        raise UserError(f"{flag(name)}: a table or list in TOML; give one value, as on the command line")
-    hint = typing.get_type_hints(config_type)[name]
-    kinds = [
-        k for k in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)) if k is not type(None)
-    ]
-    try:
-        value = _convert(kinds[0], raw)
-    except ValueError as error:
-        raise UserError(f"{flag(name)} {raw}: {error}") from None
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{flag(name)} {raw}: not known; choose from {', '.join(meta['choices'])}")
-    low, high = meta["low"], meta["high"]
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = f"from {low:g}" + (f" to {high:g}" if high is not None else "")
-        raise UserError(f"{flag(name)} {raw}: out of range; give a number {bounds}")
-    return value
-
-
-def _convert(kind: Any, raw: Any) -> Any:
-    if hasattr(kind, "parse"):
-        return raw if isinstance(raw, kind) else kind.parse(str(raw))
-    if kind is bool:
-        words = {"true": True, "false": False}
-        if str(raw).lower() not in words:
-            raise ValueError("write true or false")
-        return words[str(raw).lower()]
-    if kind is str:
-        if not isinstance(raw, str):
-            raise ValueError("write a text in quotes")
-        return raw
-    try:
-        if isinstance(raw, bool) or (kind is int and isinstance(raw, float)):
-            raise ValueError
-        value = kind(raw)
-    except ValueError:
-        raise ValueError("not a whole number" if kind is int else "not a number") from None
-    if kind is float and not -float("inf") < value < float("inf"):
-        raise ValueError("not a finite number")
-    return value
 
 
 def build(config_type: type[C], given: Mapping[str, Any]) -> C:

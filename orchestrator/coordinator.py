@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.balancer import Balancer
+from orchestrator.errors import StorageError
 from orchestrator.events import Event, FaultFired, GenerationStarted, NodeDraining, WorkerFailed
 from orchestrator.injector import Schedule, drain_node
 from orchestrator.journal import Journal
@@ -193,7 +194,12 @@ class Coordinator:
         if self._outcome:
             return
         self._message, self._exit_status = message, exit_status
-        self._journal.end(outcome, message, sha256, metrics or {})
+        try:
+            self._journal.end(outcome, message, sha256, metrics or {})
+        except StorageError as error:
+            log.exception("the run's end cannot be written down")
+            outcome, self._exit_status = "failed", 1
+            self._message = f"{error}; what was there before is kept"
         self._outcome = outcome
         self._members.abandon()
 
@@ -219,6 +225,8 @@ class Coordinator:
             for member in [m for m in roster.seated.values() if alive and m.node not in alive]:
                 self._members.lose(member.id, "node_lost", f"Ray lost node {member.node}")
             await self._journal.settle(self._watch.reachable)
+            if self._journal.problem:
+                self._end("failed", self._journal.problem, 1)
             self._start_faults()
 
     async def status(self) -> Status:

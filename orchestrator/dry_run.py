@@ -1,35 +1,43 @@
-"""`--dry-run`: the complete plan, without Ray."""
+"""`--dry-run`: the complete plan. No Ray is started; with --address that cluster is asked what it has."""
 
 import os
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
 
-from orchestrator.cluster_fit import Node, choose_workers
-from orchestrator.config import to_toml
+from orchestrator import balance
+from orchestrator.cluster_fit import Node, Offer, choose_workers, declared_speed, where
+from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import UserError
+from orchestrator.launch import nodes as living_nodes
+from orchestrator.launch import resources_per_worker
+from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.resume import gpu_wanted
 from orchestrator.runfolder import RunFolder
-from orchestrator.shards import even_placement, live_blocks
+from orchestrator.shards import Placement, even_placement, live_blocks
 
 OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}  # fp32 tensors the optimizer keeps per parameter
+
+HERE = "this machine"
 
 
 def describe(plan: Plan, folder: RunFolder, data: str) -> str:
     """The plan for people: work, workers, shards, placement, memory, and the configuration as TOML."""
     config, schedule = plan.config, plan.schedule
     parameters, forward_bytes = _measure(plan)
-    per_worker = config.resources_per_worker.numbers() or (
-        {"GPU": 1.0, "CPU": 1.0} if gpu_wanted(config) else {"CPU": 1.0}
-    )
     state = 4 * parameters * (1 + OPTIMIZER_COPIES[config.optimizer])
-    here = Node({"CPU": float(os.cpu_count() or 1), "GPU": float(gpu_wanted(config))}, {})
+    nodes, offered, note = _cluster(config)
+    per_worker = resources_per_worker(config, [*nodes, *(offered.nodes if offered else ())])
     try:
-        workers = choose_workers(config, per_worker, [here])
-        note = "if the cluster is this machine alone"
+        workers = choose_workers(config, per_worker, nodes, offered)
     except UserError:
+        if nodes[0].name != HERE:
+            raise
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
-    placement = even_placement(config.shards, workers)
+    on = where(nodes, per_worker, config.placement, dict(config.node_labels.items), workers)
+    placement = _placement(config, [nodes[number] for number in on], workers)
     gradients = 4 * parameters * (max(map(live_blocks, placement)) + 1)
-    ranges = ", ".join(f"worker {rank}: {own.start}-{own.stop - 1}" for rank, own in enumerate(placement))
     reserved = ", ".join(f"{name}={amount:g}" for name, amount in per_worker.items())
     lines = [
         f"workload      {plan.workload}: {config.model}, {parameters:,} parameters",
@@ -38,7 +46,8 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
         f"workers       {config.workers} asked for; {workers} {note}",
         f"each          {reserved}, {config.threads} thread(s), {config.precision}",
-        f"placement     {config.placement}; shards by {ranges}",
+        f"placement     {config.placement}; as Ray is expected to place them:",
+        *_by_node(placement, [nodes[number].name for number in on]),
         f"memory        about {_size(state + gradients + forward_bytes)} a worker beside torch's own "
         f"(state {_size(state)}, gradients at most {_size(gradients)}, activations about {_size(forward_bytes)})",
         f"checkpoint    {_size(state)} every {config.checkpoint_every}, {config.keep_checkpoints} kept",
@@ -48,6 +57,36 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         to_toml(config, plan.workload).rstrip(),
     ]
     return "\n".join(lines)
+
+
+def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
+    """(nodes, what an autoscaler may add, where that is known from); Ray is asked only if a cluster was named."""
+    if not (config.address or os.environ.get("RAY_ADDRESS")):
+        here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpu_wanted(config))}
+        return [Node(here, {}, HERE)], None, "if the cluster is this machine alone"
+    from orchestrator.connect import cluster
+
+    with cluster(config.address, Path(os.devnull)):
+        found, offered = living_nodes(), offer()
+    return found, offered, f"to begin with; the cluster has {len(found)} node(s) now"
+
+
+def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement:
+    """Shards by declared speeds, as the first generation has them."""
+    declared = [declared_speed(node.labels) for node in on] + [0.0] * (workers - len(on))
+    if config.balance == "even":
+        return even_placement(config.shards, workers)
+    return balance.placement(config.shards, balance.speeds([balance.Pace()] * workers, declared))
+
+
+def _by_node(placement: Placement, names: Sequence[str]) -> list[str]:
+    """A line for each node: its workers and their shards."""
+    owners = [(names[rank] if rank < len(names) else "a node to come", rank) for rank in range(placement.workers)]
+    lines = []
+    for name, group in groupby(owners, key=lambda owner: owner[0]):
+        own = [(rank, placement.range_of(rank)) for _, rank in group]
+        lines.append(f"  {name}: " + ", ".join(f"worker {rank}: {r.start}-{r.stop - 1}" for rank, r in own))
+    return lines
 
 
 def _measure(plan: Plan) -> tuple[int, int]:

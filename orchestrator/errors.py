@@ -27,3 +27,7 @@ class DataError(TrainingError):
 
 class CheckpointError(OrchestratorError):
     """A checkpoint is torn, corrupted, or of another run."""
+
+
+class StorageError(OrchestratorError):
+    """Storage could not be reached for as long as one waits for it: names it, and how long."""

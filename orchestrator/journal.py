@@ -64,7 +64,7 @@ class Journal:
         again: whether an earlier coordinator of the same command was lost.
         """
         self._plan, self._token, self._started_s = plan, token, started_s
-        self._folder = RunFolder(Folder(uri))
+        self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
         self.superseded = False
         self._check_at_s = 0.0
         self.recorded = 0  # newest step in metrics.jsonl
@@ -84,7 +84,7 @@ class Journal:
         if again:
             self._recover()
             return
-        resumed = self._folder.folder.read_text(EVENTS) is not None
+        resumed = bool(self._folder.text(EVENTS))
         self._folder.take_ownership(token)
         begun = (plan.workload, plan.total_steps, config.shards, config.batch_size, description, resumed)
         self.log(RunStarted(*begun, os.getpid()))
@@ -92,7 +92,7 @@ class Journal:
     def _recover(self) -> None:
         """Read back what the earlier coordinator of this command wrote."""
         self._folder.mend_logs()
-        taken = [json.loads(line) for line in (self._folder.folder.read_text(METRICS) or "").splitlines()]
+        taken = [json.loads(line) for line in (self._folder.text(METRICS) or "").splitlines()]
         mine = [r for r in taken if r["time_s"] >= self._started_s]
         self.recorded = taken[-1]["step"] if taken else 0
         if mine:
@@ -100,7 +100,7 @@ class Journal:
             self._training_s = sum(r["step_s"] for r in mine)
         workers = 0
         fields = {f.name for f in dataclasses.fields(Incident)}
-        for line in (self._folder.folder.read_text(EVENTS) or "").splitlines():
+        for line in (self._folder.text(EVENTS) or "").splitlines():
             event = json.loads(line)
             if event["time_s"] < self._started_s:
                 continue
@@ -119,6 +119,11 @@ class Journal:
         if not self.superseded:
             self._folder.events(events)
 
+    @property
+    def problem(self) -> str:
+        """Why nothing can be written down any more, "" while all is well."""
+        return self._folder.problem
+
     def error(self, text: str) -> None:
         """Append to logs/errors.log."""
         self._folder.error(text)
@@ -127,7 +132,8 @@ class Journal:
         """Whether another command has taken the run over (the driver of this one may have been killed)."""
         if not self.superseded and time.monotonic() >= self._check_at_s:
             self._check_at_s = time.monotonic() + OWNER_EVERY_S
-            self.superseded = self._folder.owner() != self._token
+            owner = self._folder.owner()
+            self.superseded = owner is not None and owner != self._token
         return self.superseded
 
     def pause_seconds(self) -> float:
@@ -243,7 +249,7 @@ class Journal:
         return (sum(n for _, n in recent[1:]) / span, (len(recent) - 1) / span) if span else (0.0, 0.0)
 
     def end(self, status: str, message: str, sha256: str, metrics: Mapping[str, float]) -> None:
-        """Write the end into the run folder, result.json last."""
+        """Write the end into the run folder, result.json last; raises StorageError where that cannot be done."""
         self.close_incident()
         for incident, _ in self._unsettled:
             self._write(incident)

@@ -46,10 +46,16 @@ class Ending:
 
 
 def nodes() -> list[Node]:
-    """The cluster's living nodes."""
+    """The cluster's living nodes, and what is free on them."""
     import ray
+    from ray._private.state import available_resources_per_node
 
-    return [Node(n["Resources"], n.get("Labels") or {}) for n in ray.nodes() if n["Alive"]]
+    free = available_resources_per_node()
+    return [
+        Node(n["Resources"], n.get("Labels") or {}, n["NodeManagerAddress"], free.get(n["NodeID"], {}))
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
 
 
 def resources_per_worker(config: RunConfig, found: list[Node]) -> dict[str, float]:

@@ -21,7 +21,8 @@ def offer() -> Offer | None:
         groups = [(dict(g.resources), dict(g.labels), g.max_count) for g in config.node_group_configs]
         return Offer(tuple(_nodes(groups)))
     if (file := _configuration_here()) is not None:
-        return Offer(tuple(_nodes(_node_types(file))))
+        types = _node_types(file)
+        return Offer(known=False) if types is None else Offer(tuple(_nodes(types)))
     status = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
     report = json.loads(status).get("autoscaler_report") if status else None
     # Without a configuration the monitor reports each node as a kind of its own, node_ID.
@@ -54,13 +55,16 @@ def _configuration_here() -> Path | None:
     return None
 
 
-def _node_types(file: Path) -> list[tuple[dict[str, float], dict[str, str], int]]:
+def _node_types(file: Path) -> list[tuple[dict[str, float], dict[str, str], int]] | None:
+    """(resources, labels, how many) of each kind; None: it does not say what its machines have."""
     import yaml
 
     try:
         content: dict[str, Any] = yaml.safe_load(file.read_text())
     except OSError:
-        return []
+        return None
+    if content.get("provider", {}).get("type") == "local":  # machines that are there: known when Ray runs on them
+        return None
     most = content.get("max_workers", 2)
     return [
         (kind.get("resources", {}), kind.get("labels", {}), min(kind.get("max_workers", most), most))

@@ -1,12 +1,15 @@
 """The plan of a run: everything that follows from its configuration and the size of its data."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig, settings
-from orchestrator.shards import Schedule
+from orchestrator.blocks import BlockOrder
+from orchestrator.config import RunConfig
+from orchestrator.settings import settings
+from orchestrator.shards import Schedule, sample_order
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Plan:
         train_samples: samples of the training split.
         heldout_samples: samples of the held-out split.
         fingerprint: of the data.
+        blocks: samples of each file that the data lies in, () where any sample is as near as any other.
     """
 
     workload: str
@@ -26,10 +30,12 @@ class Plan:
     train_samples: int
     heldout_samples: int
     fingerprint: str
+    blocks: tuple[int, ...] = ()
 
-    @property
+    @functools.cached_property
     def schedule(self) -> Schedule:
-        return Schedule(self.train_samples, self.config.batch_size, self.config.shards)
+        order = BlockOrder(self.blocks, self.config.shuffle_window) if self.blocks else sample_order
+        return Schedule(self.train_samples, self.config.batch_size, self.config.shards, order)
 
     @property
     def total_steps(self) -> int:

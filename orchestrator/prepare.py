@@ -1,36 +1,243 @@
-"""Before the first step: torch's settings, the data loader's size, the initial state."""
+"""`python -m orchestrator.prepare WORKLOAD --source ... --out URI`: data as Parquet files, for --data parquet:URI.
 
+A distributed job (Ray Data): the source is cut into parts, each part becomes files by itself, on any node. What a part
+became is noted in OUT/parts/; a job that was broken off goes on with the parts that are missing, and one that is done
+changes nothing. The same source and settings give the same files. Exit status: 0 prepared, 2 refused, 1 failed.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
 import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import torch
+from orchestrator.config import assemble
+from orchestrator.errors import DataError, OrchestratorError, UserError
+from orchestrator.filecache import TableFile
+from orchestrator.storage import PATIENCE_S, Folder
+from orchestrator.tables import MANIFEST, SPLITS, Manifest
+from workloads.preparation import Part, Preparation
+from workloads.registry import WORKLOADS
 
-from orchestrator.optimizer import build_optimizer
-from orchestrator.plan import Plan
-from orchestrator.precision import Precision
-from orchestrator.shards import derive_seed
-from orchestrator.state import TrainingState
-from workloads.workload import Workload
-
-
-def prepare_torch(threads: int, same_bits: bool) -> None:
-    """Threads and, where bits are promised, deterministic kernels; before anything is computed."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch: "Reproducibility", cuBLAS
-    torch.set_num_threads(threads)
-    # torch.use_deterministic_algorithms, without its import of the compiler, a second of every worker's start.
-    torch._C._set_deterministic_algorithms(same_bits, warn_only=True)
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 costs a pass over memory, changes no result
-    torch.backends.cudnn.benchmark = False
-
-
-def settle_loader(plan: Plan, workload: Workload) -> Plan:
-    """The plan with the number of loader processes that suits the data, where it was left open."""
-    if plan.config.loader_processes >= 0:
-        return plan
-    return plan.with_config(loader_processes=max(2, plan.config.threads) if workload.decodes else 0)
+MB = 10**6
+NAMED = 100  # broken samples that the manifest names
+LINE_EVERY_S = 5.0
+OWN_FLAGS = {"bert": ("tokenizer", "vocab_size", "sequence_length")}
+COMPRESSION = {"resnet": "none", "bert": "zstd"}  # images are compressed already
+Record = dict[str, Any]
 
 
-def build_state(plan: Plan, workload: Workload, device: torch.device) -> TrainingState:
-    """Model and optimizer as a new run has them; the same bits in every process."""
-    torch.manual_seed(derive_seed("weights", plan.config.seed))
-    model = workload.build_model().to(device)
-    return TrainingState(model, build_optimizer(plan.config, model), Precision(plan.config.precision, device.type))
+def digest(*values: Any) -> str:
+    """SHA-256 of the values' canonical JSON."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_part(out: str, number: int, spec: str, compression: str, preparation: Preparation, part: Part) -> Record:
+    """Make a part, write its files and the record of it, which comes last; runs on any node."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder, made, files = Folder(out, "--out", PATIENCE_S), preparation.make(part), {}
+    for split, table in made.tables.items():
+        sink = pa.BufferOutputStream()
+        parquet.write_table(table, sink, compression=compression)
+        data = sink.getvalue().to_pybytes()
+        file = TableFile(f"{split}-{number:05d}.parquet", table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        folder.write(file.name, data)
+        files[split] = asdict(file)
+    record = {"number": number, "spec": spec, "files": files, "broken": list(made.broken), "notes": dict(made.notes)}
+    folder.write(_record_name(number), json.dumps(record).encode())
+    return record
+
+
+def _record_name(number: int) -> str:
+    return f"parts/{number:05d}.json"
+
+
+class Job:
+    """One preparation: what there is to do, what is done, and the manifest at the end."""
+
+    def __init__(self, workload: str, preparation: Preparation, given: argparse.Namespace) -> None:
+        self.workload, self.preparation, self.given = workload, preparation, given
+        self.folder = Folder(given.out, "--out")
+        self.parts = preparation.parts(max(1, int(given.file_mb * MB)))
+        self.specs = [digest(preparation_identity(preparation), part) for part in self.parts]
+        self.records: dict[int, Record] = {}
+
+    def find_done(self) -> None:
+        """Take what an earlier job has written, as far as it is what this one would write."""
+        there = set(self.folder.child("parts").names())
+        for number, spec in enumerate(self.specs):
+            if Path(_record_name(number)).name in there:
+                record = json.loads(self.folder.read(_record_name(number)))
+                if record["spec"] == spec and all(map(self._whole, record["files"].values())):
+                    self.records[number] = record
+
+    def _whole(self, file: Mapping[str, Any]) -> bool:
+        """Whether a file is there; with --verify, byte by byte."""
+        try:
+            if not self.given.verify:
+                return bool(self.folder.size(file["name"]) == file["bytes"])
+            return bool(hashlib.sha256(self.folder.read(file["name"])).hexdigest() == file["sha256"])
+        except FileNotFoundError:
+            return False
+
+    def missing(self) -> list[int]:
+        return [number for number in range(len(self.parts)) if number not in self.records]
+
+    def take(self, record: Record) -> None:
+        """A part is done; raises DataError when too much of the source is broken."""
+        self.records[record["number"]] = record
+        broken, things = self.broken(), self.preparation.things()
+        if len(broken) > self.given.max_broken * things:
+            share = f"more than --max-broken {self.given.max_broken:g} of {things}"
+            raise DataError(f"{len(broken)} cannot be read, {share}; the first: {broken[0]}")
+
+    def broken(self) -> list[str]:
+        return [name for number in sorted(self.records) for name in self.records[number]["broken"]]
+
+    def manifest(self) -> Manifest:
+        done = [self.records[number] for number in sorted(self.records)]
+        files = {
+            split: tuple(TableFile(**record["files"][split]) for record in done if split in record["files"])
+            for split in SPLITS
+        }
+        for split in SPLITS:
+            if not files[split]:
+                raise UserError(f"--source {self.given.source}: gives no {split} samples; give more")
+        about, broken = self.preparation.about([record["notes"] for record in done]), self.broken()
+        sums = [file.sha256 for split in SPLITS for file in files[split]]
+        return Manifest(
+            self.workload, self.given.source, self.given.licence, files, about, tuple(broken[:NAMED]), len(broken),
+            digest(sums, about),
+        )  # fmt: skip
+
+    def finish(self) -> Manifest:
+        """Write the manifest, which makes the data usable, and delete what an earlier job left over."""
+        found = self.manifest()
+        if self.folder.read_text(MANIFEST) != found.to_json():
+            self.folder.write(MANIFEST, found.to_json().encode())
+        known = {file.name for files in found.files.values() for file in files}
+        for name in self.folder.names():
+            if name.endswith(".parquet") and name.startswith(SPLITS) and name not in known:
+                self.folder.delete(name)
+        wanted = {Path(_record_name(number)).name for number in self.records}
+        for name in set(self.folder.child("parts").names()) - wanted:
+            self.folder.delete(f"parts/{name}")
+        return found
+
+
+def preparation_identity(preparation: Preparation) -> Any:
+    """What, beside a part, decides the files: the class and all that it holds."""
+    return [type(preparation).__name__, str(preparation)]
+
+
+def make_parts(job: Job, numbers: Sequence[int]) -> Iterator[Record]:
+    """Make parts on the connected cluster, each as a row of a Ray Data job; gives their records as they are done."""
+    import ray.data
+
+    logging.getLogger("ray.data").handlers.clear()  # its own go to the terminal; the root's goes to the log file
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    out, compression, preparation = job.folder.uri, COMPRESSION[job.workload], job.preparation
+    rows = [{"number": n, "spec": job.specs[n], "part": json.dumps(job.parts[n])} for n in numbers]
+
+    def make(row: Mapping[str, Any]) -> dict[str, str]:
+        try:
+            record = write_part(out, row["number"], row["spec"], compression, preparation, json.loads(row["part"]))
+        except OrchestratorError as error:  # its one line, not a task's traceback
+            record = {"error": str(error)}
+        return {"record": json.dumps(record)}
+
+    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
+    for row in made.iter_rows():
+        record = json.loads(row["record"])
+        if "error" in record:
+            raise UserError(record["error"])
+        yield record
+
+
+def run(job: Job, address: str) -> None:
+    """Make what is missing, with progress."""
+    from orchestrator.connect import cluster
+
+    todo = job.missing()
+    log_file = Path(tempfile.gettempdir()) / f"orchestrator-prepare-{os.getpid()}.log"
+    with cluster(address, log_file):
+        line_s = 0.0
+        for record in make_parts(job, todo):
+            job.take(record)
+            if time.monotonic() - line_s > LINE_EVERY_S:
+                line_s = time.monotonic()
+                print(f"{len(job.records)} of {len(job.parts)} parts, {len(job.broken())} broken", flush=True)
+    log_file.unlink(missing_ok=True)
+
+
+def parser(workload: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=f"python -m orchestrator.prepare {workload}", allow_abbrev=False)
+    made.add_argument("--source", required=True, help="as --data of the run: imagefolder:DIR, text:GLOB, docs, ...")
+    made.add_argument("--out", required=True, help="folder or URI (s3://...) that gets the files")
+    made.add_argument("--licence", default="", help="terms of the source, for the manifest")
+    made.add_argument("--file-mb", type=float, default=64.0, help="size of a file, about [64 MB]")
+    made.add_argument("--max-broken", type=float, default=0.001, help="share of samples that may be unreadable [0.001]")
+    made.add_argument("--verify", action="store_true", help="read all files and make damaged ones again")
+    made.add_argument("--address", default="", help="Ray cluster to use, as in orchestrator.run")
+    for name in OWN_FLAGS.get(workload, ()):
+        made.add_argument("--" + name.replace("_", "-"), help="as in orchestrator.run")
+    return made
+
+
+def prepare(workload: str, arguments: Sequence[str]) -> None:
+    """The whole command."""
+    given = parser(workload).parse_args(arguments)
+    entry = WORKLOADS[workload]
+    own = {name: value for name in OWN_FLAGS.get(workload, ()) if (value := getattr(given, name)) is not None}
+    if given.file_mb <= 0 or not 0 <= given.max_broken <= 1:
+        raise UserError("--file-mb has to be above 0, and --max-broken from 0 to 1")
+    config = entry.absolute_paths(assemble(entry.config_type(), {"data": given.source, **own}))
+    job = Job(workload, entry.prepare(config), given)
+    job.folder.check_writable()
+    job.find_done()
+    todo = job.missing()
+    print(
+        f"{workload} from {given.source}: {len(todo)} of {len(job.parts)} parts to do, to {job.folder.uri}", flush=True
+    )
+    if todo:
+        run(job, given.address)
+    found = job.finish()
+    counts = " + ".join(f"{found.samples(split):,}" for split in SPLITS)
+    print(f"{'prepared' if todo else 'prepared already'}: {counts} samples, {found.broken_count} broken")
+    for name in found.broken:
+        print(f"broken: {name}")
+    print(f"next: python -m orchestrator.run {workload} --data parquet:{job.folder.uri}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: one line and status 2 for a user's mistake, a traceback for ours."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in WORKLOADS:
+        print(
+            f"usage: python -m orchestrator.prepare {{{','.join(WORKLOADS)}}} --source ... --out ...", file=sys.stderr
+        )
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    try:
+        prepare(arguments[0], arguments[1:])
+    except OrchestratorError as error:
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

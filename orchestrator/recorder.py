@@ -20,7 +20,7 @@ class Recorder(Observer):
 
     def __init__(self, plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> None:
         self._plan, self._saboteur = plan, saboteur
-        folder = Folder(uri).child("checkpoints")
+        folder = Folder(uri, patience_s=plan.config.storage_patience).child("checkpoints")
         halfway = lambda step: self.sabotage("checkpoint", step)  # noqa: E731
         self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, halfway)
         self.reporter = Reporter(coordinator)
@@ -64,6 +64,7 @@ class Recorder(Observer):
         """See Observer: every worker keeps the record, rank 0 sends it and starts a checkpoint when one is due."""
         assert self._seat is not None
         now = time.time()
+        step_s = max(now - self._stepped_s, 1e-9)
         record = {
             "step": state.step,
             "epoch": self._plan.epoch_of(state.step - 1),
@@ -71,8 +72,9 @@ class Recorder(Observer):
             "lr": lr,
             "samples": totals.samples,
             "ledger": totals.ledger,
-            "samples_per_s": round(totals.samples / max(now - self._stepped_s, 1e-9), 3),
-            "step_s": round(now - self._stepped_s, 6),
+            "samples_per_s": round(totals.samples / step_s, 3),
+            "step_s": round(step_s, 6),
+            "data_share": round(min(1.0, totals.data_s / step_s), 4),
             "workers": self._seat.placement.workers,
             "generation": self._seat.generation,
             "time_s": round(now, 3),
@@ -88,7 +90,8 @@ class Recorder(Observer):
         due = (every.steps and state.step % every.steps == 0) or (
             every.seconds and time.time() - self._checkpointed_s >= every.seconds
         )
-        if due or self.checkpoint_asked:
+        self.checkpoint_asked |= bool(due)
+        if self.checkpoint_asked and not self._writer.busy:  # with slow storage the next one waits, not training
             self.checkpoint_asked = False
             self._checkpointed_s = time.time()
             self._writer.submit(state.step, state.snapshot)

@@ -30,7 +30,7 @@ class Member:
         rank: in its last generation; -1: it was in none.
         store: host and port of the TCPStore that it serves.
         host: address of its machine, which stays when a node comes back under another id.
-        speed: of its machine, as declared: how many times that of others.
+        speed: of its machine, as declared: how many times that of others; 0: nothing is said of it.
     """
 
     id: str
@@ -41,7 +41,7 @@ class Member:
     rank: int
     store: tuple[str, int]
     host: str = ""
-    speed: float = 1.0
+    speed: float = 0.0
 
     @property
     def home(self) -> str:
@@ -73,6 +73,7 @@ class Roster:
     unwanted: set[str] = field(default_factory=set)
     _joined_s: float = 0.0
     _losses: dict[str, deque[float]] = field(default_factory=dict)
+    _out_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def drained(self) -> bool:
@@ -101,12 +102,18 @@ class Roster:
         return member
 
     def lost_on(self, home: str, now: float) -> None:
-        """A machine lost workers: one that keeps doing so is left out for a while, each time for longer."""
+        """A machine lost workers: one that keeps doing so is left out for a while, each time for longer.
+
+        The window in which losses are counted stands still while it is left out: it cannot fail then.
+        """
+        until, out_s = self.left_out.get(home, 0.0), self._out_s.get(home, 0.0)
+        used_s = now - out_s + max(0.0, until - now)
         losses = self._losses.setdefault(home, deque(maxlen=64))
-        losses.append(now)
-        recent = sum(now - t < FLAP_WINDOW_S for t in losses)
+        losses.append(used_s)
+        recent = sum(used_s - t < FLAP_WINDOW_S for t in losses)
         if recent >= FLAPS:
             self.left_out[home] = now + LEFT_OUT_S * 2 ** min(recent - FLAPS, 4)
+            self._out_s[home] = out_s + max(0.0, self.left_out[home] - max(now, until))
 
     def dismiss(self, member: Member, now: float) -> None:
         """A member is to leave at the next step boundary, for the run is better off without its machine."""
@@ -150,9 +157,10 @@ class Roster:
     def _avoided(self, member: Member, now: float) -> bool:
         if member.node in self.draining:
             return True
+        if self.left_out.get(member.home, 0.0) <= now:
+            return False
         # A machine that others train on is in use anyway.
-        in_use = any(m.home == member.home and m.step >= 0 for m in (*self.seated.values(), *self.ready.values()))
-        return self.left_out.get(member.home, 0.0) > now and not in_use
+        return not any(m.home == member.home and m.step >= 0 for m in (*self.seated.values(), *self.ready.values()))
 
     def wants_pause(self, now: float) -> bool:
         """Whether the generation should end at its next step boundary, for another one would be better."""

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config import flag
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.resume import default_storage
 from orchestrator.run import REHEARSAL, read_faults, read_settings
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
+from orchestrator.settings import flag
 from orchestrator.storage import Folder
 from orchestrator.watch import node_token
 from workloads.registry import WORKLOADS

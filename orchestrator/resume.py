@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.config import RunConfig, assemble, check_together, flag, settings
+from orchestrator.config import RunConfig, assemble, check_together
 from orchestrator.errors import UserError
 from orchestrator.runfolder import RunFolder
+from orchestrator.settings import flag, settings
 
 C = TypeVar("C", bound=RunConfig)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

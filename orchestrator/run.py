@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from orchestrator.config import TOGETHER, assemble, build, flag, help_texts, settings, to_toml
+from orchestrator.config import TOGETHER, assemble, build, to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault, parse_faults
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
 from orchestrator.runfolder import CONFIG, RunFolder
+from orchestrator.settings import flag, help_texts, settings
 from orchestrator.storage import Folder
 from workloads.registry import WORKLOADS
 
@@ -53,7 +54,11 @@ def workload_parser(workload: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it.")
-    parser.add_argument("--dry-run", action="store_true", help="Print the complete plan and stop; Ray is not started.")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print the complete plan and stop; no Ray is started, that of --address is asked for its nodes.",
+    )
     parser.add_argument("--faults", metavar="FILE", help="TOML schedule of faults to make happen in this run.")
     texts = help_texts(config_type)
     defaults = config_type()
@@ -131,7 +136,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
         print("nothing was changed; give another --name to train again")
         return 0
     summary = entry.check_data(config)
-    plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint)
+    plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint, summary.blocks)
     if dry:
         from orchestrator.dry_run import describe
 

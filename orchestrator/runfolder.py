@@ -9,17 +9,28 @@ from typing import Any
 
 from orchestrator.errors import UserError
 from orchestrator.events import Event, record
+from orchestrator.latelogs import LateLogs
 from orchestrator.storage import Folder
 
 CONFIG, EVENTS, METRICS, RESULT = "config.toml", "events.jsonl", "metrics.jsonl", "result.json"
-OWNER = "logs/owner"
+OWNER, ERRORS = "logs/owner", "logs/errors.log"
 
 
 class RunFolder:
-    """Reads and writes one run's folder; only one process writes the logs of a run (its coordinator)."""
+    """Reads and writes one run's folder; only one process writes the logs of a run (its coordinator).
 
-    def __init__(self, folder: Folder) -> None:
+    Args:
+        late: write logs in the background where storage cannot append to files.
+    """
+
+    def __init__(self, folder: Folder, late: bool = False) -> None:
         self.folder = folder
+        self._late = LateLogs(folder, (EVENTS, METRICS, ERRORS), OWNER) if late and not folder.is_local else None
+
+    @property
+    def problem(self) -> str:
+        """Why the logs are not written any more, "" while they are."""
+        return self._late.problem if self._late else ""
 
     @property
     def uri(self) -> str:
@@ -44,6 +55,8 @@ class RunFolder:
             raise UserError(f"{self.uri}/{RESULT}: not valid JSON; delete it or use another --name") from None
 
     def write_result(self, result: dict[str, Any]) -> None:
+        if self._late:
+            self._late.flush()
         self.folder.write(RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
     def take_ownership(self, token: str) -> None:
@@ -53,17 +66,27 @@ class RunFolder:
         self.mend_logs()
 
     def owner(self) -> str | None:
-        """The token of the command that the run belongs to."""
-        return self.folder.read_text(OWNER)
+        """The token of the command that the run belongs to; None: not known."""
+        return self._late.owned_by if self._late else self.folder.read_text(OWNER)
+
+    def text(self, name: str) -> str | None:
+        """A log as it is."""
+        return self._late.text(name) if self._late else self.folder.read_text(name)
+
+    def _append(self, name: str, text: str) -> None:
+        if self._late:
+            self._late.put(name, self._late.text(name) + text)
+        else:
+            self.folder.append(name, text)
 
     def events(self, events: Sequence[Event]) -> None:
         """Append events, stamped with the time now."""
         now = time.time()
-        self.folder.append(EVENTS, "".join(json.dumps(record(e, now)) + "\n" for e in events))
+        self._append(EVENTS, "".join(json.dumps(record(e, now)) + "\n" for e in events))
 
     def metrics(self, records: Sequence[dict[str, Any]]) -> None:
         """Append step records."""
-        self.folder.append(METRICS, "".join(json.dumps(r) + "\n" for r in records))
+        self._append(METRICS, "".join(json.dumps(r) + "\n" for r in records))
 
     def cut_metrics(self, step: int) -> None:
         """Drop the records beyond `step`: those steps are taken again."""
@@ -75,16 +98,20 @@ class RunFolder:
         self._keep_lines(METRICS, lambda _: True)
 
     def _keep_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
-        text = self.folder.read_text(name)
+        text = self.text(name)
         if text is None:
             return
         kept = "".join(line + "\n" for line in text.splitlines() if (r := _record(line)) is not None and keep(r))
-        if kept != text:
+        if kept == text:
+            return
+        if self._late:
+            self._late.put(name, kept)
+        else:
             self.folder.write(name, kept.encode())
 
     def error(self, text: str) -> None:
         """Append a traceback to logs/errors.log."""
-        self.folder.append("logs/errors.log", text.rstrip() + "\n")
+        self._append(ERRORS, text.rstrip() + "\n")
 
     def save_model(self, local: Path) -> None:
         """Copy the files of a local folder to model/."""

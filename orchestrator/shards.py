@@ -4,7 +4,7 @@ Everything here is a pure function of integers. The number of workers appears in
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -52,6 +52,9 @@ def sample_order(seed: int, epoch: int, size: int, start: int, stop: int) -> NDA
     return places.astype(np.int64)
 
 
+Order = Callable[[int, int, int, int, int], NDArray[np.int64]]  # such as `sample_order`
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How an epoch of `size` samples falls into steps of `shards` microbatches.
@@ -64,6 +67,7 @@ class Schedule:
     size: int
     batch_size: int
     shards: int
+    order: Order = sample_order
 
     @property
     def microbatch_size(self) -> int:
@@ -102,7 +106,7 @@ class Schedule:
     def indices(self, seed: int, step: int, shard: int) -> tuple[int, NDArray[np.int64]]:
         """(epoch, sample indices of shape [microbatch]) of one shard of one step."""
         epoch, start, stop = self.places(step, shard)
-        return epoch, sample_order(seed, epoch, self.size, start, stop)
+        return epoch, self.order(seed, epoch, self.size, start, stop)
 
 
 @dataclass(frozen=True)

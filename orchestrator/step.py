@@ -1,5 +1,6 @@
 """One step's gradients: the sharded way (same bits for any number of workers) and DistributedDataParallel."""
 
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ EXACT = 2**24  # whole numbers below it are exact in fp32
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What a step found out, the same on every worker.
+    """What a step found out, the same on every worker but for data_s.
 
     Attributes:
         loss: mean over the global batch.
@@ -34,6 +35,7 @@ class StepTotals:
         gradient_scale: what the summed gradients have to be multiplied by to be those of `loss`.
         stop: whether some worker asked to stop after this step.
         ledger: 8 hex digits that depend on which samples every shard was computed from.
+        data_s: seconds in which this worker had no samples to compute on.
     """
 
     loss: float
@@ -41,6 +43,7 @@ class StepTotals:
     gradient_scale: float
     stop: bool
     ledger: str
+    data_s: float
 
 
 def ledger_of(indices: NDArray[np.int64]) -> int:
@@ -88,7 +91,7 @@ class ShardedGradients:
         self._reducer.place(placement)
         samples = workload.samples("train")
         self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
-        self._samples = 0
+        self._samples, self._data_s = 0, 0.0
 
     def _requests(self, step: int) -> Iterator[Request]:
         schedule, seed = self._plan.schedule, self._plan.config.seed
@@ -104,6 +107,7 @@ class ShardedGradients:
         self._samples = schedule.samples_in_step(step)
         nominal = self._workload.nominal_count(self._samples)
         self._state.model.train()
+        self._data_s = 0.0
         self._statistics.start_step()
         self._reducer.start_step()
         self._group.clock.start(self._group.device)
@@ -122,10 +126,13 @@ class ShardedGradients:
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
         stopping = bool(rows[:, 2].sum() > 0)
         ledger = _seal(rows, self._samples, step)
-        return StepTotals(rows[:, 0].sum().item() / count, self._samples, nominal / count, stopping, ledger)
+        loss = rows[:, 0].sum().item() / count
+        return StepTotals(loss, self._samples, nominal / count, stopping, ledger, self._data_s)
 
     def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
+        waiting_since = time.perf_counter()
         indices, batch = next(self._feed)
+        self._data_s += time.perf_counter() - waiting_since
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.model, batch)
         extra = torch.zeros_like(self._reducer.extra)
@@ -211,7 +218,9 @@ class DdpGradients:
         self._state.optimizer.zero_grad(set_to_none=True)
         self._state.model.train()
         torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
+        waiting_since = time.perf_counter()
         fed, batch = next(self._feed)
+        data_s = time.perf_counter() - waiting_since
         with self._state.precision.autocast():
             loss, count = self._module(batch)
         rows = torch.zeros(world, len(ROW), dtype=torch.float64, device=self._group.device)
@@ -228,7 +237,7 @@ class DdpGradients:
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
         total = rows[:, 1].sum().item() or 1.0
         stopping, ledger = bool(rows[:, 2].sum() > 0), _seal(rows.cpu(), samples, step)
-        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger)
+        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger, data_s)
 
     def committed(self, step: int) -> None:
         """Everyone takes rank 0's buffers, as DistributedDataParallel does, but after the step: none is left behind."""

@@ -1,11 +1,25 @@
 """A folder in storage: local or any URI that pyarrow.fs knows, with atomic writes."""
 
 import contextlib
+import logging
 import os
+import re
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from orchestrator.errors import UserError
+from orchestrator.errors import StorageError, UserError
+
+T = TypeVar("T")
+PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+# What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
+PASSING = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
+)
+log = logging.getLogger("orchestrator.storage")
 
 
 class Folder:
@@ -15,15 +29,18 @@ class Folder:
     stream is closed without error, which is atomic there.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, flag: str = "--storage", patience_s: float = 0.0) -> None:
         """Args:
             uri: a path or a URI such as s3://bucket/runs; a query (?region=...) stays with every part of it.
+            flag: by which the user gave it.
+            patience_s: for how long a server that does not answer is asked again.
 
         Raises:
             UserError: the URI cannot be used.
         """
         from pyarrow import fs
 
+        self._flag, self._patience_s = flag, patience_s
         self.is_local = "://" not in uri or uri.startswith("file://")
         if self.is_local:
             self._root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
@@ -36,13 +53,11 @@ class Folder:
         self._query = mark + query
         if "@" in rest.split("/")[0] or "secret" in query.lower():
             # The URI is written to the run folder and to logs.
-            raise UserError(
-                f"--storage {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables"
-            )
+            raise UserError(f"{flag} {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables")
         try:
             self._fs, self._root = fs.FileSystem.from_uri(uri.rstrip("/"))
         except (ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"--storage {uri}: {_line(error)}; {allowed}") from None
+            raise UserError(f"{flag} {uri}: {_line(error)}; {allowed}") from None
         self._root = self._root.rstrip("/")
         self._address = address.rstrip("/")
 
@@ -54,18 +69,44 @@ class Folder:
     def child(self, name: str) -> "Folder":
         """The folder `name` in this one."""
         if self.is_local:
-            return Folder(f"{self._root}/{name}")
-        return Folder(f"{self._address}/{name}{self._query}")
+            return Folder(f"{self._root}/{name}", self._flag, self._patience_s)
+        return Folder(f"{self._address}/{name}{self._query}", self._flag, self._patience_s)
 
     def path(self, name: str) -> str:
         """Where file `name` is, in the words of the file system."""
         return f"{self._root}/{name}"
 
+    def _patiently(self, do: Callable[[], T]) -> T:
+        """Do something, again and again while the server is away; raises StorageError when that takes too long."""
+        until, pauses = time.monotonic() + self._patience_s, iter(PAUSES_S)
+        while True:
+            try:
+                return do()
+            except OSError as error:
+                if not self._patience_s or self.is_local or not PASSING.search(str(error)):
+                    raise
+                if time.monotonic() > until:
+                    reason = f"does not answer for {self._patience_s:g} s ({_line(error)})"
+                    raise StorageError(f"{self._flag} {self.uri}: {reason}") from error
+                log.warning("%s does not answer; asking again: %s", self.uri, _line(error))
+                time.sleep(next(pauses, PAUSES_S[-1]))
+
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
-        with self._fs.open_input_stream(self.path(name)) as stream:
-            data: bytes = stream.read()
-            return data
+
+        def do() -> bytes:
+            with self._fs.open_input_stream(self.path(name)) as stream:
+                data: bytes = stream.read()
+                return data
+
+        return self._patiently(do)
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError where there is no such file."""
+        info = self._patiently(lambda: self._fs.get_file_info(self.path(name)))
+        if not info.is_file:
+            raise FileNotFoundError(self.path(name))
+        return int(info.size)
 
     def read_text(self, name: str) -> str | None:
         """The file's text, or None where there is no such file."""
@@ -77,8 +118,7 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, atomically; folders on the way are made."""
         if not self.is_local:
-            with self._fs.open_output_stream(self.path(name)) as stream:
-                stream.write(data)
+            self._patiently(lambda: self._put(name, data))
             return
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +135,10 @@ class Folder:
             raise
         _sync_folder(target.parent)
 
+    def _put(self, name: str, data: bytes) -> None:
+        with self._fs.open_output_stream(self.path(name)) as stream:
+            stream.write(data)
+
     def append(self, name: str, text: str) -> None:
         """Add whole lines at the end; object stores cannot, so there the object is written anew."""
         if not self.is_local:
@@ -109,18 +153,22 @@ class Folder:
         """Names of what is in the folder, sorted; none where the folder does not exist."""
         from pyarrow import fs
 
-        found = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        everything = fs.FileSelector(self._root, allow_not_found=True)
+        found = self._patiently(lambda: self._fs.get_file_info(everything))
         return sorted(info.base_name for info in found)
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all in it; not there is fine."""
         from pyarrow import fs
 
-        kind = self._fs.get_file_info(self.path(name)).type
-        if kind == fs.FileType.Directory:
-            self._fs.delete_dir(self.path(name))
-        elif kind == fs.FileType.File:
-            self._fs.delete_file(self.path(name))
+        def do() -> None:
+            kind = self._fs.get_file_info(self.path(name)).type
+            if kind == fs.FileType.Directory:
+                self._fs.delete_dir(self.path(name))
+            elif kind == fs.FileType.File:
+                self._fs.delete_file(self.path(name))
+
+        self._patiently(do)
 
     def check_writable(self) -> None:
         """Write, read back and delete a small file; raises UserError with the reason."""
@@ -134,6 +182,12 @@ class Folder:
             raise UserError(
                 f"--storage {self.uri}: cannot be written ({_line(error)}); give a folder or URI that can"
             ) from None
+
+
+def cache_folder() -> Path:
+    """Where data that can be made again is kept on this machine."""
+    given = os.environ.get("ORCHESTRATOR_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "elastic-orchestrator"
 
 
 def _line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import importlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,12 +12,6 @@ import traceback
 from typing import Any
 
 DUMP_S = 20.0
-SPEED_LABEL = "orchestrator-speed"  # of a node, relative to others: `ray start --labels orchestrator-speed=2`
-# Dense 16-bit tensor throughput by NVIDIA's datasheets; it only matters until speeds are measured.
-TERAFLOPS = {
-    "T4": 65.0, "V100": 125.0, "A10G": 70.0, "L4": 121.0, "A100": 312.0, "L40S": 362.0, "H100": 989.0, "H200": 989.0,
-    "B200": 2250.0,
-}  # fmt: skip
 
 
 class NodeWatch:
@@ -66,17 +59,6 @@ def all_stacks() -> str:
     """What every thread of this process does."""
     frames = sys._current_frames().items()
     return "\n".join(f"thread {ident}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
-
-
-def declared_speed() -> float:
-    """How fast this node is said to be: its label SPEED_LABEL, else the datasheet of its accelerator, else 1."""
-    import ray
-
-    labels: dict[str, str] = ray.get_runtime_context().get_node_labels() or {}
-    given = labels.get(SPEED_LABEL, "")
-    if re.fullmatch(r"\d+(\.\d+)?", given) and float(given) > 0:
-        return float(given)
-    return TERAFLOPS.get(labels.get("ray.io/accelerator-type", ""), 1.0)
 
 
 def psutil_of_ray() -> Any:

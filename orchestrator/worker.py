@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.channel import Beat, Line
+from orchestrator.cluster_fit import declared_speed
 from orchestrator.errors import OrchestratorError
 from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
 from orchestrator.recovery import Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
-from orchestrator.watch import all_stacks, declared_speed, interface_of
+from orchestrator.watch import all_stacks, interface_of
 
 log = logging.getLogger("orchestrator.worker")
 COORDINATOR_BACK_S = 120.0
@@ -64,7 +65,7 @@ class Worker:
         self._coordinator = coordinator
         context = ray.get_runtime_context()
         self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
-        self._speed = declared_speed()
+        self._speed = declared_speed(context.get_node_labels() or {})
         self.id = uuid.uuid4().hex
         self._seat: Seat | None = None
         self._group: Any = None
@@ -101,7 +102,7 @@ class Worker:
         self._connect_line()
         import torch
 
-        from orchestrator.prepare import build_state, prepare_torch, settle_loader
+        from orchestrator.build import build_state, prepare_torch, settle_loader
         from orchestrator.recorder import Recorder
         from workloads.registry import WORKLOADS
 
@@ -231,8 +232,7 @@ class Worker:
         import ray
 
         started = time.perf_counter()
-        rejected: list[str] = []
-        load_s = 0.0
+        load_s, rejected = 0.0, list[str]()
         if seat.step < 0 and seat.rank == 0:
             loaded = self._recorder.store.load_newest(rejected.append)
             if loaded:
@@ -265,22 +265,23 @@ class Worker:
             return False
         if recorder.leads:
             self._coordinator.phase.remote("evaluating and saving")
-            recorder.checkpoint_now(state, lead=True)
+            with group.others_wait():  # storage may be slow, which is not this worker's fault
+                recorder.checkpoint_now(state, lead=True)
         metrics = evaluate(workload, state.model, state.precision, group, plan.config.loader_processes)
         recorder.evaluated(state.step, metrics)
         if recorder.leads:
-            self._save_model(workload)
+            self._save_model(workload, group)
         recorder.reporter.flush()
         arguments = (self.id, seat.generation, weights_sha256(state.model), metrics)
         return bool(ray.get(self._coordinator.finish.remote(*arguments)))
 
-    def _save_model(self, workload: Any) -> None:
+    def _save_model(self, workload: Any, group: Any) -> None:
         from orchestrator.runfolder import RunFolder
         from orchestrator.storage import Folder
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, group.others_wait():
             workload.save(self._state.model, Path(folder))
-            RunFolder(Folder(self._task["uri"])).save_model(Path(folder))
+            RunFolder(Folder(self._task["uri"], patience_s=self._plan.config.storage_patience)).save_model(Path(folder))
 
     def _obey(self, order: Order) -> str:
         """Not a seat: the end of the run, or of this worker's part in it."""

@@ -38,21 +38,22 @@ IMPURE |= {
 }
 
 FLOORS: dict[int, str] = {
-    0: "orchestrator orchestrator.errors orchestrator.values orchestrator.config workloads workloads.summary cluster",
-    1: "orchestrator.shards orchestrator.schedule orchestrator.cluster_fit orchestrator.plan orchestrator.events"
-    " orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
+    0: "orchestrator orchestrator.errors orchestrator.values orchestrator.settings orchestrator.config workloads"
+    " workloads.summary cluster",
+    1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
+    " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.reduce orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
     " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
-    " workloads.workload",
-    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.prepare",
+    " orchestrator.tables orchestrator.filecache orchestrator.latelogs workloads.workload workloads.preparation",
+    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.watch"
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
     " workloads.registry",
     5: "orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse orchestrator.report"
-    " orchestrator.export"
+    " orchestrator.export orchestrator.prepare"
     " orchestrator.resume orchestrator.dry_run orchestrator.progress",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name

@@ -18,6 +18,7 @@ class Entry:
     check: str
     absolute: str
     workload: str
+    preparation: str
 
     def config_type(self) -> type[RunConfig]:
         loaded: type[RunConfig] = _load(self.config)
@@ -37,6 +38,10 @@ class Entry:
         """The workload itself (see workloads.workload.Workload); imports torch."""
         return _load(self.workload)(config)
 
+    def prepare(self, config: RunConfig) -> Any:
+        """How the data that the configuration names is prepared (see workloads.preparation.Preparation)."""
+        return _load(self.preparation)(config)
+
 
 def _load(path: str) -> Any:
     module, _, attribute = path.partition(":")
@@ -50,6 +55,7 @@ WORKLOADS = {
         "workloads.resnet.data:check",
         "workloads.resnet.data:absolute_paths",
         "workloads.resnet.workload:ResnetWorkload",
+        "workloads.resnet.preparing:preparation",
     ),
     "bert": Entry(
         "masked-language-model pretraining of BERT",
@@ -57,5 +63,6 @@ WORKLOADS = {
         "workloads.bert.data:check",
         "workloads.bert.data:absolute_paths",
         "workloads.bert.workload:BertWorkload",
+        "workloads.bert.preparing:preparation",
     ),
 }

@@ -72,7 +72,8 @@ def visit() -> Iterator[Path]:
 def start(arguments: Sequence[str], folder: Path, **environment: str) -> "subprocess.Popen[bytes]":
     """Start `python ARGUMENTS` in a session of its own; what it says goes to two files of the folder."""
     env = {name: value for name, value in os.environ.items() if name not in DROPPED}
-    env |= {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder), **environment}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is this one
+    env |= {"PATH": path, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(folder), **environment}
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
         return subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True

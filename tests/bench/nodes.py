@@ -101,7 +101,7 @@ def cluster(folder: Path, count: int) -> Iterator[Nodes]:
                 made.shut_down()
             except Exception as error:
                 paired.say(f"Ray did not shut down in order: {type(error).__name__}: {error}")
-        commands.wait_until(lambda: not _sweep(folder), GONE_TIMEOUT_S)
+        commands.wait_until(lambda: not sweep(folder), GONE_TIMEOUT_S)
         os.environ.clear()
         os.environ.update(before)
 
@@ -114,7 +114,7 @@ def _authenticate() -> None:
     setup.ensure_token_if_auth_enabled()
 
 
-def _sweep(folder: Path) -> list[int]:
+def sweep(folder: Path) -> list[int]:
     left = commands.processes(folder)
     for pid in left:
         kill(pid, signal.SIGKILL)

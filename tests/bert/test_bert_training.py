@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import parse_value, settings
+from orchestrator.settings import parse_value, settings
 from workloads.bert import data
 from workloads.bert.config import SIZES, BertConfig
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer

@@ -2,11 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.balance import KNOWN_S, Pace, better, shares, speeds, step_seconds, stragglers
+from orchestrator.balance import KNOWN_S, Pace, best_seconds, better, shares, speeds, step_seconds, stragglers
 
 SPEEDS = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
 
@@ -102,9 +103,21 @@ def test_after_a_move_nothing_moves_again(paces, step_factor, cost_s):
         assert better(found.counts, known(*paces), later_s, 10_000, cost_s) is None
 
 
+@given(st.integers(1, 60), st.lists(st.floats(0.01, 10.0), min_size=1, max_size=6))
+def test_the_best_time_is_that_of_the_best_shares(more, shard_s):
+    total = len(shard_s) + more
+    best = step_seconds(shares(total, [1 / s for s in shard_s]), shard_s)
+    assert best_seconds(total, np.asarray(shard_s)) == pytest.approx(best, rel=1e-6)
+
+
 def test_who_is_not_known_is_taken_for_what_is_declared():
     assert speeds([Pace(), Pace()], [1.0, 2.0]) == [1.0, 2.0]
     assert speeds([Pace(0.1, KNOWN_S), Pace()], [1.0, 2.0]) == pytest.approx([10.0, 20.0])
+
+
+def test_who_declares_nothing_is_taken_for_a_usual_one():
+    assert speeds([Pace()] * 4, [0.0, 312.0, 312.0, 989.0]) == [312.0, 312.0, 312.0, 989.0]
+    assert speeds([Pace()] * 2, [0.0, 0.0]) == [1.0, 1.0]
 
 
 def test_a_straggler_is_named_with_its_cost():

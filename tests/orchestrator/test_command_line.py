@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from orchestrator.config import flag, help_texts, settings
 from orchestrator.run import main, workload_parser
+from orchestrator.settings import flag, help_texts, settings
 from workloads.registry import WORKLOADS
 
 DESIGN_FLAGS = """--name --storage --workers --shards --batch-size --steps --epochs --seed --precision --data --model

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import errors
-from orchestrator.cluster_fit import Node, capacity, choose_workers, matches
-from orchestrator.config import RunConfig, build, settings
+from orchestrator.cluster_fit import Node, capacity, choose_workers, declared_speed, matches, where
+from orchestrator.config import RunConfig, build
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.events import CheckpointSaved, RunEnded, record
 from orchestrator.plan import Plan
 from orchestrator.schedule import learning_rate
+from orchestrator.settings import settings
 from orchestrator.values import WorkerRange
 
 SCHEDULES = ("cosine", "step", "linear", "constant")
@@ -93,6 +94,43 @@ NODES = [
 )
 def test_capacity(placement, per_worker, labels, fits):
     assert capacity(NODES, per_worker, placement, labels) == fits
+
+
+def test_where_workers_are_expected():
+    one = {"CPU": 1.0}
+    assert where(NODES, one, "pack", {}, 9) == [0] * 8 + [1]
+    assert where(NODES, one, "spread", {}, 5) == [0, 0, 1, 1, 2]
+    assert where(NODES, one, "strict-spread", {}, 2) == [0, 1]
+    assert where(NODES, one, "strict-pack", {}, 3) == [0, 0, 0]
+    assert where(NODES, one, "pack", {"zone": "a"}, 9) == [0] * 8 + [2]
+
+
+@given(
+    st.lists(st.integers(0, 5), max_size=6),
+    st.integers(1, 20),
+    st.sampled_from(["pack", "spread", "strict-pack", "strict-spread"]),
+)
+def test_where_workers_are_expected_they_fit(cpus, workers, placement):
+    nodes, one = [Node({"CPU": float(count)}, {}) for count in cpus], {"CPU": 1.0}
+    found = where(nodes, one, placement, {}, workers)
+    assert len(found) == min(workers, capacity(nodes, one, placement, {}))
+    assert all(found.count(number) <= count for number, count in enumerate(cpus))
+    assert found == sorted(found)
+    if placement.startswith("strict") and found:
+        assert len(set(found)) == (1 if placement == "strict-pack" else len(found))
+
+
+@pytest.mark.parametrize(("workers", "chosen"), [("1:8", 3), ("5:8", 5), ("6", 6)])
+def test_what_others_use_is_waited_for_only_up_to_the_minimum(workers, chosen):
+    nodes = [Node({"CPU": 4.0}, {}, free={"CPU": 1.0}), Node({"CPU": 4.0}, {}, free={"CPU": 2.0})]
+    assert choose_workers(config(workers=workers, shards=8), {"CPU": 1.0}, nodes) == chosen
+
+
+def test_declared_speeds():
+    assert declared_speed({"orchestrator-speed": "2.5", "ray.io/accelerator-type": "T4"}) == 2.5
+    assert declared_speed({"ray.io/accelerator-type": "T4"}) == 65.0
+    assert declared_speed({"ray.io/accelerator-type": "not-yet-made"}) == 0.0
+    assert declared_speed({"orchestrator-speed": "fast"}) == 0.0
 
 
 def test_labels_that_a_node_lacks():

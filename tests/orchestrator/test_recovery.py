@@ -191,6 +191,16 @@ def test_a_node_that_keeps_losing_workers_is_left_out_each_time_for_longer():
     assert flapping.wants_pause(later + 1), "what was long ago is forgotten"
 
 
+def test_a_machine_that_fails_whenever_it_is_back_is_left_out_for_longer_each_time():
+    flapping = Roster(1, 3, 3)
+    now, waits = 100.0, []
+    for _ in range(FLAPS + 5):
+        flapping.lost_on("n0", now)
+        waits.append(max(0.0, flapping.left_out.get("n0", 0.0) - now))
+        now = max(now, flapping.left_out.get("n0", 0.0)) + 10
+    assert waits == [0.0] * (FLAPS - 1) + [LEFT_OUT_S * factor for factor in (1, 2, 4, 8, 16, 16)]
+
+
 def test_a_machine_left_out_is_used_when_the_number_is_short_or_others_train_on_it():
     joiner = member("b", node="n1")
     for minimum, first in ((2, member("a", 5, 0)), (1, member("a", 5, 0, "n1")), (1, member("a", 0, -1, "n1"))):

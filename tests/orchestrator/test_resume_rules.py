@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import RunConfig, assemble, build, settings, to_toml
+from orchestrator.config import RunConfig, assemble, build, to_toml
 from orchestrator.errors import UserError
 from orchestrator.resume import resolve, settle_arithmetic, take_up
 from orchestrator.run import main
 from orchestrator.runfolder import CONFIG, RunFolder
+from orchestrator.settings import settings
 from orchestrator.storage import Folder
 from orchestrator.values import Cadence, Pairs, WorkerRange
 from workloads.registry import WORKLOADS

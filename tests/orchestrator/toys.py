@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.config import RunConfig, build, setting
+from orchestrator.config import RunConfig, build
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group
@@ -18,6 +18,7 @@ from orchestrator.loop import train
 from orchestrator.optimizer import build_optimizer
 from orchestrator.plan import Plan
 from orchestrator.precision import Precision
+from orchestrator.settings import setting
 from orchestrator.shards import Placement, derive_seed, even_placement
 from orchestrator.state import TrainingState, weights_sha256
 from orchestrator.step import StepTotals

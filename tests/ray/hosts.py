@@ -13,7 +13,7 @@ from commands import RAY, begin, call, wait_until
 NOT_HERE = "" if os.geteuid() == 0 and shutil.which("ip") else "network namespaces need root and iproute2"
 
 
-def _ip(*words: str) -> str:
+def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30).stdout
 
 
@@ -27,18 +27,18 @@ class Hosts:
 
     def build(self) -> None:
         """Namespaces, a bridge, and a cable to each host."""
-        _ip("netns", "add", self._switch)
-        _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
-        _ip("-n", self._switch, "link", "set", "br0", "up")
+        ip("netns", "add", self._switch)
+        ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
+        ip("-n", self._switch, "link", "set", "br0", "up")
         for number, name in enumerate(self._names):
-            _ip("netns", "add", name)
+            ip("netns", "add", name)
             cable = f"link add v0 netns {name} type veth peer name p{number} netns {self._switch}"
-            _ip("-n", self._switch, *cable.split())
-            _ip("-n", self._switch, *f"link set p{number} master br0".split())
-            _ip("-n", self._switch, "link", "set", f"p{number}", "up")
-            _ip("-n", name, "addr", "add", f"{self.address(number)}/24", "dev", "v0")
+            ip("-n", self._switch, *cable.split())
+            ip("-n", self._switch, *f"link set p{number} master br0".split())
+            ip("-n", self._switch, "link", "set", f"p{number}", "up")
+            ip("-n", name, "addr", "add", f"{self.address(number)}/24", "dev", "v0")
             for device in ("v0", "lo"):
-                _ip("-n", name, "link", "set", device, "up")
+                ip("-n", name, "link", "set", device, "up")
 
     def address(self, number: int) -> str:
         return f"10.77.0.{11 + number}"
@@ -49,13 +49,13 @@ class Hosts:
 
     def plug(self, number: int, state: str) -> None:
         """Cut a host off ("down") at the switch, or at its own end too if it did so itself; or back ("up")."""
-        _ip("-n", self._switch, "link", "set", f"p{number}", state)
+        ip("-n", self._switch, "link", "set", f"p{number}", state)
         if state == "up":
-            _ip("-n", self._names[number], "link", "set", "v0", "up")
+            ip("-n", self._names[number], "link", "set", "v0", "up")
 
     def is_up(self, number: int) -> bool:
         """Whether a host's own end of its cable is up."""
-        return "LOWER_UP" in _ip("-n", self._names[number], "-o", "link", "show", "v0")
+        return "LOWER_UP" in ip("-n", self._names[number], "-o", "link", "show", "v0")
 
     def start_ray(self, number: int, cpus: int) -> str:
         """`ray start` on a host: the head on host 0; returns the cluster's address."""
@@ -76,7 +76,7 @@ class Hosts:
 
     def processes(self, number: int) -> list[int]:
         """Ids of what runs on a host."""
-        return [int(word) for word in _ip("netns", "pids", self._names[number]).split()]
+        return [int(word) for word in ip("netns", "pids", self._names[number]).split()]
 
     def end(self, number: int) -> None:
         """SIGKILL to all that runs on a host."""
@@ -90,13 +90,13 @@ class Hosts:
         wait_until(none_left, 30, f"the processes of host {number} to end")
 
     def take_down(self) -> None:
-        known = _ip("netns", "list").split()
+        known = ip("netns", "list").split()
         for number, name in enumerate(self._names):
             if name in known:
                 self.end(number)
-                _ip("netns", "delete", name)
+                ip("netns", "delete", name)
         if self._switch in known:
-            _ip("netns", "delete", self._switch)
+            ip("netns", "delete", self._switch)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 from commands import events, finish, kept_in, result, wait_until
 from hosts import NOT_HERE, hosts
 
-pytestmark = pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
+pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.long]  # test_ray_up cuts one off too
 
 CUT = """[[fault]]
 kind = "network-cut"

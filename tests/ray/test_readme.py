@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from commands import REPOSITORY, call, result
 
+REHEARSAL = "test_the_readme_s_schedule"
 ELSEWHERE = {
     "pip install -e . && python -m orchestrator.run resnet": ".ci/run",
     "pip install -e '.[test]' && pytest": ".ci/run",
     "python -m orchestrator.run bert": "test_bert_on_pythons_own_documentation",
     "ray start --head": "test_ray_job_submit",
     "python -m orchestrator.run resnet": "test_ray_job_submit",
-    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3": "test_the_readme_s_schedule",
+    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3 --epochs 80": REHEARSAL,
     "RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m orchestrator.run resnet": "test_ray_job_submit",
 }
 LOCAL = "test_from_no_node_to_the_minimum_to_the_maximum_and_back"
@@ -20,6 +21,11 @@ ELSEWHERE |= {
     "python -m cluster.local --nodes 3 --cpus 1": LOCAL,
     "python -m orchestrator.run resnet --workers 1:3": LOCAL,
     "python -m cluster.local --stop": LOCAL,
+}
+PREPARED = "test_a_run_outlives_ten_seconds_without_its_storage"
+ELSEWHERE |= {
+    "python -m orchestrator.prepare resnet --source digits --out runs/digits": PREPARED,
+    "python -m orchestrator.run resnet --data parquet:runs/digits": PREPARED,
 }
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
 
@@ -35,9 +41,8 @@ def test_every_command_is_known() -> None:
     found = commands()
     assert set(ELSEWHERE) <= set(found)
     assert (REPOSITORY / ".ci/run").read_text().count("pip install --quiet --editable") == 2
-    tests = "".join(
-        (REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in ("first_day", "rehearsals", "autoscaling")
-    )
+    places = ("first_day", "rehearsals", "autoscaling", "object_storage")
+    tests = "".join((REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in places)
     assert all(name == ".ci/run" or f"def {name}(" in tests for name in ELSEWHERE.values())
 
 

@@ -1,10 +1,9 @@
 """Through the real command line: the number of workers changes nothing, in both workloads and precisions."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
-from commands import events, finish, kept_in, records, result, run, start
+from commands import events, finish, kept_in, records, result, start
 
 WORKLOADS = {
     # 1,437 images in batches of 256: six steps an epoch, the last one short; ten steps cross an epoch's end.
@@ -13,60 +12,56 @@ WORKLOADS = {
 }
 
 
+OTHERS = [  # every workload and every precision is in the short ones
+    pytest.param("resnet", "bf16", marks=pytest.mark.long),
+    pytest.param("bert", "fp32", marks=pytest.mark.long),
+]
+
+
+def side_by_side(commands: dict[str, list[str]]) -> None:
+    """Runs by name, for most of the time goes into starting."""
+    for process in [start(command) for command in commands.values()]:
+        done = finish(process)
+        assert done.status == 0, done.err
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("workload", list(WORKLOADS))
+@pytest.mark.parametrize(("workload", "precision"), [("resnet", "fp32"), ("bert", "bf16"), *OTHERS])
 def test_one_hash_for_one_to_four_workers(workload: str, precision: str, cluster: str, tmp_path: Path) -> None:
     hashes, losses = set(), set()
-    settings = [*WORKLOADS[workload], "--precision", precision, "--shards", "8", "--balance", "even"]
-
-    def begin(workers: int) -> "subprocess.Popen[str]":
-        room = ["--workers", str(workers), "--resources-per-worker", "CPU=0.5"]
-        return start([workload, *settings, *room, *kept_in(tmp_path, f"w{workers}", cluster)])
-
-    for pair in ((1, 4), (2, 3)):  # side by side, for most of the time goes into starting
-        for workers, process in [(workers, begin(workers)) for workers in pair]:
-            done = finish(process)
-            assert done.status == 0, done.err
-            folder = tmp_path / f"w{workers}"
-            (generation,) = events(folder, "generation_started")
-            assert generation["workers"] == workers
-            hashes.add(result(folder)["weights_sha256"])
-            losses.add(tuple(r["loss"] for r in records(folder)))
+    settings = [workload, *WORKLOADS[workload], "--precision", precision, "--shards", "8", "--balance", "even"]
+    for pair in ((1, 4), (2, 3)):
+        room = {n: ["--workers", str(n), "--resources-per-worker", "CPU=0.5"] for n in pair}
+        side_by_side({f"w{n}": [*settings, *room[n], *kept_in(tmp_path, f"w{n}", cluster)] for n in pair})
+        for n in pair:
+            (generation,) = events(tmp_path / f"w{n}", "generation_started")
+            assert generation["workers"] == n
+            hashes.add(result(tmp_path / f"w{n}")["weights_sha256"])
+            losses.add(tuple(r["loss"] for r in records(tmp_path / f"w{n}")))
     assert len(hashes) == 1
     assert len(losses) == 1
 
 
 def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Path) -> None:
-    hashes = set()
-    for name, extra in (("a", []), ("b", ["--seed", "1"]), ("c", ["--precision", "bf16"])):
-        done = run("resnet", "--steps", "3", "--workers", "1", *extra, *kept_in(tmp_path, name, cluster))
-        assert done.status == 0, done.err
-        hashes.add(result(tmp_path / name)["weights_sha256"])
-    assert len(hashes) == 3
+    """And fp16, which scales its loss, one of its own, with any number of workers."""
+    given = {
+        "a": ["--workers", "1"],
+        "b": ["--workers", "1", "--seed", "1"],
+        "c": ["--workers", "1", "--precision", "fp16"],
+        "d": ["--workers", "3", "--precision", "fp16"],
+    }
+    room = ["--resources-per-worker", "CPU=0.5"]
+    for pair in (("a", "b"), ("c", "d")):
+        side_by_side({n: ["resnet", "--steps", "6", *room, *given[n], *kept_in(tmp_path, n, cluster)] for n in pair})
+    hashes = {n: result(tmp_path / n)["weights_sha256"] for n in given}
+    assert hashes["c"] == hashes["d"]
+    assert len(set(hashes.values())) == 3
 
 
-@pytest.mark.parametrize("workload", list(WORKLOADS))
-def test_ordinary_ddp_trains(workload: str, cluster: str, tmp_path: Path) -> None:
-    done = run(workload, *WORKLOADS[workload], "--reduce", "ddp", "--workers", "3", *kept_in(tmp_path, "ddp", cluster))
-    assert done.status == 0, done.err
-    losses = [r["loss"] for r in records(tmp_path / "ddp")]
-    assert losses[-1] < losses[0]
-
-
-def test_fp16_scales_its_loss(cluster: str, tmp_path: Path) -> None:
-    hashes = set()
-    for workers in ("1", "3"):
-        done = run(
-            "resnet",
-            "--precision",
-            "fp16",
-            "--steps",
-            "6",
-            "--workers",
-            workers,
-            *kept_in(tmp_path, f"w{workers}", cluster),
-        )
-        assert done.status == 0, done.err
-        hashes.add(result(tmp_path / f"w{workers}")["weights_sha256"])
-    assert len(hashes) == 1
+@pytest.mark.long
+def test_ordinary_ddp_trains(cluster: str, tmp_path: Path) -> None:
+    ddp = ["--reduce", "ddp", "--workers", "3", "--resources-per-worker", "CPU=0.5"]
+    side_by_side({name: [name, *WORKLOADS[name], *ddp, *kept_in(tmp_path, name, cluster)] for name in WORKLOADS})
+    for name in WORKLOADS:
+        losses = [r["loss"] for r in records(tmp_path / name)]
+        assert losses[-1] < losses[0]

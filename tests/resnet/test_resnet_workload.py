@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import workloads.resnet
 from orchestrator.config import build as build_config
-from orchestrator.config import help_texts, settings
+from orchestrator.settings import help_texts, settings
 from workloads.resnet import data
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.workload import ResnetWorkload, load

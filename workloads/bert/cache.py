@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.storage import cache_folder
 
 MANIFEST = "manifest.json"
 SMALL_BYTES = 16 * 2**20  # hashed in some 10 ms, so always compared
 LEFT_BEHIND_S = 86400.0  # age at which an unfinished folder belongs to no living process
 ATTEMPTS = 5  # each lost one means that another process replaced the entry at the same moment
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept on this machine."""
-    given = os.environ.get("ORCHESTRATOR_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "elastic-orchestrator"
 
 
 def digest(value: Any) -> str:

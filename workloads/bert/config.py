@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig, setting
+from orchestrator.config import RunConfig
+from orchestrator.settings import setting
 
 # (hidden size, layers, heads) by name: tiny to medium from Turc et al. 2019 (arXiv:1908.08962), base and
 # large from Devlin et al. 2019 (arXiv:1810.04805).

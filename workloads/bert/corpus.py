@@ -143,18 +143,38 @@ def _docstrings(tree: ast.Module) -> list[str]:
 
 def _paragraphs(files: tuple[Path, ...]) -> Iterator[str]:
     for path in files:
-        lines: list[str] = []
-        try:
-            with path.open(encoding="utf-8-sig") as stream:
-                for line in stream:
-                    if line.strip():
-                        lines.append(line.strip())
-                    elif lines:
+        yield from paragraphs(path, 0, path.stat().st_size)
+
+
+def paragraphs(path: Path, start: int, stop: int) -> Iterator[str]:
+    """The documents of a stretch of a file, in bytes: cut at the first blank line from `start` on, and from `stop` on.
+
+    So the stretches that make up a file have all its documents, each once.
+    """
+    lines: list[str] = []
+    try:
+        with path.open("rb") as stream:
+            inside = start == 0
+            if start:
+                stream.seek(start - 1)
+                stream.readline()  # the line that `start` is in belongs to what is before it
+            while True:
+                at, raw = stream.tell(), stream.readline()
+                if not raw:
+                    break
+                line = raw.decode("utf-8-sig" if at == 0 else "utf-8").strip()
+                if line and inside:
+                    lines.append(line)
+                elif not line:
+                    if lines:
                         yield "\n".join(lines)
                         lines = []
-        except OSError as error:
-            raise UserError(f"--data: {path} cannot be read ({error.strerror}); give files that can be") from None
-        except UnicodeDecodeError:
-            raise UserError(f"--data: {path} is not UTF-8 text; convert it, or leave it out of the pattern") from None
-        if lines:
-            yield "\n".join(lines)
+                    if at >= stop:
+                        return
+                    inside = True
+    except OSError as error:
+        raise UserError(f"--data: {path} cannot be read ({error.strerror}); give files that can be") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--data: {path} is not UTF-8 text; convert it, or leave it out of the pattern") from None
+    if lines:
+        yield "\n".join(lines)

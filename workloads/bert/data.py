@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.config import parse_value
 from orchestrator.errors import UserError
+from orchestrator.settings import parse_value
+from orchestrator.tables import SPLITS, Table, read_manifest
 from workloads.bert import cache
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import Corpus, find_corpus, fingerprint, is_heldout
@@ -37,7 +38,7 @@ from workloads.summary import DataSummary
 
 FORMAT = 1  # of the cached files and of every rule that decides their contents
 DOCUMENTS_AT_ONCE = 512  # bounds the memory of tokenization
-SPLITS = ("train", "heldout")
+PREFIX = "parquet:"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Prepared:
     """Text that is ready for training.
 
     Attributes:
-        train, heldout: token ids, int32 [sequences, sequence_length], read-only maps of files.
+        train, heldout: token ids, int32 [sequences, sequence_length], maps of files; or tables of them.
         vocabulary: the tokens by id.
         tokenizer_json: the tokenizer, as `tokenizers` serializes it.
         unigram_entropy: of the ordinary tokens of the training split, in nats.
@@ -53,8 +54,8 @@ class Prepared:
         summary: what the driver is told.
     """
 
-    train: NDArray[np.int32]
-    heldout: NDArray[np.int32]
+    train: NDArray[np.int32] | Table
+    heldout: NDArray[np.int32] | Table
     vocabulary: Vocabulary
     tokenizer_json: str
     unigram_entropy: float
@@ -68,6 +69,8 @@ def check(config: BertConfig) -> DataSummary:
     Raises UserError with one line where settings or data cannot be used.
     """
     check_settings(config)
+    if config.data.startswith(PREFIX):
+        return prepared_data(config).summary
     folder = _find(config, verify=False)
     return _summary(config, json.loads((folder / "about.json").read_text()))
 
@@ -75,6 +78,8 @@ def check(config: BertConfig) -> DataSummary:
 def prepare(config: BertConfig) -> Prepared:
     """The run's data, from the cache after comparing checksums, or made now. Raises as `check` does."""
     check_settings(config)
+    if config.data.startswith(PREFIX):
+        return prepared_data(config)
     folder = _find(config, verify=True)
     about = json.loads((folder / "about.json").read_text())
     shape = config.sequence_length
@@ -92,11 +97,42 @@ def prepare(config: BertConfig) -> Prepared:
     )
 
 
+def prepared_data(config: BertConfig) -> Prepared:
+    """What orchestrator.prepare has made; raises UserError where it does not fit the settings."""
+    uri = config.data.removeprefix(PREFIX)
+    manifest = read_manifest(uri, "bert")
+    about: dict[str, Any] = dict(manifest.about)
+    length = about["sequence_length"]
+    if config.sequence_length != length:
+        raise UserError(
+            f"--sequence-length {config.sequence_length}: --data {config.data} has sequences of {length} tokens; "
+            f"write --sequence-length {length}"
+        )
+    if config.tokenizer:
+        raise UserError(f"--tokenizer {config.tokenizer}: --data {config.data} is tokenized already; leave it out")
+    train, heldout = (Table(uri, manifest, split, config) for split in SPLITS)
+    vocabulary, nats = Vocabulary(tuple(about["vocabulary"])), about["unigram_entropy"]
+    words = (
+        f"{config.data}: {len(train):,} + {len(heldout):,} sequences of {length} tokens, {len(vocabulary):,} "
+        f"WordPieces, unigram entropy {nats:.2f} nats"
+    )
+    return Prepared(
+        train=train,
+        heldout=heldout,
+        vocabulary=vocabulary,
+        tokenizer_json=about["tokenizer_json"],
+        unigram_entropy=nats,
+        maskable=about["ordinary_tokens"] / len(train),
+        summary=DataSummary(len(train), len(heldout), words, manifest.fingerprint, manifest.blocks()),
+    )
+
+
 def absolute_paths(config: BertConfig) -> BertConfig:
     """The configuration with the paths in `data` and `tokenizer` absolute: workers run in other folders."""
     kind, _, pattern = config.data.partition(":")
     is_text = kind == "text" and pattern
-    data = f"text:{os.path.abspath(os.path.expanduser(pattern))}" if is_text else config.data
+    here = is_text or (kind == "parquet" and pattern and "://" not in pattern)
+    data = f"{kind}:{os.path.abspath(os.path.expanduser(pattern))}" if here else config.data
     tokenizer = os.path.abspath(os.path.expanduser(config.tokenizer)) if config.tokenizer else ""
     return replace(config, data=data, tokenizer=tokenizer)
 
@@ -169,14 +205,18 @@ def _tokenizer_identity(config: BertConfig) -> list[Any]:
         ) from None
 
 
+def tokenizer_of(config: BertConfig, corpus: Corpus) -> tuple[Any, Vocabulary]:
+    """The tokenizer of --tokenizer, or one trained on the training documents; and its vocabulary."""
+    if config.tokenizer:
+        return read_tokenizer(Path(config.tokenizer).expanduser())
+    training_text = (text for text in corpus.documents() if not is_heldout(text))
+    vocabulary = Vocabulary(train_vocabulary(training_text, config.vocab_size))
+    return build_tokenizer(vocabulary.tokens), vocabulary
+
+
 def _write(config: BertConfig, corpus: Corpus, folder: Path) -> None:
     """Tokenize the text and write the files of its cache entry."""
-    if config.tokenizer:
-        tokenizer, vocabulary = read_tokenizer(Path(config.tokenizer).expanduser())
-    else:
-        training_text = (text for text in corpus.documents() if not is_heldout(text))
-        vocabulary = Vocabulary(train_vocabulary(training_text, config.vocab_size))
-        tokenizer = build_tokenizer(vocabulary.tokens)
+    tokenizer, vocabulary = tokenizer_of(config, corpus)
     sequences = {}
     counts = np.zeros(len(vocabulary), np.int64)
     for split in SPLITS:
@@ -184,7 +224,7 @@ def _write(config: BertConfig, corpus: Corpus, folder: Path) -> None:
         sequences[split] = 0
         with (folder / f"{split}.int32").open("wb") as file:
             for packed in pack(
-                _token_ids(tokenizer, texts), config.sequence_length, vocabulary.id(CLS), vocabulary.id(SEP)
+                token_ids(tokenizer, texts), config.sequence_length, vocabulary.id(CLS), vocabulary.id(SEP)
             ):
                 file.write(packed.astype("<i4").tobytes())
                 sequences[split] += len(packed)
@@ -215,7 +255,8 @@ def folder_fingerprint(folder: Path, vocabulary: Vocabulary) -> str:
     return cache.digest([vocabulary.tokens, *(cache.file_sha256(folder / f"{split}.int32") for split in SPLITS)])
 
 
-def _token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of each text, without special ones."""
     texts = iter(texts)
     while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
         for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):

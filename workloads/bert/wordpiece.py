@@ -93,7 +93,7 @@ def read_tokenizer(path: Path) -> tuple[Any, Vocabulary]:
     file = tokenizer_file(path)
     try:
         text = file.read_text(encoding="utf-8")
-        tokenizer = _from_json(text) if file.suffix == ".json" else _from_vocab(text)
+        tokenizer = load_tokenizer(text) if file.suffix == ".json" else _from_vocab(text)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {path}: {file.name} cannot be used ({_line(error)}); {_WANTED}") from None
     by_token = tokenizer.get_vocab(with_added_tokens=True)
@@ -135,7 +135,8 @@ def _from_vocab(text: str) -> Any:
     return build_tokenizer(tokens, lowercase=not cased)
 
 
-def _from_json(text: str) -> Any:
+def load_tokenizer(text: str) -> Any:
+    """A WordPiece tokenizer from its tokenizer.json; raises ValueError where it is none."""
     from tokenizers import Tokenizer
 
     layout = json.loads(text)

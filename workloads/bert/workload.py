@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from orchestrator.tables import Table
 from workloads.bert import model as bert
 from workloads.bert.config import BertConfig
 from workloads.bert.data import prepare
@@ -21,9 +22,9 @@ from workloads.workload import Batch, Split, Sums
 class BertSamples:
     """One split: packed sequences, masked when they are asked for."""
 
-    def __init__(self, sequences: NDArray[np.int32], masking: Masking, seed: int | None) -> None:
+    def __init__(self, sequences: NDArray[np.int32] | Table, masking: Masking, seed: int | None) -> None:
         """Args:
-        sequences: token ids [sequences, T].
+        sequences: token ids [sequences, T], or a table of them (column tokens).
         masking: how they are masked.
         seed: of the masking in training; None: held out, masked by fixed seeds.
         """
@@ -42,12 +43,21 @@ class BertSamples:
             there.
         """
         seeds = heldout_seeds(indices) if self._seed is None else train_seeds(self._seed, epoch, indices)
-        masked = self._masking.apply(self._sequences[indices], seeds)
+        masked = self._masking.apply(self._tokens(indices, epoch), seeds)
         return {
             "input_ids": torch.from_numpy(masked.input_ids),
             "masked": torch.from_numpy(masked.masked),
             "labels": torch.from_numpy(masked.labels),
         }
+
+    def _tokens(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int32]:
+        if isinstance(self._sequences, np.ndarray):
+            return self._sequences[indices]
+        if self._seed is not None:
+            self._sequences.fetch_ahead(self._seed, epoch, int(indices[0]))
+        column = self._sequences.rows(indices, ["tokens"])["tokens"].combine_chunks()
+        tokens: NDArray[np.int32] = column.flatten().to_numpy(zero_copy_only=False)
+        return tokens.reshape(len(indices), -1)
 
 
 class BertWorkload:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig, setting
+from orchestrator.config import RunConfig
+from orchestrator.settings import setting
 
 # He et al. 2015, section 4.2: n of 6n + 2 layers.
 CIFAR_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}

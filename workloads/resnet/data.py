@@ -1,9 +1,11 @@
 """The data of image classification: KIND or KIND:DIR, checked before any worker starts; no torch.
 
-Kinds: digits (ships with scikit-learn), cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR.
+Kinds: digits (ships with scikit-learn), cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR, parquet:URI (any of these,
+prepared by orchestrator.prepare).
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,8 @@ import numpy as np
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
+from orchestrator.tables import Table, read_manifest
+from workloads.resnet import prepared
 from workloads.resnet.config import ResnetConfig, downsampling
 from workloads.resnet.folder import check_files, read_image_folder
 from workloads.resnet.readers import (
@@ -40,7 +44,8 @@ class Kind:
         image_size: what --image-size 0 means, in pixels; 0: as the images are.
         mean, std: of the training pixels scaled to 0..1, per channel.
         words: how the data is described to people.
-        decodes: whether the images are files, decoded one by one.
+        decodes: whether the images are encoded, and decoded one by one.
+        photos: whether they are of many sizes, so that the middle is cut out of a held-out one.
     """
 
     read: Callable[[Path, Split], ImageSet]
@@ -50,6 +55,7 @@ class Kind:
     std: tuple[float, ...]
     words: str
     decodes: bool = False
+    photos: bool = False
 
 
 KINDS = {
@@ -68,6 +74,7 @@ KINDS = {
         (0.229, 0.224, 0.225),
         "colour",
         decodes=True,
+        photos=True,
     ),
 }
 WITHOUT_FOLDER = ("digits",)
@@ -76,8 +83,8 @@ WITHOUT_FOLDER = ("digits",)
 def split_spec(data: str) -> tuple[str, str]:
     """KIND or KIND:DIR -> (kind, folder or ""); raises UserError."""
     name, _, folder = data.partition(":")
-    allowed = "digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR"
-    if name not in KINDS:
+    allowed = "digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR, parquet:URI"
+    if name not in KINDS and name != "parquet":
         raise UserError(_one_line(f"--data {data}: no such kind of data; choose from {allowed}"))
     if name in WITHOUT_FOLDER and data != name:
         raise UserError(_one_line(f"--data {data}: {name} takes no folder; write --data {name}"))
@@ -89,6 +96,8 @@ def split_spec(data: str) -> tuple[str, str]:
 def absolute_data(config: ResnetConfig) -> str:
     """The data setting with an absolute folder, to be used from any working directory."""
     name, folder = split_spec(config.data)
+    if "://" in folder:
+        return config.data
     return f"{name}:{_absolute(folder)}" if folder else name
 
 
@@ -100,7 +109,15 @@ def absolute_paths(config: RunConfig) -> RunConfig:
 
 def kind(config: ResnetConfig) -> Kind:
     """The kind of data that the configuration names; raises UserError."""
-    return KINDS[split_spec(config.data)[0]]
+    name, folder = split_spec(config.data)
+    if name != "parquet":
+        return KINDS[name]
+    return dataclasses.replace(KINDS[_prepared(folder).kind], decodes=True)
+
+
+@functools.lru_cache(maxsize=8)  # asked for in every corner
+def _prepared(uri: str) -> prepared.Prepared:
+    return prepared.about(read_manifest(uri, "resnet"))
 
 
 def augment_name(config: ResnetConfig) -> str:
@@ -110,6 +127,8 @@ def augment_name(config: ResnetConfig) -> str:
 
 def image_size(config: ResnetConfig, images: ImageSet) -> int:
     """Height and width that the network sees, in pixels, 0 resolved."""
+    if isinstance(images.images, Table):
+        return config.image_size or _prepared(split_spec(config.data)[1]).size
     if config.image_size or isinstance(images.images, list):
         return config.image_size or kind(config).image_size
     return int(max(images.images.shape[1:3]))
@@ -117,7 +136,9 @@ def image_size(config: ResnetConfig, images: ImageSet) -> int:
 
 def open_split(config: ResnetConfig, split: Split) -> ImageSet:
     """One split of the data; raises UserError with one line where it cannot be used."""
-    _, folder = split_spec(config.data)
+    name, folder = split_spec(config.data)
+    if name == "parquet":
+        return prepared.open_prepared(config, split)
     with _user_errors(config):
         path = Path(_absolute(folder))
         if folder and not path.exists():
@@ -143,15 +164,13 @@ def check(config: RunConfig) -> DataSummary:
     if not SMALLEST_IMAGE <= size <= LARGEST_IMAGE:
         allowed = f"use {SMALLEST_IMAGE} to {LARGEST_IMAGE}, or 0 for the data's own size"
         raise UserError(f"--image-size {config.image_size}: images of {size} pixels; {allowed}")
-    _check_microbatch(config, size, len(train.labels))
-    counts = f"{len(train.labels):,} + {len(heldout.labels):,}"
-    files = "image files" if isinstance(train.images, list) else "images"
+    _check_microbatch(config, size, len(train))
+    counts = f"{len(train):,} + {len(heldout):,}"
+    files = "images" if isinstance(train.images, np.ndarray) else "image files"
     words = f"{kind(config).words} {files} {size}x{size}, {len(train.class_names)} classes"
+    blocks = tuple(train.images.order.sizes) if isinstance(train.images, Table) else ()
     return DataSummary(
-        len(train.labels),
-        len(heldout.labels),
-        f"{config.data.partition(':')[0]}: {counts} {words}",
-        fingerprint,
+        len(train), len(heldout), f"{config.data.partition(':')[0]}: {counts} {words}", fingerprint, blocks
     )
 
 
@@ -166,13 +185,15 @@ def _check_microbatch(config: ResnetConfig, size: int, train_samples: int) -> No
 
 
 def _shape(images: ImageSet) -> str:
-    return "files" if isinstance(images.images, list) else "x".join(str(n) for n in images.images.shape[1:])
+    return "files" if not isinstance(images.images, np.ndarray) else "x".join(str(n) for n in images.images.shape[1:])
 
 
 def _fingerprint(splits: Sequence[ImageSet]) -> str:
     """SHA-256 over pixels and labels; of image files over their names, sizes in bytes and labels."""
     digest = hashlib.sha256()
     for images in splits:
+        if isinstance(images.images, Table):
+            return images.images.fingerprint
         if isinstance(images.images, list):
             root = os.path.commonpath(images.images)
             for path, file_bytes in zip(images.images, check_files(images.images), strict=True):

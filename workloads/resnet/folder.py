@@ -1,5 +1,6 @@
 """Image files in one folder per class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; Pillow, no torch."""
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,11 +80,11 @@ def check_files(paths: list[str]) -> list[int]:
     return sizes
 
 
-def decode(path: str) -> Image.Image:
-    """The image as RGB; raises DataError naming the file where it cannot be read or is truncated."""
+def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Image:
+    """An image of a file or of encoded bytes; raises DataError naming it where it cannot be read or is truncated."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
+            return image.convert(mode)
     except Exception as error:  # as above
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path} cannot be decoded ({reason}); replace or remove it") from None
+        raise DataError(f"{name or str(source)} cannot be decoded ({reason}); replace or remove it") from None

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.tables import Table
+
 Split = Literal["train", "heldout"]
 
 # N = images, H, W = height and width, C = channels
@@ -39,14 +41,18 @@ class ImageSet:
     """One split.
 
     Attributes:
-        images: uint8 [N, H, W, C], or the N paths of image files.
-        labels: int64 [N], 0..classes-1.
+        images: uint8 [N, H, W, C], or the N paths of image files, or a table of N encoded images (columns image,
+            label, name; see prepared.py).
+        labels: int64 [N], 0..classes-1; with a table none, for they lie in it.
         class_names: one name per class.
     """
 
-    images: NDArray[np.uint8] | list[str]
+    images: NDArray[np.uint8] | list[str] | Table
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def read_digits(split: Split) -> ImageSet:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from workloads.resnet import data, models
+from workloads.resnet import data, models, prepared
 from workloads.resnet.augment import Augmentation, normalize
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.folder import decode
@@ -33,22 +33,34 @@ class ImageSamples:
 
     def __init__(self, images: ImageSet, split: Split, config: ResnetConfig) -> None:
         self.images, self.labels = images.images, images.labels
-        self.seed = config.seed
+        self.seed, self._train = config.seed, split == "train"
         self.kind = data.kind(config)
         self.size = data.image_size(config, images)
         self.augmentation = Augmentation(data.augment_name(config) if split == "train" else "none", self.size)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
         """{"images": float32 [m, C, H, W], "labels": int64 [m]}; raises DataError naming a file."""
-        loaded = self._decoded(indices) if isinstance(self.images, list) else self._in_memory(self.images, indices)
+        loaded, labels = self._loaded(indices, epoch)
         augmented = [
             self.augmentation(image, self.seed, epoch, int(index)) for image, index in zip(loaded, indices, strict=True)
         ]
         images_mCHW = normalize(torch.stack(augmented), self.kind.mean, self.kind.std)
-        return {"images": images_mCHW, "labels": torch.from_numpy(self.labels[indices])}
+        return {"images": images_mCHW, "labels": torch.from_numpy(labels)}
+
+    def _loaded(self, indices: NDArray[np.int64], epoch: int) -> tuple[Iterable[Tensor], NDArray[np.int64]]:
+        """m images, ready for the augmentation, and their labels."""
+        if isinstance(self.images, np.ndarray):
+            return self._in_memory(self.images, indices), self.labels[indices]
+        if isinstance(self.images, list):
+            return map(self._decoded, [self.images[index] for index in indices]), self.labels[indices]
+        if self._train:
+            self.images.fetch_ahead(self.seed, epoch, int(indices[0]))
+        rows = prepared.rows(self.images, indices)
+        images = (self._decoded(encoded, name) for encoded, _, name in rows)
+        return images, np.asarray([label for _, label, _ in rows], np.int64)
 
     def _in_memory(self, images_NHWC: NDArray[np.uint8], indices: NDArray[np.int64]) -> Iterable[Tensor]:
         """uint8 [m, C, H, W], ready for the augmentation."""
@@ -60,14 +72,17 @@ class ImageSamples:
             images_mCHW = torch.stack(resized)
         return self.augmentation.pad(images_mCHW)
 
-    def _decoded(self, indices: NDArray[np.int64]) -> Iterable[Tensor]:
-        """m images uint8 [C, H, W], ready for the augmentation; of differing sizes if that resizes."""
-        for index in indices:
-            image = decode(self.images[index])
-            if not self.augmentation.resizes:
-                image = v2().functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
-                image = v2().functional.center_crop(image, [self.size])
-            yield self.augmentation.pad(v2().functional.pil_to_tensor(image))
+    def _decoded(self, source: str | bytes, name: str = "") -> Tensor:
+        """An image uint8 [C, H, W], ready for the augmentation; of any size if that resizes."""
+        image = decode(source, name, "RGB" if len(self.kind.mean) == 3 else "L")
+        resizes = self.augmentation.resizes
+        if self.kind.photos and not resizes:
+            image = v2().functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
+            image = v2().functional.center_crop(image, [self.size])
+        tensor: Tensor = v2().functional.pil_to_tensor(image)
+        if tensor.shape[1:] != (self.size, self.size) and not resizes:
+            tensor = v2().functional.resize(tensor, [self.size, self.size], antialias=True)
+        return self.augmentation.pad(tensor)
 
 
 class ResnetWorkload:

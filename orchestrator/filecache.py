@@ -1,0 +1,145 @@
+"""Files of prepared data on this machine's disk: fetched once, checked, opened as memory maps, the oldest thrown away.
+
+    FOLDER/SHA256.arrow    what a Parquet file holds, uncompressed: any row is a few bytes in a map, not a decompression
+
+All processes of a machine share the folder, and the kernel's page cache with it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import DataError
+
+log = logging.getLogger("orchestrator.filecache")
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A Parquet file of prepared data, as its manifest describes it."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class FileCache:
+    """Arrow tables by the SHA-256 of the Parquet files they came from.
+
+    Args:
+        folder: on a local disk; made when it is first needed.
+        limit_bytes: of all files in it; the one that was not used for the longest time goes first.
+        keep_open: tables that this process keeps mapped.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, keep_open: int) -> None:
+        self._folder, self._limit_bytes, self._keep_open = folder, limit_bytes, keep_open
+        self._tables: OrderedDict[str, Any] = OrderedDict()
+
+    def table(self, file: TableFile, fetch: Callable[[str], bytes]) -> Any:
+        """The pyarrow.Table of a file.
+
+        Args:
+            fetch: reads a file by its name, from wherever it is.
+
+        Raises:
+            DataError: twice in a row what was fetched is not what the manifest says, or cannot be fetched.
+        """
+        if file.sha256 in self._tables:
+            self._tables.move_to_end(file.sha256)
+            return self._tables[file.sha256]
+        table = self._map(self.ensure(file, fetch), file)
+        self._tables[file.sha256] = table
+        while len(self._tables) > self._keep_open:
+            self._tables.popitem(last=False)
+        return table
+
+    def ensure(self, file: TableFile, fetch: Callable[[str], bytes]) -> Path:
+        """The local file, fetched if it is not here; raises as `table` does."""
+        path = self._folder / f"{file.sha256}.arrow"
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)
+            return path
+        with self._alone(file.sha256):
+            if not path.exists():  # else another process was first
+                self._write(_checked(file, fetch), path)
+        self._make_room(path)
+        return path
+
+    @staticmethod
+    def _map(path: Path, file: TableFile) -> Any:
+        import pyarrow as pa
+
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        if table.num_rows != file.samples:
+            raise DataError(
+                f"{file.name}: {table.num_rows} rows where its manifest says {file.samples}; prepare it again"
+            )
+        return table
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Others that want the same file wait."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lock = self._folder / f".{name}.lock"
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    @staticmethod
+    def _write(data: bytes, path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        table = parquet.read_table(pa.BufferReader(data)).combine_chunks()
+        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=max(1, table.num_rows))
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+    def _make_room(self, newest: Path) -> None:
+        """Throw away what is too much; maps of it that are open stay good."""
+        found = []
+        for path in self._folder.glob("*.arrow"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._limit_bytes:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
+    """A file's bytes, fetched again once if they are not those of the manifest."""
+    problem = ""
+    for _ in range(2):
+        try:
+            data = fetch(file.name)
+        except OSError as error:
+            raise DataError(f"{file.name} cannot be read: {' '.join(str(error).split())[:300]}") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found == file.sha256:
+            return data
+        problem = f"{len(data)} bytes with SHA-256 {found[:16]}... instead of {file.bytes} with {file.sha256[:16]}..."
+        log.warning("%s: %s; fetching it again", file.name, problem)
+    raise DataError(f"{file.name} is damaged: {problem}; prepare the data again, which mends this file alone")

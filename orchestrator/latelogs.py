@@ -1,0 +1,74 @@
+"""Logs of a run on object storage, which cannot append: kept here, and written anew and whole by a thread.
+
+So a server that is away for a while stops nobody who has something to say. The thread also reads whose run it is.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from orchestrator.errors import StorageError
+from orchestrator.storage import Folder
+
+EVERY_S = 1.0
+log = logging.getLogger("orchestrator.latelogs")
+
+
+class LateLogs:
+    """Growing files of one folder.
+
+    Args:
+        names: of the files; read at once, for later nobody may have to wait for the storage.
+        owner: name of the file that is read every so often.
+
+    Attributes:
+        owned_by: what `owner` held when it was last read; None: nothing yet.
+        problem: why nothing is written any more, "" while all is well.
+    """
+
+    def __init__(self, folder: Folder, names: Sequence[str], owner: str) -> None:
+        self._folder, self._owner = folder, owner
+        self._texts = {name: folder.read_text(name) or "" for name in names}
+        self._unwritten: set[str] = set()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self.owned_by: str | None = None
+        self.problem = ""
+        threading.Thread(target=self._forever, name="late-logs", daemon=True).start()
+
+    def text(self, name: str) -> str:
+        """The whole file, unwritten parts included."""
+        return self._texts[name]
+
+    def put(self, name: str, text: str) -> None:
+        """The file is to hold this."""
+        with self._lock:
+            self._texts[name] = text
+            self._unwritten.add(name)
+
+    def flush(self) -> None:
+        """Write what is not written; raises StorageError where the storage is away for good."""
+        with self._writing:
+            if self.problem:  # nobody is asked again who was asked for long enough
+                raise StorageError(self.problem)
+            with self._lock:
+                todo = {name: self._texts[name] for name in self._unwritten}
+                self._unwritten.clear()
+            for name, text in todo.items():
+                try:
+                    self._folder.write(name, text.encode())
+                except BaseException:
+                    with self._lock:
+                        self._unwritten |= set(todo)
+                    raise
+
+    def _forever(self) -> None:
+        waiting = threading.Event()
+        while not self.problem and not waiting.wait(EVERY_S):
+            try:
+                self.flush()
+                self.owned_by = self._folder.read_text(self._owner)
+            except StorageError as error:
+                self.problem = str(error)
+            except Exception as error:
+                log.exception("the logs cannot be written")
+                self.problem = f"{self._folder.uri}: {error}"

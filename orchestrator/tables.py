@@ -1,0 +1,138 @@
+"""Prepared data: a folder of Parquet files and a manifest, local or in object storage, read by sample number.
+
+FOLDER/manifest.json             what it holds, where it came from, and the SHA-256 of every file
+FOLDER/train-00000.parquet ...   samples of the training split; heldout-00000.parquet ...
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.blocks import BlockOrder
+from orchestrator.config import RunConfig
+from orchestrator.errors import DataError, UserError
+from orchestrator.filecache import FileCache, TableFile
+from orchestrator.storage import Folder, cache_folder
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "heldout")
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of prepared data holds.
+
+    Attributes:
+        workload: that it was prepared for.
+        source, licence: where it came from, and under which terms it may be used, as they were given.
+        files: of each split, in order.
+        about: what the workload wants to know of it.
+        broken: names of samples that could not be read, and are not in it; at most the first hundred.
+        broken_count: of all of them.
+        fingerprint: changes when any sample does.
+    """
+
+    workload: str
+    source: str
+    licence: str
+    files: Mapping[str, tuple[TableFile, ...]]
+    about: Mapping[str, Any]
+    broken: tuple[str, ...]
+    broken_count: int
+    fingerprint: str
+
+    def samples(self, split: str) -> int:
+        return sum(file.samples for file in self.files[split])
+
+    def blocks(self) -> tuple[int, ...]:
+        """Training samples of each file."""
+        return tuple(file.samples for file in self.files["train"])
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+
+
+def read_manifest(uri: str, workload: str) -> Manifest:
+    """The manifest of the prepared data at `uri`; raises UserError with one line where it cannot be used."""
+    advice = f"make it with python -m orchestrator.prepare {workload} --source ... --out {uri}"
+    try:
+        text = Folder(uri, "--data").read_text(MANIFEST)
+    except OSError as error:
+        raise UserError(f"--data parquet:{uri}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+    if text is None:
+        raise UserError(f"--data parquet:{uri}: there is no {MANIFEST}; {advice}")
+    try:
+        content = json.loads(text)
+        if content.pop("format") != FORMAT:
+            raise UserError(f"--data parquet:{uri}: of another version of this program; {advice}")
+        files = {split: tuple(TableFile(**file) for file in content["files"][split]) for split in SPLITS}
+        found = Manifest(**{**content, "files": files, "broken": tuple(content["broken"])})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--data parquet:{uri}: {MANIFEST} is not one that this program writes; {advice}") from None
+    if found.workload != workload:
+        raise UserError(f"--data parquet:{uri}: prepared for {found.workload}, not for {workload}; {advice}")
+    return found
+
+
+class Table:
+    """The samples of one split, by number.
+
+    Args:
+        uri: of the folder.
+        manifest: of it.
+        split: train or heldout.
+        config: for its data_cache, shuffle_window and storage_patience.
+    """
+
+    def __init__(self, uri: str, manifest: Manifest, split: str, config: RunConfig) -> None:
+        window = config.shuffle_window
+        self._folder = Folder(uri, "--data", config.storage_patience)
+        self._files, self.fingerprint = manifest.files[split], manifest.fingerprint
+        self.order = BlockOrder([file.samples for file in self._files], window)
+        self._cache = FileCache(cache_folder() / "tables", int(config.data_cache * GB), keep_open=2 * window)
+        self._window, self._ahead = window, set[int]()
+
+    def __len__(self) -> int:
+        return int(self.order.firsts[-1])
+
+    def rows(self, indices: NDArray[np.int64], columns: Sequence[str]) -> dict[str, Any]:
+        """Some columns of the samples at `indices`, each a pyarrow.ChunkedArray in their order.
+
+        Raises:
+            DataError: a file is damaged or cannot be read; names it.
+        """
+        import pyarrow as pa
+
+        numbers = np.searchsorted(self.order.firsts, indices, side="right") - 1
+        parts, places = [], []
+        for number in np.unique(numbers):
+            where = np.flatnonzero(numbers == number)
+            table = self._cache.table(self._files[number], self._folder.read)
+            parts.append(table.select(columns).take(indices[where] - self.order.firsts[number]))
+            places.append(where)
+        back = np.argsort(np.concatenate(places))
+        mixed = pa.concat_tables(parts).take(back)
+        return {name: mixed.column(name) for name in columns}
+
+    def fetch_ahead(self, seed: int, epoch: int, sample: int) -> None:
+        """Begin to fetch the files of the window that `sample` is in, and of the next one, if that was not done."""
+        number = int(np.searchsorted(self.order.firsts, sample, side="right")) - 1
+        if number in self._ahead:
+            return
+        wanted = self.order.ahead(seed, epoch, number)
+        self._ahead = set(wanted[: self._window])
+        threading.Thread(target=self._fetch, args=(wanted,), name="fetch-ahead", daemon=True).start()
+
+    def _fetch(self, wanted: Sequence[int]) -> None:
+        for number in wanted:
+            try:
+                self._cache.ensure(self._files[number], self._folder.read)
+            except (DataError, OSError):
+                return  # whoever needs it will meet the same, and says so

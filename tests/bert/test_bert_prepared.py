@@ -1,0 +1,83 @@
+"""Text as Parquet files of token sequences: stretches of files, parts, and the settings that have to fit."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from preparing import do, job
+
+from orchestrator.errors import UserError
+from workloads.bert import data
+from workloads.bert.config import BertConfig
+from workloads.bert.corpus import paragraphs
+from workloads.bert.workload import BertWorkload
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    words = [f"The cat number {n} sees the dog number {n + 1} run to house {n * 7 % 13}." for n in range(600)]
+    for part in range(3):
+        (tmp_path / f"part{part}.txt").write_text("\n\n".join(words[part * 200 : part * 200 + 200]) + "\n")
+    return f"text:{tmp_path}/*.txt"
+
+
+@given(st.lists(st.sampled_from(["a", "word", "", "", "longer line", " ", "\u00fc\u00df"]), max_size=30), st.data())
+def test_stretches_of_a_file_have_every_document_once(tmp_path_factory, lines, data):
+    file = tmp_path_factory.mktemp("text") / "t"
+    raw = data.draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode()
+    file.write_bytes(raw)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=4)))
+    bounds = [0, *cuts, len(raw)]
+    found = [d for a, b in itertools.pairwise(bounds) if a < b for d in paragraphs(file, a, b)]
+    assert found == list(paragraphs(file, 0, len(raw)))
+
+
+def test_one_part_is_what_a_run_would_prepare_itself(text, tmp_path):
+    settings = {"data": text, "vocab_size": 300, "sequence_length": 16}
+    do(job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16))
+    plain = data.prepare(BertConfig(**settings))
+    prepared = data.prepare(BertConfig(data=f"parquet:{tmp_path / 'out'}", sequence_length=16))
+    assert prepared.vocabulary == plain.vocabulary
+    assert prepared.tokenizer_json == plain.tokenizer_json
+    assert prepared.unigram_entropy == plain.unigram_entropy
+    assert prepared.maskable == plain.maskable
+    for split in ("train", "heldout"):
+        there = np.asarray(getattr(plain, split))
+        table = getattr(prepared, split)
+        rows = table.rows(np.arange(len(table)), ["tokens"])["tokens"].combine_chunks()
+        assert np.array_equal(rows.flatten().to_numpy().reshape(-1, 16), there)
+
+
+def test_many_parts_have_nearly_all_of_it(text, tmp_path):
+    one = do(job("bert", text, tmp_path / "one", vocab_size=300, sequence_length=16))
+    many = do(job("bert", text, tmp_path / "many", "--file-mb", "0.01", vocab_size=300, sequence_length=16))
+    parts = len(many.files["train"])
+    assert parts > 3
+    assert one.samples("train") - parts <= many.samples("train") <= one.samples("train")
+
+
+def test_microbatches_are_masked_as_ever(text, tmp_path):
+    do(job("bert", text, tmp_path / "out", "--file-mb", "0.01", vocab_size=300, sequence_length=16))
+    samples = BertWorkload(BertConfig(data=f"parquet:{tmp_path / 'out'}", sequence_length=16)).samples("train")
+    indices = np.array([len(samples) - 1, 0, 5])
+    batch = samples.microbatch(indices, 1)
+    assert batch["input_ids"].shape == (3, 16)
+    alone = samples.microbatch(indices[1:2], 1)
+    assert np.array_equal(batch["input_ids"][1], alone["input_ids"][0]), "depends on its neighbours"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sequence_length": 32}, "write --sequence-length 16"),
+        ({"sequence_length": 16, "tokenizer": "vocab.txt"}, "leave it out"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(text, tmp_path, settings, words):
+    do(job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16))
+    with pytest.raises(UserError, match=words) as refusal:
+        data.check(BertConfig(data=f"parquet:{tmp_path / 'out'}", **settings))
+    assert "\n" not in str(refusal.value)

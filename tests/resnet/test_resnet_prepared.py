@@ -1,0 +1,126 @@
+"""Images as Parquet files: nothing is lost or changed, broken ones are named, what is done is not done again."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from preparing import do, job
+
+from orchestrator.errors import DataError, UserError
+from workloads.resnet import data
+from workloads.resnet.config import ResnetConfig
+from workloads.resnet.workload import ResnetWorkload
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    data._prepared.cache_clear()
+
+
+def of(out, **settings):
+    return ResnetWorkload(ResnetConfig(data=f"parquet:{out}", **settings))
+
+
+def test_digits_are_the_same_images_in_another_order(tmp_path):
+    do(job("resnet", "digits", tmp_path / "out", "--file-mb", "0.02"))
+    plain, prepared = ResnetWorkload(ResnetConfig()), of(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("train-*.parquet"))) > 5
+    for split in ("train", "heldout"):
+        all_of = np.arange(len(plain.samples(split)))
+        assert len(prepared.samples(split)) == len(all_of)
+        there, here = plain.samples(split).microbatch(all_of, 0), prepared.samples(split).microbatch(all_of, 0)
+        pixels = [images["images"].flatten(1).numpy() for images in (there, here)]
+        if split == "heldout":
+            assert np.array_equal(*pixels)
+            assert np.array_equal(there["labels"], here["labels"])
+        else:
+            assert not np.array_equal(*pixels), "the training split is not mixed"
+            rows = [np.column_stack([p, images["labels"]]) for p, images in zip(pixels, (there, here), strict=True)]
+            assert np.array_equal(*(r[np.lexsort(r.T)] for r in rows))
+
+
+def test_the_plan_and_its_model_are_those_of_the_source(tmp_path):
+    do(job("resnet", "digits", tmp_path / "out"))
+    config = ResnetConfig(data=f"parquet:{tmp_path / 'out'}")
+    summary = data.check(config)
+    assert (summary.train_samples, summary.heldout_samples) == (1437, 360)
+    assert sum(summary.blocks) == 1437
+    assert "10 classes" in summary.description
+    assert of(tmp_path / "out")._description == ResnetWorkload(ResnetConfig())._description
+
+
+def test_files_are_kept_as_they_are(tmp_path, image_folder):
+    folder = image_folder("jpg")
+    do(job("resnet", f"imagefolder:{folder}", tmp_path / "out"))
+    plain = ResnetWorkload(ResnetConfig(data=f"imagefolder:{folder}"))
+    there = plain.samples("heldout").microbatch(np.arange(4), 0)
+    here = of(tmp_path / "out").samples("heldout").microbatch(np.arange(4), 0)
+    assert np.array_equal(there["images"], here["images"])
+    batch = of(tmp_path / "out").samples("train").microbatch(np.arange(6), 0)
+    assert batch["images"].shape == (6, 3, 224, 224)
+
+
+def broken(image_folder):
+    folder = image_folder("png")
+    file = folder / "train" / "cat" / "1.png"
+    file.write_bytes(file.read_bytes()[:60])
+    return folder
+
+
+def test_a_broken_image_is_left_out_and_named(tmp_path, image_folder):
+    source = f"imagefolder:{broken(image_folder)}"
+    found = do(job("resnet", source, tmp_path / "out", "--max-broken", "0.2"))
+    assert found.samples("train") == 5
+    assert found.broken_count == 1
+    assert "cat/1.png" in found.broken[0]
+
+
+def test_too_many_broken_images_stop_the_job(tmp_path, image_folder):
+    with pytest.raises(DataError, match=r"1 cannot be read, more than --max-broken 0.05 of 10; the first: .*cat/1.png"):
+        do(job("resnet", f"imagefolder:{broken(image_folder)}", tmp_path / "out", "--max-broken", "0.05"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_job_that_was_broken_off_goes_on(tmp_path):
+    out = tmp_path / "out"
+    first = job("resnet", "digits", out, "--file-mb", "0.02")
+    do(first, [0, 2])
+    again = job("resnet", "digits", out, "--file-mb", "0.02")
+    assert again.missing() == [n for n in range(len(first.parts)) if n not in (0, 2)]
+    manifest = do(again)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    third = job("resnet", "digits", out, "--file-mb", "0.02")
+    assert third.missing() == []
+    assert third.finish() == manifest
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_damaged_file_is_mended_alone(tmp_path):
+    out = tmp_path / "out"
+    manifest = do(job("resnet", "digits", out, "--file-mb", "0.02"))
+    file = out / "train-00001.parquet"
+    good = file.read_bytes()
+    file.write_bytes(good[:-5] + b"xxxxx")
+    with pytest.raises(DataError, match=r"train-00001.parquet is damaged"):
+        of(out).samples("train").microbatch(np.arange(1437), 0)
+    assert job("resnet", "digits", out, "--file-mb", "0.02").missing() == []
+    careful = job("resnet", "digits", out, "--file-mb", "0.02", "--verify")
+    assert careful.missing() == [1]
+    assert do(careful) == manifest
+    assert file.read_bytes() == good
+
+
+def test_another_source_replaces_what_was_there(tmp_path, image_folder):
+    out = tmp_path / "out"
+    do(job("resnet", "digits", out, "--file-mb", "0.02"))
+    folder = image_folder("png")
+    do(job("resnet", f"imagefolder:{folder}", out))
+    assert {path.name for path in out.glob("*.parquet")} == {"train-00000.parquet", "heldout-00001.parquet"}
+    Image.new("RGB", (20, 20)).save(folder / "train" / "dog" / "0.png")
+    assert job("resnet", f"imagefolder:{folder}", out).missing() == [0], "a file that has changed"
+
+
+def test_what_is_prepared_is_not_a_source(tmp_path):
+    do(job("resnet", "digits", tmp_path / "out"))
+    with pytest.raises(UserError, match="prepared already"):
+        job("resnet", f"parquet:{tmp_path / 'out'}", tmp_path / "again")

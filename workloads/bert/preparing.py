@@ -1,0 +1,112 @@
+"""Text as tables of packed token sequences (column tokens): the tokenizer first, then any part by itself.
+
+Each part packs its own documents by the rule of data.py, so that a part loses at most one incomplete piece a split.
+"""
+
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import UserError
+from orchestrator.tables import SPLITS
+from workloads.bert.config import BertConfig
+from workloads.bert.corpus import find_corpus, is_heldout, paragraphs
+from workloads.bert.data import check_settings, entropy, pack, token_ids, tokenizer_of
+from workloads.bert.wordpiece import CLS, SEP, Vocabulary, load_tokenizer
+from workloads.preparation import Made, Part
+
+
+@dataclass(frozen=True)
+class TextPreparation:
+    """The Preparation of text.
+
+    Attributes:
+        tokenizer_json: as `tokenizers` serializes it.
+        vocabulary: the tokens by id.
+    """
+
+    config: BertConfig
+    tokenizer_json: str
+    vocabulary: tuple[str, ...]
+
+    def parts(self, file_bytes: int) -> Sequence[Part]:
+        """See Preparation: stretches of files, or all of Python's documentation."""
+        corpus = find_corpus(self.config.data)
+        if corpus.kind == "docs":
+            return [{"files": [], "of": platform.python_version()}]
+        of = [list(fact) for fact in corpus.facts()]
+        parts: list[Part] = [{"files": [], "of": of}]
+        room = file_bytes
+        for path in corpus.files:
+            size, start = path.stat().st_size, 0
+            while start < size:
+                if room <= 0:
+                    parts.append({"files": [], "of": of})
+                    room = file_bytes
+                stop = min(size, start + room)
+                parts[-1]["files"].append([str(path), start, stop])
+                room, start = room - (stop - start), stop
+        return parts
+
+    def things(self) -> int:
+        """Text that cannot be read is a mistake of the user's, not a broken document."""
+        return 0
+
+    def make(self, part: Part) -> Made:
+        """See Preparation."""
+        import pyarrow as pa
+
+        tokenizer, known = load_tokenizer(self.tokenizer_json), Vocabulary(self.vocabulary)
+        length = self.config.sequence_length
+        documents, tables, counts = list(self._documents(part)), {}, np.zeros(len(known), np.int64)
+        for split in SPLITS:
+            texts = (text for text in documents if is_heldout(text) == (split == "heldout"))
+            packed = list(pack(token_ids(tokenizer, texts), length, known.id(CLS), known.id(SEP)))
+            if not packed:
+                continue
+            tokens = np.concatenate(packed)
+            if split == "train":
+                counts += np.bincount(tokens.reshape(-1), minlength=len(known))
+            column = pa.FixedSizeListArray.from_arrays(pa.array(tokens.reshape(-1)), length)
+            tables[split] = pa.table({"tokens": column})
+        counts[list(known.special_ids)] = 0
+        return Made(tables, notes={"counts": {str(i): int(n) for i, n in enumerate(counts) if n}})
+
+    def _documents(self, part: Part) -> Iterator[str]:
+        if not part["files"]:
+            yield from find_corpus(self.config.data).documents()
+        for path, start, stop in part["files"]:
+            yield from paragraphs(Path(path), start, stop)
+
+    def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        counts = np.zeros(len(self.vocabulary), np.int64)
+        for note in notes:
+            for token, count in note["counts"].items():
+                counts[int(token)] += count
+        if not counts.any():
+            raise UserError(f"--source {self.config.data}: the tokenizer knows no word of it; give another")
+        return {
+            "sequence_length": self.config.sequence_length,
+            "vocabulary": list(self.vocabulary),
+            "tokenizer_json": self.tokenizer_json,
+            "unigram_entropy": entropy(counts),
+            "ordinary_tokens": int(counts.sum()),
+        }
+
+
+def preparation(config: BertConfig) -> TextPreparation:
+    """Trains the tokenizer, or reads it; raises UserError where settings or text cannot be used."""
+    check_settings(config)
+    if config.data.startswith("parquet:"):
+        raise UserError(f"--source {config.data}: is prepared already; give what it was prepared from")
+    corpus = find_corpus(config.data)
+    for path in corpus.files:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"--source {config.data}: {path} cannot be read; give files that can be")
+    tokenizer, vocabulary = tokenizer_of(config, corpus)
+    return TextPreparation(config, tokenizer.to_str(), vocabulary.tokens)

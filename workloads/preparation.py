@@ -1,0 +1,42 @@
+"""The protocol between `orchestrator.prepare` and a workload: a source in parts, each made into tables by itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Part = dict[str, Any]  # plain JSON: what a part is made from
+
+
+@dataclass(frozen=True)
+class Made:
+    """One part, prepared.
+
+    Attributes:
+        tables: split -> pyarrow.Table; splits that get nothing are left out.
+        broken: names of what could not be read.
+        notes: plain JSON that `Preparation.about` gets back.
+    """
+
+    tables: Mapping[str, Any]
+    broken: Sequence[str] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Preparation(Protocol):
+    """How a workload's source becomes tables. Picklable; parts are made on any node, each a pure function."""
+
+    def parts(self, file_bytes: int) -> Sequence[Part]:
+        """The source in parts that give files of about `file_bytes`; raises UserError where there is none."""
+        ...
+
+    def things(self) -> int:
+        """How many things (images, documents) of the source may be broken; 0: none can be."""
+        ...
+
+    def make(self, part: Part) -> Made:
+        """One part; on whatever node."""
+        ...
+
+    def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What goes into the manifest for the workload, from the notes of all parts, in order."""
+        ...

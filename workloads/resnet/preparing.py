@@ -1,0 +1,129 @@
+"""Image sets as tables of encoded images (see prepared.py): any kind of data, mixed once, every image looked at."""
+
+import functools
+import hashlib
+import io
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import DataError, UserError
+from orchestrator.shards import derive_seed, sample_order
+from orchestrator.tables import Table
+from workloads.preparation import Made, Part
+from workloads.resnet import data
+from workloads.resnet.config import ResnetConfig
+from workloads.resnet.folder import decode
+from workloads.resnet.readers import ImageSet, Split
+
+MIXING_SEED = derive_seed("prepare")
+SPLITS: tuple[Split, ...] = ("train", "heldout")
+
+
+@functools.lru_cache(maxsize=4)
+def _open(config: ResnetConfig, split: Split) -> ImageSet:
+    return data.open_split(config, split)
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """The Preparation of images."""
+
+    config: ResnetConfig
+
+    def parts(self, file_bytes: int) -> Sequence[Part]:
+        """See Preparation; the training split is mixed, so that the images of a file are no neighbours."""
+        if self.config.data.startswith("parquet:"):
+            raise UserError(f"--source {self.config.data}: is prepared already; give what it was prepared from")
+        found: list[Part] = []
+        for split in SPLITS:
+            images = _open(self.config, split)
+            count, version = len(images), _version(images)
+            each = max(1, min(count, int(file_bytes / _bytes_each(images))))
+            files = -(-count // each)
+            bounds = [count * n // files for n in range(files + 1)]
+            for start, stop in itertools.pairwise(bounds):
+                order = sample_order(MIXING_SEED, 0, count, start, stop) if split == "train" else range(start, stop)
+                found.append({"split": split, "of": version, "samples": [int(i) for i in order]})
+        return found
+
+    def things(self) -> int:
+        return sum(len(_open(self.config, split)) for split in SPLITS)
+
+    def make(self, part: Part) -> Made:
+        """See Preparation; an image that cannot be decoded is left out and named."""
+        import pyarrow as pa
+
+        images, rows, broken = _open(self.config, part["split"]), [], []
+        for index in part["samples"]:
+            try:
+                encoded, name = _encoded(images, index, self.root)
+            except DataError as error:
+                broken.append(str(error))
+                continue
+            rows.append({"image": encoded, "label": int(images.labels[index]), "name": name})
+        schema = pa.schema([("image", pa.binary()), ("label", pa.int32()), ("name", pa.string())])
+        return Made({part["split"]: pa.Table.from_pylist(rows, schema)} if rows else {}, broken)
+
+    @property
+    def root(self) -> str:
+        """Names are relative to it."""
+        return self.config.data.partition(":")[2]
+
+    def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        images = _open(self.config, "train")
+        return {
+            "kind": self.config.data.partition(":")[0],
+            "class_names": list(images.class_names),
+            "size": data.image_size(self.config, images),
+        }
+
+
+def _version(images: ImageSet) -> str:
+    """Changes when the images do: by names, sizes and times of files, or by pixels."""
+    digest = hashlib.sha256(images.labels.data)
+    if isinstance(images.images, list):
+        for path in images.images:
+            status = os.stat(path)
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    else:
+        digest.update(np.ascontiguousarray(images.images).data)
+    return digest.hexdigest()
+
+
+def _bytes_each(images: ImageSet) -> float:
+    """Of an encoded image, on average, from a look at some."""
+    if isinstance(images.images, list):
+        some = images.images[:: max(1, len(images) // 1000)]
+        return max(1.0, sum(os.stat(path).st_size for path in some) / len(some))
+    some_at = range(0, len(images), max(1, len(images) // 100))
+    return sum(len(_encoded(images, index, "")[0]) for index in some_at) / len(some_at)
+
+
+def _encoded(images: ImageSet, index: int, root: str) -> tuple[bytes, str]:
+    """(a file as it is, or pixels as PNG; its name); raises DataError where it cannot be decoded."""
+    from PIL import Image
+
+    if isinstance(images.images, list):
+        path = images.images[index]
+        try:
+            raw = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror})") from None
+        decode(raw, path)
+        return raw, os.path.relpath(path, root)
+    assert not isinstance(images.images, Table)
+    pixels: Any = images.images[index]
+    out = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
+    return out.getvalue(), str(index)
+
+
+def preparation(config: ResnetConfig) -> ImagePreparation:
+    """For the registry."""
+    return ImagePreparation(config)
