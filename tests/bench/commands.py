@@ -106,10 +106,10 @@ def train(workload: str, arguments: Sequence[str], folder: Path) -> tuple[Finish
     return run(command, folder), folder / "run"
 
 
-def torchrun(processes: int, script: str, arguments: Sequence[str], folder: Path) -> Finished:
+def torchrun(processes: int, script: str, arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
     """A script of this folder under torchrun, one thread per process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return run([*launcher, str(BENCH / script), *arguments], folder, OMP_NUM_THREADS="1")
+    return run([*launcher, str(BENCH / script), *arguments], folder, OMP_NUM_THREADS="1", **environment)
 
 
 def records(file: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from typing import Any
 import commands
 import paired
 
+from orchestrator.launch import MALLOC
+
 TARGET = paired.Target(1.01, at_least=False)
 
 
@@ -49,7 +51,8 @@ def bare(settings: Namespace, workload: str, workers: int, data: Path) -> dict[s
     """The same of the loop alone."""
     with commands.visit() as folder:
         arguments = [workload, *settings_of(settings, workload, data)]
-        return commands.last_json(commands.torchrun(workers, "bare_loop.py", arguments, folder).stdout)
+        # Both sides keep the memory they freed, which is no part of being elastic (orchestrator.launch).
+        return commands.last_json(commands.torchrun(workers, "bare_loop.py", arguments, folder, **MALLOC).stdout)
 
 
 def measure(settings: Namespace, workload: str, workers: int, data: Path) -> dict[str, Any]:
