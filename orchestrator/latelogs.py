@@ -33,7 +33,7 @@ class LateLogs:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self.owned_by: str | None = None
         self.problem = ""
-        threading.Thread(target=self._forever, name="late-logs", daemon=True).start()
+        self._thread: threading.Thread | None = None
 
     def text(self, name: str) -> str:
         """The whole file, unwritten parts included."""
@@ -44,6 +44,9 @@ class LateLogs:
         with self._lock:
             self._texts[name] = text
             self._unwritten.add(name)
+            if self._thread is None:  # not before: the owner of an earlier command would be read
+                self._thread = threading.Thread(target=self._forever, name="late-logs", daemon=True)
+                self._thread.start()
 
     def flush(self) -> None:
         """Write what is not written; raises StorageError where the storage is away for good."""

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from dataclasses import dataclass
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
+from orchestrator.digest import digest
 from orchestrator.settings import settings
 from orchestrator.shards import Schedule, sample_order
 
@@ -56,8 +55,7 @@ class Plan:
             for name, f in settings(type(self.config)).items()
             if f.metadata["result"]
         }
-        text = json.dumps([self.workload, self.fingerprint, decisive], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest([self.workload, self.fingerprint, decisive])
 
     def with_config(self, **changes: object) -> "Plan":
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))  # type: ignore[arg-type]

@@ -18,7 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestrator.command import Parser, refuse
 from orchestrator.config import assemble
+from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
 from orchestrator.storage import PATIENCE_S, Folder
@@ -32,11 +34,6 @@ LINE_EVERY_S = 5.0
 OWN_FLAGS = {"bert": ("tokenizer", "vocab_size", "sequence_length")}
 COMPRESSION = {"resnet": "none", "bert": "zstd"}  # images are compressed already
 Record = dict[str, Any]
-
-
-def digest(*values: Any) -> str:
-    """SHA-256 of the values' canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def write_part(out: str, number: int, spec: str, compression: str, preparation: Preparation, part: Part) -> Record:
@@ -68,7 +65,8 @@ class Job:
         self.workload, self.preparation, self.given = workload, preparation, given
         self.folder = Folder(given.out, "--out")
         self.parts = preparation.parts(max(1, int(given.file_mb * MB)))
-        self.specs = [digest(preparation_identity(preparation), part) for part in self.parts]
+        identity = [type(preparation).__name__, str(preparation)]  # beside a part, all that decides its files
+        self.specs = [digest([identity, part]) for part in self.parts]
         self.records: dict[int, Record] = {}
 
     def find_done(self) -> None:
@@ -116,7 +114,7 @@ class Job:
         sums = [file.sha256 for split in SPLITS for file in files[split]]
         return Manifest(
             self.workload, self.given.source, self.given.licence, files, about, tuple(broken[:NAMED]), len(broken),
-            digest(sums, about),
+            digest([sums, about]),
         )  # fmt: skip
 
     def finish(self) -> Manifest:
@@ -132,11 +130,6 @@ class Job:
         for name in set(self.folder.child("parts").names()) - wanted:
             self.folder.delete(f"parts/{name}")
         return found
-
-
-def preparation_identity(preparation: Preparation) -> Any:
-    """What, beside a part, decides the files: the class and all that it holds."""
-    return [type(preparation).__name__, str(preparation)]
 
 
 def make_parts(job: Job, numbers: Sequence[int]) -> Iterator[Record]:
@@ -182,7 +175,7 @@ def run(job: Job, address: str) -> None:
 
 
 def parser(workload: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog=f"python -m orchestrator.prepare {workload}", allow_abbrev=False)
+    made = Parser(prog=f"python -m orchestrator.prepare {workload}", allow_abbrev=False)
     made.add_argument("--source", required=True, help="as --data of the run: imagefolder:DIR, text:GLOB, docs, ...")
     made.add_argument("--out", required=True, help="folder or URI (s3://...) that gets the files")
     made.add_argument("--licence", default="", help="terms of the source, for the manifest")
@@ -231,8 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prepare(arguments[0], arguments[1:])
     except OrchestratorError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
-        return error.exit_status
+        return refuse(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on with what is missing", file=sys.stderr)
         return 130

@@ -4,7 +4,6 @@ On a cluster of several nodes of its own on this machine, or on --address. The s
 Exit status: 0 the same weights from the same samples, and every fault fired; 1 not; 2 unusable configuration.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.command import Parser, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.resume import default_storage
@@ -149,7 +149,7 @@ def _verdict(undisturbed: RunFolder, disturbed: RunFolder, found: Sequence[str])
 
 def rehearse(workload: str, arguments: Sequence[str]) -> int:
     """The whole command; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m orchestrator.rehearse {workload}",
         description="Train undisturbed and under a schedule of faults, and compare. All settings of orchestrator.run.",
         allow_abbrev=False,
@@ -189,8 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"name a workload: {', '.join(WORKLOADS)}; see `python -m orchestrator.run --help`")
         return rehearse(arguments[0], arguments[1:])
     except OrchestratorError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
-        return error.exit_status
+        return refuse(error)
     except KeyboardInterrupt:
         return 130
 

@@ -4,15 +4,15 @@ Exit status: 0 finished; 2 unusable configuration; 1 failed; 130 stopped on requ
 """
 
 import argparse
-import difflib
 import os
 import sys
 import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from orchestrator.command import Parser, refuse
 from orchestrator.config import TOGETHER, assemble, build, to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault, parse_faults
@@ -26,27 +26,11 @@ from workloads.registry import WORKLOADS
 REHEARSAL = "ORCHESTRATOR_REHEARSAL"  # set by orchestrator.rehearse, which can add nodes
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with its errors in one line, and a guess at what was meant."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, rest = self.parse_known_args(args, namespace)
-        if rest:
-            known = [o for action in self._actions for o in action.option_strings]
-            close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"see `{self.prog} --help`"
-            raise UserError(f"{rest[0]}: not known here; {hint}")
-        return parsed
-
-
 def workload_parser(workload: str) -> argparse.ArgumentParser:
     """The command line of one workload, made from its configuration's fields."""
     entry = WORKLOADS[workload]
     config_type = entry.config_type()
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m orchestrator.run {workload}",
         description=f"Train {entry.title}. The number of workers does not change the result.",
         epilog="Settings marked * decide the result; the others only how fast it is computed and what is kept.",
@@ -209,8 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{arguments[0]}: no such workload; choose from {', '.join(WORKLOADS)}")
         return run(arguments[0], arguments[1:], started_s)
     except OrchestratorError as error:
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
-        return error.exit_status
+        return refuse(error)
     except KeyboardInterrupt:
         print("stopped at once; the run resumes from its last checkpoint", file=sys.stderr)
         return 130

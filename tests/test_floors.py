@@ -38,8 +38,8 @@ IMPURE |= {
 }
 
 FLOORS: dict[int, str] = {
-    0: "orchestrator orchestrator.errors orchestrator.values orchestrator.settings orchestrator.config workloads"
-    " workloads.summary cluster",
+    0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
+    " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
@@ -52,8 +52,8 @@ FLOORS: dict[int, str] = {
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
     " workloads.registry",
-    5: "orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse orchestrator.report"
-    " orchestrator.export orchestrator.prepare"
+    5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
+    " orchestrator.report orchestrator.export orchestrator.prepare"
     " orchestrator.resume orchestrator.dry_run orchestrator.progress",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name

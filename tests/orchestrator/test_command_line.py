@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from orchestrator.prepare import main as prepare_main
 from orchestrator.run import main, workload_parser
 from orchestrator.settings import flag, help_texts, settings
 from workloads.registry import WORKLOADS
@@ -209,3 +210,23 @@ def test_the_plan_of_a_dry_run_is_a_configuration(tmp_path, capfd):
     file.write_text(first.partition("\n\n")[2])
     assert main(["resnet", "--dry-run", "--config", str(file)]) == 0
     assert capfd.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--sorce", "digits", "--source", "digits", "--out", "x"], "did you mean --source?"),
+        (["--source", "digits"], "--out"),
+        (["--source", "digits", "--out", "x", "--file-mb", "much"], "--file-mb"),
+        (["--source", "digits", "--out", "x", "--file-mb", "0"], "--file-mb"),
+        (["--source", "nothing", "--out", "x"], "no such kind of data"),
+    ],
+)
+def test_mistakes_in_preparing_are_one_line(given, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert prepare_main(["resnet", *given]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert words in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())

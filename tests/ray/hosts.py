@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from commands import RAY, begin, call, wait_until
 
@@ -99,12 +100,15 @@ class Hosts:
             ip("netns", "delete", self._switch)
 
 
+H = TypeVar("H", bound=Hosts)
+
+
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[Hosts]:
+def built(kind: type[H], count: int) -> Iterator[H]:
     """`count` hosts that can reach each other and nothing else; gone at the end, with all that runs on them."""
-    folder = Path(f"/tmp/hosts-{os.getpid()}")  # short: Ray's sockets live in it
+    folder = Path(f"/tmp/h-{os.getpid()}")  # short: sockets live in it
     folder.mkdir()
-    made = Hosts(count, folder)
+    made = kind(count, folder)
     try:
         made.build()
         yield made

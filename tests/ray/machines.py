@@ -1,12 +1,10 @@
 """Hosts of hosts.py as whole machines: own processes, files and an SSH server. Needs root and openssh-server."""
 
-import contextlib
-import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import hosts
@@ -127,17 +125,3 @@ class Machines(Hosts):
         super().take_down()
         for server in getattr(self, "_servers", []):
             server.communicate(timeout=30)
-
-
-@contextlib.contextmanager
-def machines(count: int) -> Iterator[Machines]:
-    """`count` machines and a desk; gone at the end, with all that runs on them."""
-    folder = Path(f"/tmp/m-{os.getpid()}")  # short: sockets live in it
-    folder.mkdir()
-    made = Machines(count, folder)
-    try:
-        made.build()
-        yield made
-    finally:
-        made.take_down()
-        shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import events, finish, kept_in, result, wait_until
-from hosts import NOT_HERE, hosts
+from hosts import NOT_HERE, Hosts, built
 
 pytestmark = [pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE), pytest.mark.long]  # test_ray_up cuts one off too
 
@@ -21,7 +21,7 @@ def test_a_host_is_cut_off_and_comes_back(tmp_path: Path) -> None:
     """A rehearsal on three hosts: the weights are those of the undisturbed run, with the other two and then all."""
     schedule, run = tmp_path / "faults.toml", tmp_path / "r-disturbed"
     schedule.write_text(CUT)
-    with hosts(3) as net:
+    with built(Hosts, 3) as net:
         address = net.start_ray(0, cpus=0)
         for number in (1, 2):
             net.start_ray(number, cpus=1)

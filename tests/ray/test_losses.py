@@ -96,7 +96,6 @@ def test_the_coordinator_is_killed(nodes: Any, node_pair: Any, undisturbed: str,
     assert set(later[-1]["pids"]) == set(first["pids"]), "workers were restarted with the coordinator"
 
 
-@pytest.mark.long
 def test_a_machine_that_comes_late_is_used(nodes: Any, undisturbed: str, tmp_path: Path) -> None:
     """From the minimum up, without restarting who trains already."""
     nodes.add_node(wait=True, num_cpus=1, include_dashboard=False)

@@ -113,6 +113,26 @@ def test_wrong_keys_are_one_line(bucket: str) -> None:
     assert "not-to-be-seen" not in done.err + done.out
 
 
+@pytest.mark.long
+def test_a_run_on_object_storage_resumes(bucket: str, tmp_path: Path) -> None:
+    os.environ.update(KEYS)
+    steps = ["--steps", "150", "--checkpoint-every", "30", "--workers", "1"]
+    assert run("resnet", *steps, "--storage", str(tmp_path), "--name", "local").status == 0
+    process = start(["resnet", *steps, "--storage", bucket, "--name", "run"], **KEYS)
+    folder = Folder(bucket).child("run")
+    wait_until(lambda: bool(folder.child("checkpoints").names()), 90, "a checkpoint on S3")
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.status == 130, stopped.err
+    done = run("resnet", *steps, "--storage", bucket, "--name", "run", **KEYS)
+    assert done.status == 0, done.err
+    found = json.loads(folder.read("result.json"))
+    assert found["weights_sha256"] == result(tmp_path / "local")["weights_sha256"]
+    lines = folder.read("metrics.jsonl").decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 151))
+    assert "model.safetensors" in folder.child("model").names()
+
+
 def test_keys_in_the_address_are_refused(tmp_path: Path) -> None:
     done = run("resnet", "--storage", "s3://key:secret@bucket/runs", "--name", "run")
     assert done.status == 2

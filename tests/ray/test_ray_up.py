@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import RAY, REPOSITORY, events, finish, kept_in, records, result, run, wait_for_step, wait_until
-from machines import NOT_HERE, Machines, machines
+from hosts import built
+from machines import NOT_HERE, Machines
 
 pytestmark = pytest.mark.skipif(bool(NOT_HERE), reason=NOT_HERE)
 
@@ -40,7 +41,7 @@ def as_changed(net: Machines) -> Path:
 @pytest.mark.timeout(600)
 def test_machines_over_ssh(tmp_path: Path) -> None:
     """Up, a job on two machines, one of them cut off, the weights of an undisturbed run, down."""
-    with machines(3) as net:
+    with built(Machines, 3) as net:
         file = str(as_changed(net))
         token = net.call([RAY, "get-auth-token", "--generate"], 60)
         assert token.status == 0, token.out + token.err

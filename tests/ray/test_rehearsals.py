@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 from commands import REPOSITORY, Done, call, events, kept_in, ray_processes, records, result
 
+BERT = (
+    "bert", "--steps", "1500", "--checkpoint-every", "1000000", "--hidden-size", "32", "--sequence-length", "16",
+    "--shards", "4", "--batch-size", "16",
+)  # fmt: skip
+
 
 def fault(kind: str, rank: int | None = None, **more: float | str) -> str:
     given = {"kind": kind, **({} if rank is None else {"rank": rank}), **more}
@@ -34,10 +39,11 @@ def incidents(folder: Path) -> list[dict[str, Any]]:
     return list(result(folder / "r-disturbed")["incidents"])
 
 
-def assert_passed(done: Done, folder: Path, *kinds: str) -> None:
+def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> None:
     """Same weights and ledger, every fault fired, and these kinds of incident among them.
 
-    No committed step is lost, but where a checkpoint had to be loaded, for all workers died.
+    No committed step is lost, but where a checkpoint had to be loaded, for all workers died: then no more than the
+    checkpoints' cadence.
     """
     assert done.status == 0, done.out + done.err
     assert "passed: the same weights" in done.out
@@ -46,6 +52,7 @@ def assert_passed(done: Done, folder: Path, *kinds: str) -> None:
         assert kind in found, f"{kind} is not among {found}"
     lossy = [incident for incident in incidents(folder) if incident["steps_lost"]]
     assert len(lossy) <= len(events(folder / "r-disturbed", "checkpoint_loaded"))
+    assert all(incident["steps_lost"] <= cadence for incident in lossy)
     for incident in incidents(folder):
         phases = ("regroup_s", "restore_s", "recompute_s")
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
@@ -72,7 +79,7 @@ def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
     ]
     often = ("resnet", "--steps", "1300", "--checkpoint-every", "50")
     done = rehearse(tmp_path, often, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
-    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced")
+    assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
     assert events(tmp_path / "r-disturbed", "straggler_found")
     errors = (tmp_path / "r-disturbed" / "logs" / "errors.log").read_text()
     assert "InjectedError" in errors
@@ -86,8 +93,28 @@ def test_the_readme_s_schedule(tmp_path: Path) -> None:
     faults = [(REPOSITORY / "workloads" / "faults.toml").read_text()]
     done = rehearse(tmp_path, ("resnet", "--epochs", "80"), faults, "--workers", "1:3")
     assert_passed(done, tmp_path, "worker_killed", "node_drained", "node_lost", "workers_joined")
-    (left,) = [e for e in events(tmp_path / "r-disturbed", "worker_left") if e["why"] == "node_drained"]
-    (notice,) = events(tmp_path / "r-disturbed", "node_draining")
+    assert_left_in_time(tmp_path / "r-disturbed")
+
+
+@pytest.mark.long
+def test_nodes_are_drained_lost_and_added_and_a_worker_killed(tmp_path: Path) -> None:
+    """As the README's schedule, with bert."""
+    faults = [
+        fault("drain", 2, step=10, seconds=30),
+        fault("add-node", step=20),
+        fault("node-loss", 1, step=60, workers=3),
+        fault("add-node", step=70),
+        fault("kill", 0, step=1000, workers=2),
+    ]
+    done = rehearse(tmp_path, BERT, faults, "--workers", "1:3")
+    assert_passed(done, tmp_path, "worker_killed", "node_drained", "node_lost", "workers_joined")
+    assert_left_in_time(tmp_path / "r-disturbed")
+
+
+def assert_left_in_time(folder: Path) -> None:
+    """The worker of a drained node left it before the deadline."""
+    (left,) = [e for e in events(folder, "worker_left") if e["why"] == "node_drained"]
+    (notice,) = events(folder, "node_draining")
     assert left["node"] == notice["node"]
     assert left["time_s"] < notice["deadline_s"]
 

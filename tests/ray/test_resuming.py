@@ -31,7 +31,7 @@ def assert_as_undisturbed(done: Done, folder: Path, undisturbed: Path) -> None:
 
 def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -> None:
     """By either signal, one after the other; with a Ray of the command's own."""
-    folder, last = tmp_path / "run", 0
+    folder, last, stops = tmp_path / "run", 0, []
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(arguments(tmp_path, "run", "--checkpoint-every", "600s", "--workers", "2"))
         wait_for_step(folder, last + 5)
@@ -43,9 +43,10 @@ def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -
         assert "resume with:" in done.err
         before, last = last, records(folder)[-1]["step"]
         assert before + 5 <= last < STEPS
+        stops.append(last)
         assert (folder / "checkpoints" / f"step-{last}" / "manifest.json").exists()
     assert_as_undisturbed(run(*arguments(tmp_path, "run", "--workers", "1")), folder, undisturbed)
-    assert events(folder, "checkpoint_loaded")[-1]["step"] == last
+    assert [e["step"] for e in events(folder, "checkpoint_loaded")] == stops
 
 
 def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
@@ -59,7 +60,6 @@ def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path
     assert events(folder, "checkpoint_loaded")[0]["step"] >= 8
 
 
-@pytest.mark.long
 def test_a_corrupted_checkpoint_is_passed_over(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(arguments(tmp_path, "run", "--address", cluster))
@@ -77,7 +77,7 @@ def test_a_corrupted_checkpoint_is_passed_over(cluster: str, undisturbed: Path, 
     assert events(folder, "checkpoint_loaded")[0]["step"] == steps[-2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_killed_worker_is_replaced(number: int, cluster: str, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(arguments(tmp_path, "run", "--address", cluster, "--workers", "2"))

@@ -47,18 +47,18 @@ def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Pa
     given = {
         "a": ["--workers", "1"],
         "b": ["--workers", "1", "--seed", "1"],
+        "bf16": ["--workers", "1", "--precision", "bf16"],
         "c": ["--workers", "1", "--precision", "fp16"],
         "d": ["--workers", "3", "--precision", "fp16"],
     }
     room = ["--resources-per-worker", "CPU=0.5"]
-    for pair in (("a", "b"), ("c", "d")):
-        side_by_side({n: ["resnet", "--steps", "6", *room, *given[n], *kept_in(tmp_path, n, cluster)] for n in pair})
+    for some in (("a", "b", "bf16"), ("c", "d")):
+        side_by_side({n: ["resnet", "--steps", "6", *room, *given[n], *kept_in(tmp_path, n, cluster)] for n in some})
     hashes = {n: result(tmp_path / n)["weights_sha256"] for n in given}
     assert hashes["c"] == hashes["d"]
-    assert len(set(hashes.values())) == 3
+    assert len(set(hashes.values())) == 4
 
 
-@pytest.mark.long
 def test_ordinary_ddp_trains(cluster: str, tmp_path: Path) -> None:
     ddp = ["--reduce", "ddp", "--workers", "3", "--resources-per-worker", "CPU=0.5"]
     side_by_side({name: [name, *WORKLOADS[name], *ddp, *kept_in(tmp_path, name, cluster)] for name in WORKLOADS})

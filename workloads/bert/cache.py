@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from orchestrator.digest import digest
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.storage import cache_folder
 
@@ -25,11 +26,6 @@ MANIFEST = "manifest.json"
 SMALL_BYTES = 16 * 2**20  # hashed in some 10 ms, so always compared
 LEFT_BEHIND_S = 86400.0  # age at which an unfinished folder belongs to no living process
 ATTEMPTS = 5  # each lost one means that another process replaced the entry at the same moment
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON, as hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def recall(facts: Any) -> str | None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.digest import digest
 from orchestrator.errors import UserError
 from orchestrator.settings import parse_value
 from orchestrator.tables import SPLITS, Table, read_manifest
@@ -185,7 +186,7 @@ def _find(config: BertConfig, verify: bool) -> Path:
     key = cache.recall(facts)
     folder = cache.open_entry(key, verify) if key else None
     if folder is None:
-        key = cache.digest({"recipe": recipe, "text": fingerprint(corpus)})
+        key = digest({"recipe": recipe, "text": fingerprint(corpus)})
         folder = cache.open_entry(key, verify=True)
         folder = folder or cache.build_entry(key, lambda building: _write(config, corpus, building))
         cache.remember(facts, key)
@@ -252,7 +253,7 @@ def entropy(counts: NDArray[np.int64]) -> float:
 
 def folder_fingerprint(folder: Path, vocabulary: Vocabulary) -> str:
     """What the run trains on, hashed: the sequences and the vocabulary, not where they came from."""
-    return cache.digest([vocabulary.tokens, *(cache.file_sha256(folder / f"{split}.int32") for split in SPLITS)])
+    return digest([vocabulary.tokens, *(cache.file_sha256(folder / f"{split}.int32") for split in SPLITS)])
 
 
 def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:

@@ -39,17 +39,16 @@ class TextPreparation:
         corpus = find_corpus(self.config.data)
         if corpus.kind == "docs":
             return [{"files": [], "of": platform.python_version()}]
-        of = [list(fact) for fact in corpus.facts()]
-        parts: list[Part] = [{"files": [], "of": of}]
+        parts: list[Part] = [{"files": []}]
         room = file_bytes
-        for path in corpus.files:
-            size, start = path.stat().st_size, 0
+        for path, size, changed_ns in corpus.facts():
+            start = 0
             while start < size:
                 if room <= 0:
-                    parts.append({"files": [], "of": of})
+                    parts.append({"files": []})
                     room = file_bytes
                 stop = min(size, start + room)
-                parts[-1]["files"].append([str(path), start, stop])
+                parts[-1]["files"].append([path, changed_ns, start, stop])
                 room, start = room - (stop - start), stop
         return parts
 
@@ -80,7 +79,7 @@ class TextPreparation:
     def _documents(self, part: Part) -> Iterator[str]:
         if not part["files"]:
             yield from find_corpus(self.config.data).documents()
-        for path, start, stop in part["files"]:
+        for path, _, start, stop in part["files"]:
             yield from paragraphs(Path(path), start, stop)
 
     def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

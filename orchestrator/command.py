@@ -1,0 +1,30 @@
+"""What all commands share: a command line whose mistakes are one line, and how an error ends a command."""
+
+import argparse
+import difflib
+import sys
+from typing import Any, NoReturn
+
+from orchestrator.errors import OrchestratorError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors in one line, and a guess at what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [o for action in self._actions for o in action.option_strings]
+            close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"see `{self.prog} --help`"
+            raise UserError(f"{rest[0]}: not known here; {hint}")
+        return parsed
+
+
+def refuse(error: OrchestratorError) -> int:
+    """Print the one line of an error; returns the exit status that it ends the command with."""
+    print("error:", str(error).replace("\n", " "), file=sys.stderr)
+    return error.exit_status
