@@ -197,6 +197,10 @@ class Group:
                 dist.all_gather_object(values, value)
         return values
 
+    def start_barrier(self) -> dist.Work:
+        """Begin to tell everyone that this worker is here; `wait` ends when all are."""
+        return self.start_sum(torch.zeros(1, device=self.device))
+
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""
         with self._peers():

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group
@@ -65,18 +66,31 @@ def train(
 
 
 def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: float) -> None:
-    """One optimizer step with the reduced gradients in p.grad; fp16 steps with an overflow are skipped."""
+    """One optimizer step with the reduced gradients in p.grad; fp16 steps with an overflow are skipped.
+
+    What p.grad holds is not written to, except by fp16's scaler: workers of one machine may share it.
+    """
     scaler = state.precision.scaler
     scaler.unscale_(state.optimizer)
-    gradients = [p.grad for p in state.parameters if p.grad is not None]
     if gradient_scale != 1.0:
-        torch._foreach_mul_(gradients, gradient_scale)
+        multiply_gradients(state, gradient_scale)
     if clip_norm:
-        torch.nn.utils.clip_grad_norm_(state.parameters, clip_norm)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+        factor = clip_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if factor < 1.0:
+            multiply_gradients(state, factor)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     scaler.step(state.optimizer)
     scaler.update()
+
+
+def multiply_gradients(state: TrainingState, factor: Tensor | float) -> None:
+    """Give the parameters new gradients, multiplied by `factor`."""
+    held = [(p, p.grad) for p in state.parameters if p.grad is not None]
+    products = torch._foreach_mul([gradient for _, gradient in held], factor)  # type: ignore[arg-type]
+    for (parameter, _), product in zip(held, products, strict=True):
+        parameter.grad = product
 
 
 def gradient_source(

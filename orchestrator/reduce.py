@@ -3,47 +3,28 @@
 On a worker each parameter has a pairwise stack: a shard's gradient is pushed as autograd delivers it, and while
 the two topmost blocks are siblings of the tree they are added, so few gradients are alive: log2(shards) + 1 for an
 aligned range, at most twice that for any.
-A contiguous range of shards ends as a few aligned blocks. Between workers the blocks travel in buckets, launched
-as soon as the backward pass of the last shard has filled them: each worker receives its chunk of every block
-(all-to-all), folds the chunks in tree order, and the sums are gathered. With two workers that hold one half each,
-a plain all-reduce has the same bits, for a + b = b + a.
+A contiguous range of shards ends as a few aligned blocks. Between workers the blocks travel in buckets
+(transport.py), launched as soon as the backward pass of the last shard has filled them.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.group import Group
 from orchestrator.shards import Block, Placement, push_block
+from orchestrator.transport import Bucket, Transport, transport
 
 BUCKET_BYTES = 8 * 2**20
-
-
-@dataclass
-class _Bucket:
-    """A stretch of parameters that travels in one message.
-
-    `blocks` is fp32 [own blocks, world, chunk]: each block's gradients of these parameters laid end to end.
-    """
-
-    members: list[int]
-    offsets: list[int]
-    numel: int
-    missing: int = 0
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0))
-    total: Tensor = field(default_factory=lambda: torch.empty(0))
-    views: list[list[Tensor]] = field(default_factory=list)
-    received: Tensor = field(default_factory=lambda: torch.empty(0))
-    work: dist.Work | None = None
 
 
 class TreeReducer:
     """Sums gradients, and one extra vector a shard, over all shards of a step in tree order.
 
     Use: `start_shard(v)`, backward, for every own shard in ascending order, then `finish()`; `p.grad` then holds
-    the sum over all shards, and `extra` that of the extra vectors.
+    the sum over all shards, and `extra` that of the extra vectors. Unless they were asked for as the worker's own,
+    p.grad and `extra` may be memory that the workers share: they are read, never written, and until the next step.
     """
 
     def __init__(self, parameters: list[nn.Parameter], extra_numel: int, group: Group) -> None:
@@ -61,6 +42,8 @@ class TreeReducer:
         self._merges = 0
         self._last = False
         self._range = range(0)
+        self._transport: Transport | None = None
+        self._views: list[list[list[Tensor]]] = []  # by bucket and own block
         self._blocks: list[Block] = []
         self.extra = torch.zeros(extra_numel, device=device)
         self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(parameters)]
@@ -71,30 +54,15 @@ class TreeReducer:
             handle.remove()
 
     def place(self, placement: Placement) -> None:
-        """Take over a placement; between two steps only."""
-        rank, world = self._group.rank, self._group.world
-        self._range = placement.range_of(rank)
-        self._own = placement.blocks_of(rank)
-        everyone = [placement.blocks_of(r) for r in range(world)]
-        self._counts = [len(blocks) for blocks in everyone]
-        self._order = [block for blocks in everyone for block in blocks]
-        # Siblings of equal halves: the sum of two has the same bits in either order.
-        self._plain = world == 2 and self._counts == [1, 1]
-        for bucket in self._buckets:
-            if world > 1:
-                chunk = bucket.numel // world
-                device = self._group.device
-                bucket.blocks = torch.zeros(len(self._own), world, chunk, device=device)
-                bucket.received = torch.empty(0 if self._plain else len(self._order), chunk, device=device)
-                bucket.total = bucket.blocks[0].view(-1) if self._plain else torch.empty(bucket.numel, device=device)
-                rows = bucket.blocks.view(len(self._own), bucket.numel)
-                bucket.views = [
-                    [
-                        _view(row, offset, self._slots[i])
-                        for i, offset in zip(bucket.members, bucket.offsets, strict=True)
-                    ]
-                    for row in rows
-                ]
+        """Take over a placement; between two steps only. Every worker of the group calls it."""
+        self._range = placement.range_of(self._group.rank)
+        if self._group.world == 1:
+            return
+        self._transport = transport(self._group, placement, self._buckets)
+        self._views = [
+            [[_view(row, offset, self._slots[i]) for i, offset in _members(bucket)] for row in bucket.blocks]
+            for bucket in self._buckets
+        ]
 
     def start_step(self) -> None:
         """Forget the last step's gradients (a stale .grad view would silently break equality)."""
@@ -124,20 +92,25 @@ class TreeReducer:
             if pushed < self._shards_done:
                 self._push(i, torch.zeros_like(self._slots[i]))
 
-    def finish(self) -> None:
-        """Wait for the other workers; p.grad and `extra` hold the sums. Raises PeerLostError if one is lost."""
+    def finish(self, own: bool = False) -> None:
+        """Wait for the other workers; p.grad and `extra` hold the sums.
+
+        Args:
+            own: whether p.grad will be written to.
+
+        Raises:
+            PeerLostError: another worker is lost.
+        """
         if self._group.world == 1:
             for slot, stack in zip(self._slots, self._stacks, strict=True):
                 slot.grad = stack.pop()
-        elif self._plain:
-            for bucket in self._buckets:
-                self._wait(bucket)
         else:
-            self._fold_and_gather()
-        if self._group.world > 1:
+            assert self._transport is not None
+            self._transport.finish()
             for bucket in self._buckets:
-                for i, offset in zip(bucket.members, bucket.offsets, strict=True):
-                    self._slots[i].grad = _view(bucket.total, offset, self._slots[i])
+                total = bucket.total.clone() if own and self._transport.common else bucket.total
+                for i, offset in _members(bucket):
+                    self._slots[i].grad = _view(total, offset, self._slots[i])
         assert self._extra_slot.grad is not None
         self.extra = self._extra_slot.grad
 
@@ -160,7 +133,7 @@ class TreeReducer:
             if merge == 1 and into_bucket:
                 left = stack.pop()
                 bucket, k = self._home[i]
-                place = self._buckets[bucket].views[len(stack)][k]
+                place = self._views[bucket][len(stack)][k]
                 stack.append(torch.add(left, right, out=place))
             else:
                 stack[-1].add_(right)
@@ -171,47 +144,19 @@ class TreeReducer:
         """Put what is not yet in the bucket there, and launch every bucket whose turn it is."""
         b, k = self._home[i]
         bucket, stack = self._buckets[b], self._stacks[i]
-        for row, block in zip(bucket.views, stack, strict=True):
+        for row, block in zip(self._views[b], stack, strict=True):
             if block is not row[k]:
                 row[k].copy_(block)
         stack.clear()
         bucket.missing -= 1
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
-            self._launch(self._buckets[self._launched])
+            assert self._transport is not None
+            self._transport.launch(self._buckets[self._launched])
             self._launched += 1
 
-    def _launch(self, bucket: _Bucket) -> None:
-        if self._plain:
-            bucket.work = self._group.start_sum(bucket.total)
-            return
-        world, chunk = self._group.world, bucket.received.shape[1]
-        outgoing = bucket.blocks.transpose(0, 1).contiguous().view(-1)
-        bucket.work = self._group.start_exchange(
-            bucket.received.view(-1),
-            outgoing,
-            [count * chunk for count in self._counts],
-            [len(self._own) * chunk] * world,
-        )
 
-    def _fold_and_gather(self) -> None:
-        # Two passes: a collective issued from within the first one's completion hangs on gloo.
-        for bucket in self._buckets:
-            self._wait(bucket)
-            stack: list[Block] = []
-            rows: list[Tensor] = []
-            for block, row in zip(self._order, bucket.received, strict=True):
-                rows.append(row)
-                for _ in range(push_block(stack, block)):
-                    right = rows.pop()
-                    rows[-1].add_(right)
-            bucket.work = self._group.start_gather(bucket.total, rows[0])
-        for bucket in self._buckets:
-            self._wait(bucket)
-
-    def _wait(self, bucket: _Bucket) -> None:
-        assert bucket.work is not None
-        self._group.wait(bucket.work)
-        bucket.work = None
+def _members(bucket: Bucket) -> Iterator[tuple[int, int]]:
+    return zip(bucket.members, bucket.offsets, strict=True)
 
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
@@ -219,13 +164,13 @@ def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     return flat[offset : offset + like.numel()].as_strided(like.shape, like.stride(), flat.storage_offset() + offset)
 
 
-def _pack(slots: list[nn.Parameter], world: int) -> list[_Bucket]:
+def _pack(slots: list[nn.Parameter], world: int) -> list[Bucket]:
     """Buckets of about BUCKET_BYTES in the order in which backward delivers: the extra vector, last layer first."""
-    buckets: list[_Bucket] = []
+    buckets: list[Bucket] = []
     for i in reversed(range(len(slots))):
         numel = slots[i].numel()
         if not buckets or (buckets[-1].numel + numel) * 4 > BUCKET_BYTES:
-            buckets.append(_Bucket([], [], 0))
+            buckets.append(Bucket([], [], 0))
         buckets[-1].members.append(i)
         buckets[-1].offsets.append(buckets[-1].numel)
         buckets[-1].numel += numel

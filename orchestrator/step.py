@@ -120,7 +120,7 @@ class ShardedGradients:
                 self._one_shard(shard, end - start, nominal, stop)
             self._reducer.end_shard()
         self._group.clock.stop(len(self._own))
-        self._reducer.finish()
+        self._reducer.finish(own=self._state.precision.scaler.is_enabled())  # it unscales them in place
         rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it

@@ -43,7 +43,8 @@ FLOORS: dict[int, str] = {
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
-    " orchestrator.reduce orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
+    " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
+    " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
     " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
     " orchestrator.tables orchestrator.filecache orchestrator.latelogs workloads.workload workloads.preparation",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build",

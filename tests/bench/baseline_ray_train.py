@@ -24,13 +24,12 @@ from ray.train.torch import TorchTrainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-import orchestrator.vision_ops  # noqa: F401  before torchvision and transformers: see there
+from orchestrator import vision_ops  # before torchvision and transformers: see there
 
 # isort: split
 import torchvision  # noqa: F401  an ordinary vision script imports it at the top
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+import transformers  # its classes by attribute: only the workers import what they use of it
 
-from workloads.bert import model as bert
 from workloads.bert.config import BertConfig
 from workloads.bert.data import prepare
 from workloads.resnet import data as images
@@ -73,12 +72,19 @@ def bert_model():
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(prepared.tokenizer_json)
         file.flush()
-        tokenizer = PreTrainedTokenizerFast(
+        tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_file=file.name, mask_token="[MASK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
             unk_token="[UNK]",
         )  # fmt: skip
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=config.mask_rate)
-    model = bert.build(config, len(prepared.vocabulary), tokenizer.pad_token_id)
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=config.mask_rate)
+    size = config.architecture()
+    model = transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=len(prepared.vocabulary), hidden_size=size.hidden_size, num_hidden_layers=size.layers,
+            num_attention_heads=size.heads, intermediate_size=size.intermediate_size,
+            max_position_embeddings=config.sequence_length, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
     dataset = Sequences(prepared.train, list(prepared.vocabulary.special_ids))
     loader = DataLoader(dataset, batch_size=config.batch_size // WORKERS, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -86,6 +92,7 @@ def bert_model():
 
 
 def train_func(config):
+    assert vision_ops  # the first name of this function, so the first that a worker imports: see above
     model, loader, optimizer, loss_of = {"resnet": resnet, "bert": bert_model}[config["workload"]]()
     model = ray.train.torch.prepare_model(model)
     loader = ray.train.torch.prepare_data_loader(loader)

@@ -13,6 +13,7 @@ import torch
 from orchestrator.settings import parse_value, settings
 from workloads.bert import data
 from workloads.bert.config import SIZES, BertConfig
+from workloads.bert.export import as_transformers
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer
 from workloads.bert.workload import BertWorkload
 
@@ -67,7 +68,7 @@ def test_held_out_masking_does_not_depend_on_the_seed(config):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_loss_is_that_of_transformers(workload, mode):
-    """The head on masked places alone gives the loss and the gradients of BertForMaskedLM with labels."""
+    """Our head on masked places alone gives the loss and the gradients of BertForMaskedLM with labels."""
     torch.manual_seed(0)
     model = workload.build_model().train(mode == "train")
     batch = workload.samples("train").microbatch(np.arange(8), 0)
@@ -75,16 +76,47 @@ def test_the_loss_is_that_of_transformers(workload, mode):
     sums = workload.sums(model, batch)
     sums.loss.backward()
     mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
+    theirs = as_transformers(model)
+    theirs.zero_grad()
     torch.manual_seed(1)
-    whole = model(input_ids=batch["input_ids"], labels=full_labels(batch))
+    whole = theirs(input_ids=batch["input_ids"], labels=full_labels(batch))
     (whole.loss * sums.count).backward()
     assert sums.loss.item() == pytest.approx((whole.loss * sums.count).item(), rel=1e-5)
     assert sums.loss.dtype == torch.float32
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-4, atol=1e-5)
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert gradients.keys() == mine.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5)
     right = (whole.logits.argmax(-1) == full_labels(batch)).sum()
     assert sums.others["correct"] == right
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_hidden_states_have_the_bits_of_transformers(workload, mode, precision):
+    """Dropout included: it draws in the same order."""
+    model = workload.build_model().train(mode == "train")
+    theirs = as_transformers(model)
+    input_ids = workload.samples("train").microbatch(np.arange(8), 0)["input_ids"]
+    with torch.no_grad(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        torch.manual_seed(1)
+        mine = model.bert(input_ids)
+        torch.manual_seed(1)
+        assert torch.equal(mine, theirs.bert(input_ids=input_ids).last_hidden_state)
+
+
+def test_first_weights_are_bert_s(workload):
+    """Devlin et al. 2019: N(0, 0.02) for matrices, 0 for biases, 1 for norms; nothing for padding."""
+    torch.manual_seed(0)
+    model = workload.build_model()
+    pad = model.bert.embeddings.word_embeddings.padding_idx
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            rows = parameter[torch.arange(len(parameter)) != pad] if "word_embeddings" in name else parameter
+            assert rows.std().item() == pytest.approx(0.02, rel=0.3), name
+        else:
+            assert (parameter == float("LayerNorm.weight" in name)).all(), name
+    assert (model.bert.embeddings.word_embeddings.weight[pad] == 0).all()
 
 
 def test_sums_add_up_and_no_tensor_of_others_needs_a_gradient(workload):
@@ -185,10 +217,12 @@ def test_saved_weights_are_the_weights(workload, tmp_path):
     model = workload.build_model()
     workload.save(model, tmp_path / "model")
     loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path / "model")
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(
-        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    kept, read = model.state_dict(), loaded.state_dict()
+    tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    assert read.keys() == kept.keys() | tied
+    assert all(torch.equal(read[name], kept[name]) for name in kept)
+    assert torch.equal(read["cls.predictions.decoder.weight"], kept["bert.embeddings.word_embeddings.weight"])
+    assert torch.equal(read["cls.predictions.decoder.bias"], kept["cls.predictions.bias"])
     names = {file.name for file in (tmp_path / "model").iterdir()}
     assert {
         "config.json",

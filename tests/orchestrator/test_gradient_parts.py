@@ -1,5 +1,10 @@
 """Batch normalization against torch's own, and the tree reducer's gradients against autograd's."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from distributed import run_distributed
@@ -7,6 +12,7 @@ from torch import nn
 from toys import ToyWorkload, toy_plan, toy_state
 
 from orchestrator.batchnorm import RunningStatistics
+from orchestrator import sharedmemory, transport
 from orchestrator.group import Group
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import derive_seed, even_placement, placement_from_counts
@@ -117,14 +123,24 @@ def test_gradients_are_those_of_autograd():
             assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-5), name
 
 
-def reduce_known(group: Group, counts: tuple[int, ...], steps: int) -> list[list[float]]:
+@contextlib.contextmanager
+def apart(really: bool) -> Iterator[None]:
+    """As if the workers were on machines of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if really:
+            patch.setattr(transport, "share", lambda group, floats: None)
+        yield
+
+
+def reduce_known(group: Group, counts: tuple[int, ...], steps: int, machines: bool = False) -> list[list[float]]:
     """Sums of gradients that differ in magnitude, so that another order of adding gives other bits."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(7,), (3, 5), (1,), (2, 3, 4), (300, 1000)]]
     with torch.no_grad():
         parameters[3].data = parameters[3].data.permute(2, 0, 1)  # a layout of its own
     reducer = TreeReducer(parameters, 11, group)
     placement = placement_from_counts(counts)
-    reducer.place(placement)
+    with apart(machines):
+        reducer.place(placement)
     found = []
     for step in range(steps):
         reducer.start_step()
@@ -146,19 +162,21 @@ def reduce_known(group: Group, counts: tuple[int, ...], steps: int) -> list[list
 @pytest.mark.parametrize(
     "counts", [(8, 8), (5, 11), (1, 15), (4, 4, 8), (1, 14, 1), (7, 2, 7), (4, 4, 4, 4), (3, 3, 5, 5), (2, 6, 6, 1, 1)]
 )
-def test_sums_have_the_same_bits_on_every_placement(counts):
+@pytest.mark.parametrize("machines", [False, True])
+def test_sums_have_the_same_bits_on_every_placement(counts, machines):
     """The large parameter is beyond a bucket of its own; two steps, for stale views show in the second."""
     (alone,) = run_distributed(reduce_known, 1, (16,), 2)
-    for found in run_distributed(reduce_known, len(counts), counts, 2):
+    for found in run_distributed(reduce_known, len(counts), counts, 2, machines):
         assert found == alone
 
 
-def join_sums(group: Group) -> list[torch.Tensor]:
+def join_sums(group: Group, machines: bool) -> list[torch.Tensor]:
     """Several buckets: more than BUCKET_BYTES of parameters."""
     parameters = [nn.Parameter(torch.zeros(1_500_000)) for _ in range(3)]
     reducer = TreeReducer(parameters, 2, group)
     placement = even_placement(4, group.world)
-    reducer.place(placement)
+    with apart(machines):
+        reducer.place(placement)
     reducer.start_step()
     for shard in placement.range_of(group.rank):
         reducer.start_shard(shard)
@@ -171,7 +189,72 @@ def join_sums(group: Group) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_parameters_of_several_buckets(world):
-    for sums, extra in run_distributed(join_sums, world):
+@pytest.mark.parametrize("machines", [False, True])
+def test_parameters_of_several_buckets(world, machines):
+    for sums, extra in run_distributed(join_sums, world, machines):
         assert sums.tolist() == [1111.0, 1115.0, 1119.0]
         assert extra.tolist() == [4.0, 6.0]
+
+
+def share_and_look(group: Group, lie: str) -> tuple[bool, list[float], int]:
+    """What all see after each has written its rank into its own vector and, in turn, into everybody's."""
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    own = sharedmemory._create
+    with pytest.MonkeyPatch.context() as patch:
+        if group.rank == 1 and lie == "no memory":
+            patch.setattr(sharedmemory, "_create", lambda floats: None)
+        if group.rank == 1 and lie == "another process":
+            patch.setattr(sharedmemory, "_create", lambda floats: (*own(floats)[:3], bytes(64)))
+        if group.rank == 1 and lie == "another network":
+            patch.setattr(sharedmemory, "_network", lambda: 1)
+        vectors = sharedmemory.share(group, [3 + rank for rank in range(group.world)])
+    left = len(list(Path("/proc/self/fd").iterdir())) - descriptors
+    if vectors is None:
+        return False, [], left
+    vectors[group.rank].fill_(group.rank)
+    group.wait(group.start_barrier())
+    for rank in range(group.world):
+        vectors[rank][group.rank] += 10
+    group.wait(group.start_barrier())
+    return True, [float(x) for vector in vectors for x in vector], left
+
+
+def test_shared_memory_is_shared():
+    expected = [10.0, 10, 10, 11, 11, 11, 1, 12, 12, 12, 2, 2]
+    for shared, seen, _ in run_distributed(share_and_look, 3, "nothing"):
+        assert shared
+        assert seen == expected
+
+
+@pytest.mark.parametrize("lie", ["no memory", "another process", "another network"])
+def test_memory_that_one_cannot_open_is_shared_by_none(lie):
+    for shared, _, left in run_distributed(share_and_look, 3, lie):
+        assert not shared
+        assert left <= 0
+
+
+def reduce_and_update(group: Group, own: bool) -> list[int]:
+    """Whether p.grad is memory of this process alone."""
+    parameters = [nn.Parameter(torch.zeros(1000))]
+    reducer = TreeReducer(parameters, 1, group)
+    reducer.place(even_placement(4, group.world))
+    reducer.start_step()
+    for shard in even_placement(4, group.world).range_of(group.rank):
+        reducer.start_shard(shard)
+        reducer.add_extra(torch.ones(1))
+        parameters[0].sum().backward()
+        reducer.end_shard()
+    reducer.finish(own)
+    group.wait(group.start_barrier())
+    if group.rank == 0:
+        parameters[0].grad.zero_()
+    group.wait(group.start_barrier())
+    return [int(parameters[0].grad.sum()), os.getpid()]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_gradients_are_the_worker_s_own_where_it_asks_for_that(own):
+    """fp16's scaler writes to them; what is shared is not copied."""
+    found = run_distributed(reduce_and_update, 2, own)
+    assert [total for total, _ in found] == ([0, 4000] if own else [0, 0])
+    assert len({process for _, process in found}) == 2

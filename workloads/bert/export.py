@@ -7,36 +7,67 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import orchestrator.vision_ops  # noqa: F401  before transformers, which imports torchvision
 
 # isort: split
 import transformers
 
 from workloads.bert.data import Prepared
+from workloads.bert.model import EPSILON, INITIAL_STD, Bert
 from workloads.bert.wordpiece import CLS, MASK, PAD, SEP, UNK
 
 NAMES = {"pad_token": PAD, "unk_token": UNK, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
 
 
-def save(model: Any, prepared: Prepared, sequence_length: int, folder: Path) -> None:
+def save(model: Bert, prepared: Prepared, folder: Path) -> None:
     """Write the weights, the configuration and the tokenizer.
 
     The files: config.json, model.safetensors, tokenizer.json, tokenizer_config.json, special_tokens_map.json,
     vocab.txt.
 
     Args:
-        model: a transformers model.
+        model: what was trained.
         prepared: where the tokenizer is.
-        sequence_length: the longest input the model can take, in tokens.
         folder: made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    _tokenizer(prepared, sequence_length).save_pretrained(folder)
+    exported = as_transformers(model)
+    exported.save_pretrained(folder)
+    _tokenizer(prepared, exported.config.max_position_embeddings).save_pretrained(folder)
     # For readers that know no tokenizer.json.
     lines = "".join(token + "\n" for token in prepared.vocabulary.tokens)
     (folder / "vocab.txt").write_text(lines, encoding="utf-8", newline="\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(NAMES, indent=2))
+
+
+def as_transformers(model: Bert) -> Any:
+    """transformers' BertForMaskedLM with our model's own tensors, in its mode (training or not)."""
+    words = model.bert.embeddings.word_embeddings
+    config = transformers.BertConfig(
+        vocab_size=words.num_embeddings,
+        hidden_size=model.size.hidden_size,
+        num_hidden_layers=model.size.layers,
+        num_attention_heads=model.size.heads,
+        intermediate_size=model.size.intermediate_size,
+        max_position_embeddings=model.bert.embeddings.position_embeddings.num_embeddings,
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.dropout,
+        initializer_range=INITIAL_STD,
+        layer_norm_eps=EPSILON,
+        pad_token_id=words.padding_idx,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and thrown away
+        exported = transformers.BertForMaskedLM(config)
+    weights = dict(model.state_dict())
+    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
+    exported.load_state_dict(weights, assign=True)
+    exported.tie_weights()
+    return exported.train(model.training)
 
 
 def _tokenizer(prepared: Prepared, sequence_length: int) -> Any:

@@ -1,54 +1,164 @@
-"""BERT for masked-language modelling: transformers' BertForMaskedLM, its head on masked places only.
+"""BERT for masked-language modelling (Devlin et al. 2019, arXiv:1810.04805), its head on masked places only.
 
-B = microbatch, T = tokens, D = width, K = masked tokens of the microbatch, V = vocabulary.
+Our own module rather than transformers' BertForMaskedLM, whose import takes every worker 3.7 s of processor time
+before its first step. Names and shapes of the parameters are transformers', and so is the order in which dropout
+draws: the logits have the same bits (tests/bert/test_bert_training.py), and export.py saves it as transformers' model.
+
+B = microbatch, T = tokens, D = width, H = heads, F = width inside the feed-forward block, K = masked tokens of the
+microbatch, V = vocabulary.
 """
 
-import orchestrator.vision_ops  # noqa: F401  before transformers, which imports torchvision
-
-# isort: split
-from typing import Any
-
 import torch
-import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workloads.bert.config import BertConfig
+from workloads.bert.config import Architecture, BertConfig
+
+EPSILON = 1e-12  # of LayerNorm, as in the authors' code (github.com/google-research/bert, modeling.py)
+INITIAL_STD = 0.02
 
 
-def build(config: BertConfig, vocab_size: int, pad_id: int) -> Any:
-    """A new BertForMaskedLM, fp32, on the CPU; weights from torch's global generator.
+class Embeddings(nn.Module):
+    """Token, position and segment embeddings; all tokens are of segment 0, for there is no next sentence."""
 
-    They are N(0, 0.02), as in Devlin et al. 2019. There is one position embedding per token of a sequence;
+    def __init__(self, size: Architecture, vocab_size: int, positions: int, dropout: float, pad_id: int) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, size.hidden_size, padding_idx=pad_id)
+        self.position_embeddings = nn.Embedding(positions, size.hidden_size)
+        self.token_type_embeddings = nn.Embedding(2, size.hidden_size)
+        self.LayerNorm = nn.LayerNorm(size.hidden_size, eps=EPSILON)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        hidden_BTD = self.word_embeddings(input_ids_BT) + self.token_type_embeddings.weight[0]
+        hidden_BTD = hidden_BTD + self.position_embeddings.weight[: input_ids_BT.shape[1]]
+        embedded_BTD: Tensor = self.dropout(self.LayerNorm(hidden_BTD))
+        return embedded_BTD
+
+
+class SelfAttention(nn.Module):
+    """Every token attends to all of its sequence: sequences are full, so there is no mask."""
+
+    def __init__(self, size: Architecture, dropout: float) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.dropout = dropout
+        self.query = nn.Linear(size.hidden_size, size.hidden_size)
+        self.key = nn.Linear(size.hidden_size, size.hidden_size)
+        self.value = nn.Linear(size.hidden_size, size.hidden_size)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        query_BHTd, key_BHTd, value_BHTd = (
+            linear(hidden_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed_BHTd = F.scaled_dot_product_attention(query_BHTd, key_BHTd, value_BHTd, dropout_p=dropout)
+        return mixed_BHTd.transpose(1, 2).flatten(2)
+
+
+class Residual(nn.Module):
+    """A linear layer, dropout, and the sum with what came before, normalized."""
+
+    def __init__(self, inner: int, size: Architecture, dropout: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner, size.hidden_size)
+        self.LayerNorm = nn.LayerNorm(size.hidden_size, eps=EPSILON)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inner_BTF: Tensor, before_BTD: Tensor) -> Tensor:
+        normal_BTD: Tensor = self.LayerNorm(self.dropout(self.dense(inner_BTF)) + before_BTD)
+        return normal_BTD
+
+
+class Layer(nn.Module):
+    """Attention, then the feed-forward block."""
+
+    def __init__(self, size: Architecture, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {"self": SelfAttention(size, dropout), "output": Residual(size.hidden_size, size, dropout)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(size.hidden_size, size.intermediate_size)})
+        self.output = Residual(size.intermediate_size, size, dropout)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        hidden_BTD = self.attention["output"](self.attention["self"](hidden_BTD), hidden_BTD)
+        output_BTD: Tensor = self.output(F.gelu(self.intermediate["dense"](hidden_BTD)), hidden_BTD)
+        return output_BTD
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers."""
+
+    def __init__(self, size: Architecture, vocab_size: int, positions: int, dropout: float, pad_id: int) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(size, vocab_size, positions, dropout, pad_id)
+        layers = nn.ModuleList(Layer(size, dropout) for _ in range(size.layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+
+    def forward(self, input_ids_BT: Tensor) -> Tensor:
+        hidden_BTD: Tensor = self.embeddings(input_ids_BT)
+        for layer in self.encoder["layer"].children():
+            hidden_BTD = layer(hidden_BTD)
+        return hidden_BTD
+
+
+class Head(nn.Module):
+    """Logits over the vocabulary; the matrix is that of the token embeddings, the bias its own."""
+
+    def __init__(self, size: Architecture, vocab_size: int) -> None:
+        super().__init__()
+        self.transform = nn.ModuleDict(
+            {
+                "dense": nn.Linear(size.hidden_size, size.hidden_size),
+                "LayerNorm": nn.LayerNorm(size.hidden_size, eps=EPSILON),
+            }
+        )
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden_KD: Tensor, embeddings_VD: Tensor) -> Tensor:
+        hidden_KD = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden_KD)))
+        return F.linear(hidden_KD, embeddings_VD, self.bias)
+
+
+class Bert(nn.Module):
+    """The encoder and the head on the masked places.
+
+    Attributes:
+        size, dropout: as they were given.
+    """
+
+    def __init__(self, size: Architecture, vocab_size: int, positions: int, dropout: float, pad_id: int) -> None:
+        super().__init__()
+        self.size, self.dropout = size, dropout
+        self.bert = Encoder(size, vocab_size, positions, dropout, pad_id)
+        self.cls = nn.ModuleDict({"predictions": Head(size, vocab_size)})
+        self._draw(pad_id)
+
+    @torch.no_grad()
+    def _draw(self, pad_id: int) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        self.bert.embeddings.word_embeddings.weight[pad_id].zero_()
+
+    def forward(self, input_ids_BT: Tensor, masked_K: Tensor) -> Tensor:
+        """Logits [K, V] at the flat places `masked_K` of B * T; the head is not computed for the others."""
+        hidden_KD = self.bert(input_ids_BT).flatten(0, 1).index_select(0, masked_K)
+        logits_KV: Tensor = self.cls["predictions"](hidden_KD, self.bert.embeddings.word_embeddings.weight)
+        return logits_KV
+
+
+def build(config: BertConfig, vocab_size: int, pad_id: int) -> Bert:
+    """A new model, fp32, on the CPU; weights from torch's global generator.
+
+    They are N(0, 0.02), biases 0, as in Devlin et al. 2019. There is one position embedding per token of a sequence;
     the output layer is tied to the token embeddings.
     """
-    size = config.architecture()
-    return transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=size.hidden_size,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            intermediate_size=size.intermediate_size,
-            max_position_embeddings=config.sequence_length,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
-            pad_token_id=pad_id,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-        )
-    )
-
-
-def masked_logits(model: Any, input_ids_BT: Tensor, masked_K: Tensor) -> Tensor:
-    """Logits [K, V] at the flat places `masked_K`; the head is not computed for the others.
-
-    Every sequence is full, so no attention mask is needed.
-    """
-    hidden_BTD = model.bert(input_ids=input_ids_BT).last_hidden_state
-    hidden_KD = hidden_BTD.flatten(0, 1).index_select(0, masked_K)
-    logits_KV: Tensor = model.cls(hidden_KD)
-    return logits_KV
+    return Bert(config.architecture(), vocab_size, config.sequence_length, config.dropout, pad_id)
 
 
 def loss_sum(logits_KV: Tensor, labels_K: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from orchestrator.tables import Table
 from workloads.bert import model as bert
 from workloads.bert.config import BertConfig
 from workloads.bert.data import prepare
-from workloads.bert.export import save
 from workloads.bert.masking import Masking, heldout_seeds, train_seeds
 from workloads.bert.wordpiece import MASK, PAD
 from workloads.workload import Batch, Split, Sums
@@ -76,10 +75,9 @@ class BertWorkload:
         return False
 
     def build_model(self) -> nn.Module:
-        """A new BertForMaskedLM, fp32, on the CPU; weights from torch's global generator."""
+        """A new BERT, fp32, on the CPU; weights from torch's global generator."""
         vocabulary = self._prepared.vocabulary
-        model: nn.Module = bert.build(self._config, len(vocabulary), vocabulary.id(PAD))
-        return model
+        return bert.build(self._config, len(vocabulary), vocabulary.id(PAD))
 
     def samples(self, split: Split) -> BertSamples:
         """The training split, masked anew in every epoch, or the held-out one, masked alike in every run."""
@@ -94,7 +92,7 @@ class BertWorkload:
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Cross entropy summed over the masked tokens, their number, and how many are predicted right."""
         labels_K = batch["labels"]
-        logits_KV = bert.masked_logits(model, batch["input_ids"], batch["masked"])
+        logits_KV = model(batch["input_ids"], batch["masked"])
         count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
         return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
 
@@ -114,4 +112,7 @@ class BertWorkload:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what transformers' from_pretrained needs, for the model and for the tokenizer."""
-        save(model, self._prepared, self._config.sequence_length, folder)
+        from workloads.bert.export import save  # imports transformers, which takes seconds: only where it is needed
+
+        assert isinstance(model, bert.Bert)
+        save(model, self._prepared, folder)
