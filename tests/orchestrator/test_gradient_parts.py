@@ -11,8 +11,8 @@ from distributed import run_distributed
 from torch import nn
 from toys import ToyWorkload, toy_plan, toy_state
 
-from orchestrator.batchnorm import RunningStatistics
 from orchestrator import sharedmemory, transport
+from orchestrator.batchnorm import RunningStatistics
 from orchestrator.group import Group
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import derive_seed, even_placement, placement_from_counts

@@ -62,10 +62,7 @@ def as_transformers(model: Bert) -> Any:
     )
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and thrown away
         exported = transformers.BertForMaskedLM(config)
-    weights = dict(model.state_dict())
-    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
-    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"]
-    exported.load_state_dict(weights, assign=True)
+    exported.load_state_dict(model.state_dict(), assign=True)
     exported.tie_weights()
     return exported.train(model.training)
 

@@ -105,10 +105,14 @@ class Encoder(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits over the vocabulary; the matrix is that of the token embeddings, the bias its own."""
+    """Logits over the vocabulary; the matrix is that of the token embeddings, the bias its own.
 
-    def __init__(self, size: Architecture, vocab_size: int) -> None:
+    Both also go by the names that the layer has in transformers' model, `decoder`, so that state_dict is its.
+    """
+
+    def __init__(self, size: Architecture, embeddings: nn.Embedding) -> None:
         super().__init__()
+        vocab_size = embeddings.num_embeddings
         self.transform = nn.ModuleDict(
             {
                 "dense": nn.Linear(size.hidden_size, size.hidden_size),
@@ -116,10 +120,13 @@ class Head(nn.Module):
             }
         )
         self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.decoder = nn.Linear(size.hidden_size, vocab_size, device="meta")  # both tensors are replaced
+        self.decoder.weight, self.decoder.bias = embeddings.weight, self.bias
 
-    def forward(self, hidden_KD: Tensor, embeddings_VD: Tensor) -> Tensor:
+    def forward(self, hidden_KD: Tensor) -> Tensor:
         hidden_KD = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden_KD)))
-        return F.linear(hidden_KD, embeddings_VD, self.bias)
+        logits_KV: Tensor = self.decoder(hidden_KD)
+        return logits_KV
 
 
 class Bert(nn.Module):
@@ -133,22 +140,22 @@ class Bert(nn.Module):
         super().__init__()
         self.size, self.dropout = size, dropout
         self.bert = Encoder(size, vocab_size, positions, dropout, pad_id)
-        self.cls = nn.ModuleDict({"predictions": Head(size, vocab_size)})
+        self.cls = nn.ModuleDict({"predictions": Head(size, self.bert.embeddings.word_embeddings)})
         self._draw(pad_id)
 
     @torch.no_grad()
     def _draw(self, pad_id: int) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=INITIAL_STD)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
         self.bert.embeddings.word_embeddings.weight[pad_id].zero_()
 
     def forward(self, input_ids_BT: Tensor, masked_K: Tensor) -> Tensor:
         """Logits [K, V] at the flat places `masked_K` of B * T; the head is not computed for the others."""
         hidden_KD = self.bert(input_ids_BT).flatten(0, 1).index_select(0, masked_K)
-        logits_KV: Tensor = self.cls["predictions"](hidden_KD, self.bert.embeddings.word_embeddings.weight)
+        logits_KV: Tensor = self.cls["predictions"](hidden_KD)
         return logits_KV
 
 
