@@ -154,20 +154,24 @@ def train(settings):
         epoch += 1
 
 
+def parser():
+    made = argparse.ArgumentParser()
+    made.add_argument("workload", choices=("resnet18", "bert-mini"))
+    made.add_argument("--data", type=Path, help="cifar-10-batches-py")
+    made.add_argument("--batch-size", type=int, default=128, help="global")
+    made.add_argument("--steps", type=int, default=15)
+    made.add_argument("--loader-processes", type=int, default=0)
+    made.add_argument("--vocab-size", type=int, default=2048)
+    made.add_argument("--sequence-length", type=int, default=128)
+    made.add_argument("--mask-rate", type=float, default=0.15)
+    made.add_argument("--head", choices=("full", "masked"), default="full")
+    return made
+
+
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("workload", choices=("resnet18", "bert-mini"))
-    parser.add_argument("--data", type=Path, help="cifar-10-batches-py")
-    parser.add_argument("--batch-size", type=int, default=128, help="global")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--loader-processes", type=int, default=0)
-    parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--mask-rate", type=float, default=0.15)
-    parser.add_argument("--head", choices=("full", "masked"), default="full")
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    step_s = train(parser.parse_args())
+    step_s = train(parser().parse_args())
     if dist.get_rank() == 0:
         print(json.dumps({"step_s": step_s, "threads": torch.get_num_threads()}), flush=True)
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Samples per second of our command line against a plain torch DDP script under torchrun (baseline_ddp.py).
+"""Samples per second of our command line against a plain torch DDP script under torchrun (baseline_ddp.py), and
+against the same job as written with accelerate (resnet18) or transformers' Trainer (bert-mini; baseline_libraries.py).
 
     python tests/bench/training_rate.py --out training_rate.json
     python tests/bench/training_rate.py --workloads resnet18 --workers 1 --reduce fixed --batch-size 64 --visits 5
@@ -7,6 +8,7 @@ resnet18 (3x3 stem, 32x32, random images in CIFAR-10's format) and BERT-mini (se
 workers of one thread each, the same global batch. A round visits every --reduce and, after each, the script; the
 rate is that of the steps after the warm-up. BERT's script comes in two variants, its head at every place (what
 model(input_ids, labels=labels) does) and at masked places only (what ours does): either is compared.
+The libraries are visited with --against script,library; they need `pip install accelerate`.
 Targets, ratio of ours to the script: --reduce fixed >= 0.95, ddp >= 1.0.
 """
 
@@ -25,6 +27,12 @@ import paired
 TARGETS = {"fixed": paired.Target(0.95, at_least=True), "ddp": paired.Target(1.0, at_least=True)}
 WORKLOADS = {"resnet18": "resnet", "bert-mini": "bert"}
 HEADS = {"resnet18": ("full",), "bert-mini": ("full", "masked")}
+LIBRARY = "library"
+NAMES = {
+    ("resnet18", "full"): "script",
+    ("resnet18", LIBRARY): "accelerate",
+    ("bert-mini", LIBRARY): "Trainer",
+}
 NEVER = "1000000"  # steps between checkpoints: their cost is checkpoint_stall.py's subject
 DIFFERENCES = {
     "both": [
@@ -67,14 +75,21 @@ def script(settings: Namespace, workload: str, workers: int, head: str, data: Pa
         "--loader-processes", str(settings.script_loader_processes), "--vocab-size", str(settings.vocab_size),
         "--sequence-length", str(settings.sequence_length), "--mask-rate", str(settings.mask_rate), "--head", head,
     ]  # fmt: skip
+    file = "baseline_libraries.py" if head == LIBRARY else "baseline_ddp.py"
     with commands.visit() as folder:
-        done = commands.torchrun(workers, "baseline_ddp.py", arguments, folder)
+        done = commands.torchrun(workers, file, arguments if head != LIBRARY else arguments[:-2], folder)
         return list(commands.last_json(done.stdout)["step_s"])
+
+
+def baselines(settings: Namespace, workload: str) -> list[str]:
+    """What ours is compared with: the script's heads, the library."""
+    heads = [head for head in HEADS[workload] if head in settings.heads or len(HEADS[workload]) == 1]
+    return (heads if "script" in settings.against else []) + ([LIBRARY] if LIBRARY in settings.against else [])
 
 
 def sides(settings: Namespace, workload: str, workers: int, data: Path) -> dict[str, Callable[[], list[float]]]:
     """One round: ours and the script by turns, every variant of either at least once."""
-    heads = [head for head in HEADS[workload] if head in settings.heads or len(HEADS[workload]) == 1]
+    heads = baselines(settings, workload)
     order: dict[str, Callable[[], list[float]]] = {}
     for i in range(max(len(settings.reduce), len(heads))):
         if i < len(settings.reduce):
@@ -97,14 +112,13 @@ def measure(settings: Namespace, workload: str, workers: int, data: Path) -> lis
     found = paired.alternate(sides(settings, workload, workers, data), settings.visits)
     comparisons = []
     for i, reduce in enumerate(settings.reduce):
-        for head in HEADS[workload]:
+        heads = baselines(settings, workload)
+        for head in heads:
             visits = [name for name in found if name.startswith(f"script {head} ")]
-            if not visits:
-                continue
             against = found[visits[i % len(visits)]]
-            name = f"{workload}, {workers} worker(s), {reduce} / script"
+            name = f"{workload}, {workers} worker(s), {reduce} / {NAMES.get((workload, head), f'script ({head} head)')}"
             compared = paired.compare(
-                name + (f" ({head} head)" if len(HEADS[workload]) > 1 else ""),
+                name,
                 [rate(settings, step_s) for step_s in found[reduce]],
                 [rate(settings, step_s) for step_s in against],
                 TARGETS[reduce],
@@ -133,6 +147,7 @@ def main() -> None:
     parser.add_argument(
         "--baseline-head", dest="heads", type=paired.words(("full", "masked")), default=["full", "masked"]
     )
+    parser.add_argument("--against", type=paired.words(("script", LIBRARY)), default=["script"])
     parser.add_argument("--steps", type=int, default=13, help="steps per visit, the warm-up included [13]")
     parser.add_argument("--warm-up", type=int, default=3, help="first steps that are not counted [3]")
     parser.add_argument("--batch-size", type=int, default=128, help="global batch of either side [128]")

@@ -24,6 +24,7 @@ from commands import (
 from orchestrator.rehearse import stage
 
 STEPS = 400
+MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def command(storage: Path, *extra: str) -> list[str]:
@@ -83,6 +84,29 @@ def test_all_workers_lost_at_once(nodes: Any, node_pair: Any, undisturbed: str, 
     assert found["incidents"][0]["kind"] == "worker_killed"
     assert 0 <= found["incidents"][0]["steps_lost"] <= 40, "the cadence, and a checkpoint that was being written"
     assert events(tmp_path / "run", "checkpoint_loaded")[0]["step"] >= 20
+
+
+@pytest.mark.skipif(not os.access(MEMORY_GROUPS, os.W_OK), reason=f"{MEMORY_GROUPS} (cgroup v1) cannot be written to")
+def test_the_kernel_kills_a_worker_for_want_of_memory(
+    nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path
+) -> None:
+    """The kernel's own out-of-memory kill: the worker is put into a memory group where the next page is too many."""
+    process = start(command(tmp_path, "--address", nodes.address, "--workers", "1:2"))
+    wait_for_step(tmp_path / "run", 50)
+    group = MEMORY_GROUPS / f"orchestrator-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text("4096")
+        (group / "cgroup.procs").write_text(str(generations(tmp_path)[0]["pids"][1]))
+        found = assert_as_undisturbed(finish(process), tmp_path, undisturbed)
+        assert "oom_kill 1" in (group / "memory.oom_control").read_text().splitlines()
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), 30, "the kernel to have killed it")
+        group.rmdir()
+    (incident,) = found["incidents"]
+    assert incident["kind"] == "worker_killed"
+    assert incident["steps_lost"] == 0
+    assert not events(tmp_path / "run", "checkpoint_loaded"), "the other worker had the state"
 
 
 def test_the_coordinator_is_killed(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:
