@@ -54,7 +54,7 @@ def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
     """Start the head; nodes follow when they are asked for. Returns the cluster's address."""
     from ray.util import get_node_ip_address
 
-    from orchestrator.watch import node_token
+    from orchestrator.nodewatch import node_token
 
     address = f"{get_node_ip_address()}:{port}"
     folder = Path(tempfile.mkdtemp(prefix="local-cluster-"))
@@ -81,7 +81,7 @@ def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
 
 def stop() -> int:
     """End all clusters that `start` started here; returns how many processes there were."""
-    from orchestrator.watch import psutil_of_ray
+    from orchestrator.nodewatch import psutil_of_ray
 
     psutil = psutil_of_ray()
     found, folders = set(), set()

@@ -11,13 +11,13 @@ from typing import Any
 
 from orchestrator.balancer import Balancer
 from orchestrator.errors import StorageError
-from orchestrator.events import Event, FaultFired, GenerationStarted, NodeDraining, WorkerFailed
+from orchestrator.events import Event, FaultFired, GenerationStarted, NodeDraining, PhaseBegan, WorkerFailed
 from orchestrator.injector import Schedule, drain_node
 from orchestrator.journal import Journal
 from orchestrator.membership import Membership
+from orchestrator.nodewatch import NodeWatch, end_process
 from orchestrator.recovery import Member, Roster
 from orchestrator.seats import Assignment, Order, Seat, Status
-from orchestrator.watch import NodeWatch, end_process
 
 log = logging.getLogger("orchestrator.coordinator")
 
@@ -48,6 +48,7 @@ class Coordinator:
         self._listening: asyncio.Future[int] | None = None
         self._finished: dict[str, str] = {}
         self._phase = "starting workers"
+        self._noted: PhaseBegan | None = None
         self._outcome, self._message, self._exit_status = "", "", 0
 
     async def enlist(self, member_id: str) -> tuple[str, int, str] | None:
@@ -227,7 +228,15 @@ class Coordinator:
             await self._journal.settle(self._watch.reachable)
             if self._journal.problem:
                 self._end("failed", self._journal.problem, 1)
+            self._note_phase(await self.status())
             self._start_faults()
+
+    def _note_phase(self, status: Status) -> None:
+        """Write down what the run is about when that changes, for those who watch from elsewhere."""
+        now = PhaseBegan(status.phase, status.joined, status.missing)
+        if now != self._noted and not self._outcome:
+            self._journal.log(now)
+        self._noted = now
 
     async def status(self) -> Status:
         """What there is to show."""

@@ -20,6 +20,15 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class PhaseBegan:
+    """What the run is about, and whom it waits for: workers that are there, and that are missing."""
+
+    phase: str
+    joined: int
+    missing: int
+
+
+@dataclass(frozen=True)
 class GenerationStarted:
     """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id."""
 
@@ -184,6 +193,7 @@ class RunEnded:
 
 Event = (
     RunStarted
+    | PhaseBegan
     | GenerationStarted
     | CheckpointSaved
     | CheckpointRejected

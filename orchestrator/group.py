@@ -198,8 +198,12 @@ class Group:
         return values
 
     def start_barrier(self) -> dist.Work:
-        """Begin to tell everyone that this worker is here; `wait` ends when all are."""
-        return self.start_sum(torch.zeros(1, device=self.device))
+        """Begin to tell everyone that this worker is here; `wait` ends when all are.
+
+        Each tells each: who is lost is missed by all, not by a neighbour alone as in a ring.
+        """
+        told, tell = torch.empty(self.world), torch.zeros(self.world)
+        return self.start_exchange(told, tell, [1] * self.world, [1] * self.world)
 
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""

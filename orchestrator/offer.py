@@ -39,7 +39,7 @@ def _configuration_here() -> Path | None:
     """What the first version of the autoscaler was started with, if it runs on this machine, for our cluster."""
     import ray
 
-    from orchestrator.watch import psutil_of_ray
+    from orchestrator.nodewatch import psutil_of_ray
 
     psutil = psutil_of_ray()
     address = ray.get_runtime_context().gcs_address

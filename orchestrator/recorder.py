@@ -74,7 +74,14 @@ class Recorder(Observer):
             "ledger": totals.ledger,
             "samples_per_s": round(totals.samples / step_s, 3),
             "step_s": round(step_s, 6),
-            "data_share": round(min(1.0, totals.data_s / step_s), 4),
+            **{
+                f"{part}_share": round(min(1.0, seconds / step_s), 4)
+                for part, seconds in (
+                    ("data", totals.data_s),
+                    ("compute", totals.compute_s),
+                    ("reduce", totals.reduce_s),
+                )
+            },
             "workers": self._seat.placement.workers,
             "generation": self._seat.generation,
             "time_s": round(now, 3),

@@ -17,12 +17,12 @@ from typing import Any
 from orchestrator.command import Parser, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
+from orchestrator.nodewatch import node_token
 from orchestrator.resume import default_storage
 from orchestrator.run import REHEARSAL, read_faults, read_settings
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.settings import flag
 from orchestrator.storage import Folder
-from orchestrator.watch import node_token
 from workloads.registry import WORKLOADS
 
 POLL_S = 0.1

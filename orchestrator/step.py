@@ -27,7 +27,7 @@ EXACT = 2**24  # whole numbers below it are exact in fp32
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What a step found out, the same on every worker but for data_s.
+    """What a step found out, the same on every worker but for the seconds.
 
     Attributes:
         loss: mean over the global batch.
@@ -36,6 +36,8 @@ class StepTotals:
         stop: whether some worker asked to stop after this step.
         ledger: 8 hex digits that depend on which samples every shard was computed from.
         data_s: seconds in which this worker had no samples to compute on.
+        compute_s: seconds of forward and backward on this worker.
+        reduce_s: seconds in which it waited for sums of gradients, those within backward (--reduce ddp) left out.
     """
 
     loss: float
@@ -44,6 +46,8 @@ class StepTotals:
     stop: bool
     ledger: str
     data_s: float
+    compute_s: float
+    reduce_s: float
 
 
 def ledger_of(indices: NDArray[np.int64]) -> int:
@@ -111,6 +115,7 @@ class ShardedGradients:
         self._statistics.start_step()
         self._reducer.start_step()
         self._group.clock.start(self._group.device)
+        started = time.perf_counter()
         for shard in self._own:
             self._group.step_on()
             self._reducer.start_shard(shard)
@@ -120,14 +125,17 @@ class ShardedGradients:
                 self._one_shard(shard, end - start, nominal, stop)
             self._reducer.end_shard()
         self._group.clock.stop(len(self._own))
+        computed = time.perf_counter()
         self._reducer.finish(own=self._state.precision.scaler.is_enabled())  # it unscales them in place
         rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
+        compute_s, reduce_s = computed - started - self._data_s, time.perf_counter() - computed
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
         stopping = bool(rows[:, 2].sum() > 0)
         ledger = _seal(rows, self._samples, step)
         loss = rows[:, 0].sum().item() / count
-        return StepTotals(loss, self._samples, nominal / count, stopping, ledger, self._data_s)
+        seconds = (self._data_s, compute_s, reduce_s)
+        return StepTotals(loss, self._samples, nominal / count, stopping, ledger, *seconds)
 
     def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
         waiting_since = time.perf_counter()
@@ -220,7 +228,7 @@ class DdpGradients:
         torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
         waiting_since = time.perf_counter()
         fed, batch = next(self._feed)
-        data_s = time.perf_counter() - waiting_since
+        fed_s = time.perf_counter()
         with self._state.precision.autocast():
             loss, count = self._module(batch)
         rows = torch.zeros(world, len(ROW), dtype=torch.float64, device=self._group.device)
@@ -230,14 +238,16 @@ class DdpGradients:
         rows[self._group.rank, 4] = ledger_of(fed)
         with self._group.others_wait():
             self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
+        computed_s = time.perf_counter()
         self._group.sum(rows)
+        seconds = (fed_s - waiting_since, computed_s - fed_s, time.perf_counter() - computed_s)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
         total = rows[:, 1].sum().item() or 1.0
         stopping, ledger = bool(rows[:, 2].sum() > 0), _seal(rows.cpu(), samples, step)
-        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger, data_s)
+        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger, *seconds)
 
     def committed(self, step: int) -> None:
         """Everyone takes rank 0's buffers, as DistributedDataParallel does, but after the step: none is left behind."""

@@ -115,6 +115,20 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def tail(self, name: str, most: int) -> bytes:
+        """The last `most` bytes of a file, or all of it; b"" where there is no such file."""
+
+        def do() -> bytes:
+            with self._fs.open_input_file(self.path(name)) as file:
+                file.seek(max(0, file.size() - most))
+                data: bytes = file.read()
+                return data
+
+        try:
+            return self._patiently(do)
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, atomically; folders on the way are made."""
         if not self.is_local:

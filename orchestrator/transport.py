@@ -98,11 +98,12 @@ class SharedSums:
         return [(len(placement.blocks_of(rank)) + (rank == 0)) * numel for rank in range(world)]
 
     def launch(self, bucket: Bucket) -> None:
-        bucket.work = self._group.start_barrier()
+        if bucket is self._buckets[-1]:  # nothing is on its way: one word that all is there will do
+            bucket.work = self._group.start_barrier()
 
     def finish(self) -> None:
-        for bucket, rows in zip(self._buckets, self._rows, strict=True):
-            _wait(self._group, bucket)
+        _wait(self._group, self._buckets[-1])
+        for rows in self._rows:
             fold(self._order, rows[:-1], rows[-1])
         self._group.wait(self._group.start_barrier())
 

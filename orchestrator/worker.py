@@ -13,10 +13,10 @@ from orchestrator.channel import Beat, Line
 from orchestrator.cluster_fit import declared_speed
 from orchestrator.errors import OrchestratorError
 from orchestrator.injector import Saboteur
+from orchestrator.nodewatch import all_stacks, interface_of
 from orchestrator.plan import Plan
 from orchestrator.recovery import Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
-from orchestrator.watch import all_stacks, interface_of
 
 log = logging.getLogger("orchestrator.worker")
 COORDINATOR_BACK_S = 120.0

@@ -46,15 +46,16 @@ FLOORS: dict[int, str] = {
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
     " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
     " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
-    " orchestrator.tables orchestrator.filecache orchestrator.latelogs workloads.workload workloads.preparation",
+    " orchestrator.tables orchestrator.filecache orchestrator.latelogs orchestrator.history"
+    " workloads.workload workloads.preparation",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build",
-    4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.watch"
+    4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
-    " workloads.registry",
+    " orchestrator.charts orchestrator.liveview workloads.registry",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
-    " orchestrator.report orchestrator.export orchestrator.prepare"
+    " orchestrator.watch orchestrator.report orchestrator.export orchestrator.prepare"
     " orchestrator.resume orchestrator.dry_run orchestrator.progress",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name

@@ -1,0 +1,107 @@
+"""What Ray knows of nodes: who is alive, who is being drained; and a way to end a process that does not answer."""
+
+import asyncio
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from typing import Any
+
+DUMP_S = 20.0
+
+
+class NodeWatch:
+    """Looks at Ray's node table; in an actor or a driver."""
+
+    every_s = 0.5
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, tuple[str, int]] = {}
+
+    def look(self) -> tuple[set[str], dict[str, float]]:
+        """(ids of living nodes, id of each draining node -> its deadline in seconds since 1970, 0: unknown)."""
+        import ray
+        from ray._private.state import state
+
+        nodes: list[dict[str, Any]] = ray.nodes()
+        for node in nodes:
+            self._addresses[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        alive = {node["NodeID"] for node in nodes if node["Alive"]}
+        draining = {node: deadline_ms / 1000 for node, deadline_ms in state.get_draining_nodes().items()}
+        return alive, {node: deadline for node, deadline in draining.items() if node in alive}
+
+    async def reachable(self, node: str) -> bool:
+        """Whether the node's raylet answers: Ray itself takes many seconds to miss one that was killed."""
+        address = self._addresses.get(node)
+        if address is None:
+            return True
+        with contextlib.suppress(OSError, TimeoutError):
+            _, writer = await asyncio.wait_for(asyncio.open_connection(*address), 1.0)
+            writer.close()
+            return True
+        return False
+
+
+def node_token() -> None:
+    """Give the nodes that this process starts a token, as ray.init does for its own."""
+    from ray._private.authentication import authentication_token_setup as setup
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    setup.Config.initialize("")
+    setup.ensure_token_if_auth_enabled(None, create_token_if_missing=True)
+
+
+def all_stacks() -> str:
+    """What every thread of this process does."""
+    frames = sys._current_frames().items()
+    return "\n".join(f"thread {ident}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames)
+
+
+def psutil_of_ray() -> Any:
+    """The psutil that Ray's wheel brings along, importable once Ray is."""
+    import ray  # noqa: F401
+
+    return importlib.import_module("psutil")
+
+
+def interface_of(address: str) -> str:
+    """The network interface of this machine that has `address`, "" if none has.
+
+    gloo would take the one that the host's name stands for, which on many machines is 127.0.1.1.
+    """
+    addresses = psutil_of_ray().net_if_addrs()
+    return next((name for name, known in addresses.items() if any(a.address == address for a in known)), "")
+
+
+def _end(pid: int) -> str:
+    """The stack of process `pid` of this node, as far as it can be had; then SIGKILL."""
+    text = "py-spy is not installed"
+    if spy := shutil.which("py-spy") or _beside_python("py-spy"):
+        command = [spy, "dump", "--nonblocking", "--pid", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_S, check=False)
+        text = (done.stdout or done.stderr).strip()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return text
+
+
+def _beside_python(name: str) -> str | None:
+    path = os.path.join(os.path.dirname(sys.executable), name)
+    return path if os.path.exists(path) else None
+
+
+async def end_process(node: str, pid: int) -> str:
+    """Kill a process of another node with SIGKILL; returns its stack, or why there is none."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    task: Any = ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+    try:
+        return str(await asyncio.wait_for(task.remote(pid), 2 * DUMP_S))
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return f"not to be had: {type(error).__name__}: {error}".splitlines()[0]
