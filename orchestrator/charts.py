@@ -22,11 +22,11 @@ def figure(y_title: str, x_title: str = "step", height: int = HEIGHT_PX) -> Any:
     chart = go.Figure()
     chart.update_layout(
         height=height,
-        margin={"l": 60, "r": 15, "t": 10, "b": 45},
+        margin={"l": 60, "r": 15, "t": 45, "b": 45},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hovermode="closest",
-        legend={"orientation": "h", "y": 1.12},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "traceorder": "normal"},
         xaxis={"title": x_title, "zeroline": False},
         yaxis={"title": y_title, "zeroline": False},
     )

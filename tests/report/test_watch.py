@@ -1,0 +1,86 @@
+"""The live view: what it shows of a run that is going on, waiting, silent or over."""
+
+import io
+import json
+import time
+
+import pytest
+from report.histories import write_run
+from rich.console import Console
+
+from orchestrator import watch
+from orchestrator.events import PhaseBegan, record
+from orchestrator.liveview import BARS, draw, sparkline
+from orchestrator.runfolder import RunFolder
+from orchestrator.storage import Folder
+
+
+def shown(folder) -> str:
+    console = Console(file=io.StringIO(), width=110, force_terminal=False)
+    console.print(draw(watch.look(RunFolder(Folder(str(folder))))))
+    return console.file.getvalue()
+
+
+def note(folder, phase: PhaseBegan) -> None:
+    RunFolder(Folder(str(folder))).folder.append("events.jsonl", json.dumps(record(phase, time.time())) + "\n")
+
+
+def test_a_run_that_is_going_on(tmp_path):
+    write_run(tmp_path / "run", status="", began_s=time.time() - 100)
+    note(tmp_path / "run", PhaseBegan("training", 4, 0))
+    text = shown(tmp_path / "run")
+    for words in ("run  training", "step 200 of 200", "rank", "0 to 1 (2)", "incidents: 3", "node_drained", "loss 0."):
+        assert words in text
+    assert BARS[0] in text
+
+
+def test_what_is_waited_for(tmp_path):
+    write_run(tmp_path / "run", steps=0, incidents=0, status="", began_s=time.time())
+    note(tmp_path / "run", PhaseBegan("waiting for workers", 1, 2))
+    assert "waiting for workers: 2 more needed, 1 there" in shown(tmp_path / "run")
+
+
+def test_a_run_that_says_nothing(tmp_path):
+    write_run(tmp_path / "run", status="", began_s=time.time() - 1000)
+    assert "nothing written for" in shown(tmp_path / "run")
+
+
+def test_a_long_run_is_not_read_whole(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", 20_000, status="")
+    monkeypatch.setattr(watch, "NEWEST_BYTES", 10_000)
+    sight = watch.look(RunFolder(Folder(str(tmp_path / "run"))))
+    assert 20 < len(sight.steps) < 100
+    assert sight.steps[-1]["step"] == 20_000
+
+
+def test_the_view_ends_with_the_run(tmp_path, capsys):
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "two", began_s=1.0)
+    assert watch.main([str(tmp_path / "one")]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_the_newest_run_is_shown_without_a_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "old")
+    write_run(tmp_path / "runs" / "new")
+    assert watch.main(["--once"]) == 0
+    assert "new  finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], [], ["nowhere", "--every", "0"], ["--evry", "1"]])
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert watch.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([], ""), ([1.0], BARS[0]), ([0.0, 1.0], BARS[0] + BARS[-1]), ([2.0] * 3, BARS[0] * 3)]
+)
+def test_sparklines(values, expected):
+    assert sparkline(values) == expected
+
+
+def test_a_long_sparkline_is_thinned():
+    assert len(sparkline(list(range(1000)), 20)) == 20
