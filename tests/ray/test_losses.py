@@ -103,7 +103,7 @@ def test_the_kernel_kills_a_worker_for_want_of_memory(
     finally:
         wait_until(lambda: not (group / "cgroup.procs").read_text(), 30, "the kernel to have killed it")
         group.rmdir()
-    (incident,) = found["incidents"]
+    incident = found["incidents"][0]  # a second one is the replacement that joins
     assert incident["kind"] == "worker_killed"
     assert incident["steps_lost"] == 0
     assert not events(tmp_path / "run", "checkpoint_loaded"), "the other worker had the state"
@@ -134,7 +134,7 @@ def test_a_machine_that_comes_late_is_used(nodes: Any, undisturbed: str, tmp_pat
     first, second = generations(tmp_path)
     assert second["pids"][0] == first["pids"][0]
     assert len({*second["nodes"]}) == 2
-    (incident,) = found["incidents"]
+    incident = found["incidents"][0]  # a second one is the replacement that joins
     assert (incident["kind"], incident["workers_after"], incident["steps_lost"]) == ("workers_joined", 2, 0)
 
 
