@@ -84,12 +84,14 @@ def with_ray_data(folder):
 
     ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
-    change = torchvision_transforms(True)
 
     def transform(row):
+        import orchestrator.vision_ops  # noqa: F401  in Ray's worker too, before torchvision
+
+        # isort: split
         from PIL import Image
 
-        return {"image": change(Image.fromarray(row["image"])).numpy()}
+        return {"image": torchvision_transforms(True)(Image.fromarray(row["image"])).numpy()}
 
     images = ray.data.read_images(str(folder / "photos" / "train"), mode="RGB", shuffle="files")
     batches = images.map(transform).iter_torch_batches(batch_size=BATCH["jpeg"], drop_last=True)

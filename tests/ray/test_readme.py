@@ -52,12 +52,12 @@ def test_the_laptop_commands(tmp_path: Path) -> None:
     for name in ("workloads", "orchestrator"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     plain = [c for c in commands() if c not in ELSEWHERE and not c.startswith(BENCHMARKS)]
-    assert len(plain) == 4
+    assert len(plain) == 6
     for command in plain:
         done = call(command, 240, cwd=tmp_path)
         assert done.status == 0, f"{command}\n{done.out}{done.err}"
     assert result(tmp_path / "runs" / "first")["status"] == "finished"
-    assert "finished already" not in done.out
+    assert "<title>first: finished</title>" in (tmp_path / "first.html").read_text()
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith(BENCHMARKS)])
