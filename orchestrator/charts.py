@@ -100,7 +100,7 @@ def loss_chart(histories: Sequence[History]) -> Any:
 
 
 def metric_charts(histories: Sequence[History]) -> dict[str, Any]:
-    """A chart for each held-out metric that was taken more than once, or by more than one of the runs."""
+    """A chart for each held-out metric that one of the runs took more than once."""
     names = {name: None for history in histories for event in history.of_kind("evaluated") for name in event["metrics"]}
     charts = {}
     for name in names:
@@ -113,7 +113,7 @@ def metric_charts(histories: Sequence[History]) -> dict[str, Any]:
             chart.add_scatter(
                 x=rounded(steps), y=rounded(values), mode="lines+markers", name=history.name, line={"color": colour(i)}
             )
-        if most > 1 or len(histories) > 1:
+        if most > 1:
             charts[name] = chart
     return charts
 
