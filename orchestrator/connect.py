@@ -90,6 +90,11 @@ def _known_here() -> str:
     return read_ray_address() or ""
 
 
+def is_here() -> bool:
+    """Whether a cluster that was started on this machine answers."""
+    return _answers(_known_here())
+
+
 def _answers(address: str) -> bool:
     """Whether somebody listens at host:port."""
     host, _, port = address.rpartition(":")

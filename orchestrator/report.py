@@ -4,7 +4,6 @@ Exit status: 0 written; 2 there is no run, or the page cannot be written.
 """
 
 import argparse
-import importlib.resources
 import json
 import sys
 from collections.abc import Sequence
@@ -210,7 +209,7 @@ def page(histories: Sequence[History]) -> str:
     sections += [time_section(history), plan_section(history)]
     if len(histories) > 1:
         sections.insert(0, comparison_section(histories))
-    source = (importlib.resources.files("orchestrator") / "report.html").read_text()
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(source)
     return template.render(
         name=history.name,
@@ -239,8 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parser.parse_args(arguments)
         histories = [read_history(uri) for uri in (settings.run, *settings.compare)]
+        text = page(histories)
         try:
-            settings.out.write_text(page(histories), encoding="utf-8")
+            settings.out.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--out {settings.out}: cannot be written ({error.strerror}); give another file") from None
     except OrchestratorError as error:

@@ -53,9 +53,9 @@ FLOORS: dict[int, str] = {
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
-    " orchestrator.charts orchestrator.liveview workloads.registry",
+    " orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
-    " orchestrator.watch orchestrator.report orchestrator.export orchestrator.prepare"
+    " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.prepare"
     " orchestrator.resume orchestrator.dry_run orchestrator.progress",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name

@@ -27,6 +27,7 @@ ELSEWHERE |= {
     "python -m orchestrator.prepare resnet --source digits --out runs/digits": PREPARED,
     "python -m orchestrator.run resnet --data parquet:runs/digits": PREPARED,
 }
+ELSEWHERE |= {"python -m orchestrator.doctor": "test_a_cluster_that_is_well"}
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
 
 
@@ -41,7 +42,7 @@ def test_every_command_is_known() -> None:
     found = commands()
     assert set(ELSEWHERE) <= set(found)
     assert (REPOSITORY / ".ci/run").read_text().count("pip install --quiet --editable") == 2
-    places = ("first_day", "rehearsals", "autoscaling", "object_storage")
+    places = ("first_day", "rehearsals", "autoscaling", "object_storage", "doctor")
     tests = "".join((REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in places)
     assert all(name == ".ci/run" or f"def {name}(" in tests for name in ELSEWHERE.values())
 
