@@ -9,6 +9,11 @@ import pytest
 from commands import RAY, call, ray_processes
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the shared cluster come last: others say `ray start --head` and `ray stop`, which ends all of Ray."""
+    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """Address of a running cluster; stopped by its processes' ids at the end."""
