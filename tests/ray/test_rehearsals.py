@@ -58,7 +58,15 @@ def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> No
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
 
 
-def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
+RESNET_1300 = ("resnet", "--steps", "1300", "--checkpoint-every", "50")
+BERT_1300 = (*BERT, "--steps", "1300", "--checkpoint-every", "50")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "workload", [RESNET_1300, pytest.param(BERT_1300, marks=pytest.mark.long)], ids=["resnet", "bert"]
+)
+def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...], tmp_path: Path) -> None:
     """One after the other, two at once, during recovery, while state is handed over, while a checkpoint is written."""
     faults = [
         fault("kill", 1, step=10),
@@ -77,8 +85,7 @@ def test_workers_fail_in_every_way_and_at_bad_moments(tmp_path: Path) -> None:
         fault("slow", 1, step=800, seconds=0.3, steps=40, workers=2),
         fault("kill", 0, step=1299, workers=2),
     ]
-    often = ("resnet", "--steps", "1300", "--checkpoint-every", "50")
-    done = rehearse(tmp_path, often, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
+    done = rehearse(tmp_path, workload, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
     assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
     assert events(tmp_path / "r-disturbed", "straggler_found")
     errors = (tmp_path / "r-disturbed" / "logs" / "errors.log").read_text()
