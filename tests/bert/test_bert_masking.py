@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.bert.masking import Masking, heldout_seeds, train_seeds
+from workloads.bert.masking import Masking, document_numbers, heldout_seeds, train_seeds
 
 VOCAB, SPECIAL, MASK = 50, (0, 1, 2, 3, 4), 4
 rates = st.floats(0.01, 0.9)
@@ -85,3 +85,17 @@ def test_the_masking_is_the_one_it_always_was():
 
 GOLDEN_PLACES = [0, 1, 6, 11, 12, 17, 19, 21]
 GOLDEN_SEEN = [4, 4, 4, 4, 17, 4, 4, 4]
+
+
+def test_document_numbers():
+    """A [SEP] ends its document, and the one at the end of every sequence belongs to the last."""
+    cls, sep = 2, 3
+    tokens = np.array(
+        [[cls, 9, sep, 9, 9, sep], [cls, 9, 9, 9, 9, sep], [cls, 9, 9, 9, sep, sep], [cls, sep, 9, sep, 9, sep]]
+    )
+    assert document_numbers(tokens, sep).tolist() == [
+        [0, 0, 0, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 2, 2],
+    ]

@@ -65,6 +65,9 @@ class BertConfig(RunConfig):
     sequence_length: int = setting(32, low=8, high=8192)
     """Tokens per sequence, the two special tokens at its ends included."""
 
+    attention: str = setting("sequence", choices=("sequence", "document"))
+    """What a token attends to: its whole sequence, or only its own document where sequences hold several."""
+
     mask_rate: float = setting(0.25, low=0.01, high=0.9)
     """Share of a sequence's tokens that are to be predicted; 0.15 in the paper."""
 

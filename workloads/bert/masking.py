@@ -77,6 +77,18 @@ class Masking:
         return Masked(np.where(chosen_BT, changed_BT, tokens_BT), places, tokens_BT.reshape(-1)[places])
 
 
+def document_numbers(tokens_BT: NDArray[np.integer], sep_id: int) -> NDArray[np.int64]:
+    """Which document of its sequence each token is of, int64 [B, T]: 0, 1, ...; a [SEP] ends its own.
+
+    [CLS] is of the first, and the [SEP] that ends every sequence of the last.
+    """
+    is_sep_BT = tokens_BT == sep_id
+    before_BT: NDArray[np.int64] = np.cumsum(is_sep_BT, axis=1) - is_sep_BT
+    # Where a document ends with the sequence, the sequence's own [SEP] would be a document of one token.
+    before_BT[:, -1] = before_BT[:, -2]
+    return before_BT
+
+
 def train_seeds(seed: int, epoch: int, indices: NDArray[np.int64]) -> list[int]:
     """One seed for each training sample: of (seed, epoch, its index) alone."""
     return [derive_seed("mask", seed, epoch, int(index)) for index in indices]

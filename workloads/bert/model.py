@@ -37,7 +37,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every token attends to all of its sequence: sequences are full, so there is no mask."""
+    """Every token attends to all of its sequence, for sequences are full; or only where `allowed_B1TT` says so."""
 
     def __init__(self, size: Architecture, dropout: float) -> None:
         super().__init__()
@@ -47,14 +47,21 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(size.hidden_size, size.hidden_size)
         self.value = nn.Linear(size.hidden_size, size.hidden_size)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, allowed_B1TT: Tensor | None) -> Tensor:
         query_BHTd, key_BHTd, value_BHTd = (
             linear(hidden_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
         dropout = self.dropout if self.training else 0.0
-        mixed_BHTd = F.scaled_dot_product_attention(query_BHTd, key_BHTd, value_BHTd, dropout_p=dropout)
+        mixed_BHTd = F.scaled_dot_product_attention(
+            query_BHTd, key_BHTd, value_BHTd, attn_mask=allowed_B1TT, dropout_p=dropout
+        )
         return mixed_BHTd.transpose(1, 2).flatten(2)
+
+
+def same_document(documents_BT: Tensor) -> Tensor:
+    """Which tokens may attend to which, bool [B, 1, T, T]: blocks on the diagonal, one for each document."""
+    return (documents_BT[:, :, None] == documents_BT[:, None, :]).unsqueeze(1)
 
 
 class Residual(nn.Module):
@@ -82,8 +89,8 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(size.hidden_size, size.intermediate_size)})
         self.output = Residual(size.intermediate_size, size, dropout)
 
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        hidden_BTD = self.attention["output"](self.attention["self"](hidden_BTD), hidden_BTD)
+    def forward(self, hidden_BTD: Tensor, allowed_B1TT: Tensor | None) -> Tensor:
+        hidden_BTD = self.attention["output"](self.attention["self"](hidden_BTD, allowed_B1TT), hidden_BTD)
         output_BTD: Tensor = self.output(F.gelu(self.intermediate["dense"](hidden_BTD)), hidden_BTD)
         return output_BTD
 
@@ -97,10 +104,11 @@ class Encoder(nn.Module):
         layers = nn.ModuleList(Layer(size, dropout) for _ in range(size.layers))
         self.encoder = nn.ModuleDict({"layer": layers})
 
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
         hidden_BTD: Tensor = self.embeddings(input_ids_BT)
+        allowed_B1TT = None if documents_BT is None else same_document(documents_BT)
         for layer in self.encoder["layer"].children():
-            hidden_BTD = layer(hidden_BTD)
+            hidden_BTD = layer(hidden_BTD, allowed_B1TT)
         return hidden_BTD
 
 
@@ -152,9 +160,12 @@ class Bert(nn.Module):
                 nn.init.zeros_(parameter)
         self.bert.embeddings.word_embeddings.weight[pad_id].zero_()
 
-    def forward(self, input_ids_BT: Tensor, masked_K: Tensor) -> Tensor:
-        """Logits [K, V] at the flat places `masked_K` of B * T; the head is not computed for the others."""
-        hidden_KD = self.bert(input_ids_BT).flatten(0, 1).index_select(0, masked_K)
+    def forward(self, input_ids_BT: Tensor, masked_K: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        """Logits [K, V] at the flat places `masked_K` of B * T; the head is not computed for the others.
+
+        With `documents_BT`, tokens attend to those of the same number in their sequence only.
+        """
+        hidden_KD = self.bert(input_ids_BT, documents_BT).flatten(0, 1).index_select(0, masked_K)
         logits_KV: Tensor = self.cls["predictions"](hidden_KD)
         return logits_KV
 

@@ -13,23 +13,27 @@ from orchestrator.tables import Table
 from workloads.bert import model as bert
 from workloads.bert.config import BertConfig
 from workloads.bert.data import prepare
-from workloads.bert.masking import Masking, heldout_seeds, train_seeds
-from workloads.bert.wordpiece import MASK, PAD
+from workloads.bert.masking import Masking, document_numbers, heldout_seeds, train_seeds
+from workloads.bert.wordpiece import MASK, PAD, SEP
 from workloads.workload import Batch, Split, Sums
 
 
 class BertSamples:
     """One split: packed sequences, masked when they are asked for."""
 
-    def __init__(self, sequences: NDArray[np.int32] | Table, masking: Masking, seed: int | None) -> None:
+    def __init__(
+        self, sequences: NDArray[np.int32] | Table, masking: Masking, seed: int | None, sep_id: int | None
+    ) -> None:
         """Args:
         sequences: token ids [sequences, T], or a table of them (column tokens).
         masking: how they are masked.
         seed: of the masking in training; None: held out, masked by fixed seeds.
+        sep_id: what ends a document, where tokens attend to their own only.
         """
         self._sequences = sequences
         self._masking = masking
         self._seed = seed
+        self._sep_id = sep_id
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -39,15 +43,19 @@ class BertSamples:
 
         Returns:
             input_ids: int64 [B, T]; masked: int64 [K], places in [B * T]; labels: int64 [K], the tokens
-            there.
+            there; documents, where tokens attend to their own only: int64 [B, T].
         """
         seeds = heldout_seeds(indices) if self._seed is None else train_seeds(self._seed, epoch, indices)
-        masked = self._masking.apply(self._tokens(indices, epoch), seeds)
-        return {
+        tokens = self._tokens(indices, epoch)
+        masked = self._masking.apply(tokens, seeds)
+        batch = {
             "input_ids": torch.from_numpy(masked.input_ids),
             "masked": torch.from_numpy(masked.masked),
             "labels": torch.from_numpy(masked.labels),
         }
+        if self._sep_id is not None:
+            batch["documents"] = torch.from_numpy(document_numbers(tokens, self._sep_id))
+        return batch
 
     def _tokens(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int32]:
         if isinstance(self._sequences, np.ndarray):
@@ -81,9 +89,10 @@ class BertWorkload:
 
     def samples(self, split: Split) -> BertSamples:
         """The training split, masked anew in every epoch, or the held-out one, masked alike in every run."""
+        sep_id = self._prepared.vocabulary.id(SEP) if self._config.attention == "document" else None
         if split == "train":
-            return BertSamples(self._prepared.train, self._masking, self._config.seed)
-        return BertSamples(self._prepared.heldout, self._masking, None)
+            return BertSamples(self._prepared.train, self._masking, self._config.seed, sep_id)
+        return BertSamples(self._prepared.heldout, self._masking, None, sep_id)
 
     def nominal_count(self, samples: int) -> float:
         """Masked tokens expected in so many training sequences."""
@@ -92,7 +101,7 @@ class BertWorkload:
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Cross entropy summed over the masked tokens, their number, and how many are predicted right."""
         labels_K = batch["labels"]
-        logits_KV = model(batch["input_ids"], batch["masked"])
+        logits_KV = model(batch["input_ids"], batch["masked"], batch.get("documents"))
         count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
         return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
 
