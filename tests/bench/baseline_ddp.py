@@ -5,8 +5,9 @@
     ... tests/bench/baseline_ddp.py bert-mini --vocab-size 2048 --head full
 
 resnet18: torchvision's network with the 3x3 stem, its CIFAR10 dataset and transforms, SGD with momentum.
-bert-mini: transformers' BertForMaskedLM (4 layers, width 256) and DataCollatorForLanguageModeling, AdamW, gradient
-norm clipped to 1; `--head full` is model(input_ids, labels=labels), logits at every place; `--head masked` computes
+resnet50: torchvision's network, its ImageFolder and the usual transforms to 224x224 (--data is the image folder).
+bert-mini, bert-base: transformers' BertForMaskedLM (4 layers, width 256; 12 layers, width 768) and its
+DataCollatorForLanguageModeling, AdamW, gradient norm clipped to 1; `--head full` is model(input_ids, labels=labels), logits at every place; `--head masked` computes
 the head at masked places only, as our workload does. The tokenised text is ours, so that both sides read the same.
 Prints one JSON line: the seconds of each step on rank 0, from the end of one optimizer step to the next.
 """
@@ -61,24 +62,25 @@ class Sequences(Dataset):
 
 
 class ResnetLoss(nn.Module):
-    def __init__(self):
+    def __init__(self, name="resnet18"):
         super().__init__()
-        self.model = torchvision.models.resnet18(num_classes=10)
-        self.model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.model.maxpool = nn.Identity()
+        self.model = getattr(torchvision.models, name)(num_classes=10)
+        if name == "resnet18":
+            self.model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            self.model.maxpool = nn.Identity()
 
     def forward(self, images, labels):
         return F.cross_entropy(self.model(images), labels, label_smoothing=0.1)
 
 
 class BertLoss(nn.Module):
-    def __init__(self, vocab_size, pad_id, length, head):
+    def __init__(self, size, vocab_size, pad_id, length, head):
         super().__init__()
         self.head = head
         self.model = BertForMaskedLM(
             BertConfig(
-                vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
-                intermediate_size=1024, max_position_embeddings=length, pad_token_id=pad_id,
+                vocab_size=vocab_size, hidden_size=size[0], num_hidden_layers=size[1], num_attention_heads=size[2],
+                intermediate_size=4 * size[0], max_position_embeddings=length, pad_token_id=pad_id,
             )
         )  # fmt: skip
 
@@ -101,7 +103,25 @@ def resnet18(settings):
     return model, dataset, None, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4), 0.0
 
 
+def resnet50(settings):
+    augment = transforms.Compose([
+        transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])  # fmt: skip
+    dataset = torchvision.datasets.ImageFolder(settings.data / "train", augment)
+    model = ResnetLoss("resnet50")
+    return model, dataset, None, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4), 0.0
+
+
 def bert_mini(settings):
+    return bert(settings, "mini")
+
+
+def bert_base(settings):
+    return bert(settings, "base")
+
+
+def bert(settings, size):
     prepared = prepare(
         ours.BertConfig(model="mini", vocab_size=settings.vocab_size, sequence_length=settings.sequence_length)
     )
@@ -110,7 +130,8 @@ def bert_mini(settings):
         cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
     )  # fmt: skip
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=settings.mask_rate)
-    model = BertLoss(len(prepared.vocabulary), tokenizer.pad_token_id, settings.sequence_length, settings.head)
+    shape = (ours.SIZES[size], len(prepared.vocabulary), tokenizer.pad_token_id, settings.sequence_length)
+    model = BertLoss(*shape, settings.head)
     dataset = Sequences(prepared.train, list(prepared.vocabulary.special_ids))
     return model, dataset, collate, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01), 1.0
 
@@ -125,10 +146,11 @@ def inputs(batch):
     return (batch["input_ids"], batch["labels"]) if hasattr(batch, "keys") else batch
 
 
+JOBS = {"resnet18": resnet18, "resnet50": resnet50, "bert-mini": bert_mini, "bert-base": bert_base}
+
+
 def train(settings):
-    model, dataset, collate, optimizer, clip_norm = {"resnet18": resnet18, "bert-mini": bert_mini}[settings.workload](
-        settings
-    )
+    model, dataset, collate, optimizer, clip_norm = JOBS[settings.workload](settings)
     sampler = DistributedSampler(dataset)
     loader = DataLoader(
         dataset, batch_size=settings.batch_size // dist.get_world_size(), sampler=sampler, collate_fn=collate,
@@ -156,8 +178,8 @@ def train(settings):
 
 def parser():
     made = argparse.ArgumentParser()
-    made.add_argument("workload", choices=("resnet18", "bert-mini"))
-    made.add_argument("--data", type=Path, help="cifar-10-batches-py")
+    made.add_argument("workload", choices=tuple(JOBS))
+    made.add_argument("--data", type=Path, help="cifar-10-batches-py; resnet50: an image folder")
     made.add_argument("--batch-size", type=int, default=128, help="global")
     made.add_argument("--steps", type=int, default=15)
     made.add_argument("--loader-processes", type=int, default=0)

@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import torch
-from baseline_ddp import bert_mini, parser, resnet18
+from baseline_ddp import JOBS, parser
 from torch.utils.data import DataLoader
 
 # isort: split
@@ -34,7 +34,7 @@ class Clock(TrainerCallback):
 
 def with_accelerate(settings):
     accelerator = Accelerator(cpu=True)
-    model, dataset, collate, optimizer, _ = resnet18(settings)
+    model, dataset, collate, optimizer, _ = JOBS[settings.workload](settings)
     loader = DataLoader(
         dataset, batch_size=settings.batch_size // accelerator.num_processes, shuffle=True, collate_fn=collate,
         num_workers=settings.loader_processes, drop_last=True,
@@ -53,7 +53,7 @@ def with_accelerate(settings):
 
 
 def with_trainer(settings):
-    model, dataset, collate, _, clip_norm = bert_mini(settings)
+    model, dataset, collate, _, clip_norm = JOBS[settings.workload](settings)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -70,7 +70,7 @@ def with_trainer(settings):
 def main():
     settings = parser().parse_args()
     torch.manual_seed(0)
-    at_s, speaks = {"resnet18": with_accelerate, "bert-mini": with_trainer}[settings.workload](settings)
+    at_s, speaks = (with_trainer if settings.workload.startswith("bert") else with_accelerate)(settings)
     if speaks:
         step_s = [b - a for a, b in itertools.pairwise(at_s)]
         print(json.dumps({"step_s": step_s, "threads": torch.get_num_threads()}), flush=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import paired
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = Path(__file__).resolve().parent
@@ -137,6 +138,20 @@ def write_cifar10(folder: Path, images_per_batch: int = 2000, heldout: int = 64)
         (batches / name).write_bytes(pickle.dumps(content, protocol=2))
     (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}, protocol=2))
     return batches
+
+
+def write_photos(folder: Path, count: int) -> Path:
+    """An image folder of JPEG files with as much detail as photographs have, about 30 kB each; 10 classes."""
+    generator = np.random.default_rng(0)
+    for split, images in (("train", count), ("val", 10)):
+        for number in range(images):
+            file = folder / "photos" / split / f"class{number % 10}" / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            coarse = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            smooth = np.asarray(Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC), np.int16)
+            noisy = np.clip(smooth + generator.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(file, quality=85)
+    return folder / "photos"
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:

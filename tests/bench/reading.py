@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import commands
-import numpy as np
 import paired
-from PIL import Image
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.shards import Schedule, sample_order
@@ -35,25 +33,11 @@ THEIRS = {"jpeg": ("torchvision", "ray data"), "pixels": ("torchvision",), "toke
 SAMPLES, BATCH, SHARDS, FILES = 10_000_000, 256, 8, 2000
 
 
-def write_photos(folder: Path, count: int) -> Path:
-    """An image folder of JPEG files with as much detail as photographs have, about 30 kB each; 10 classes."""
-    generator = np.random.default_rng(0)
-    for split, images in (("train", count), ("val", 10)):
-        for number in range(images):
-            file = folder / "photos" / split / f"class{number % 10}" / f"{number}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            coarse = generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-            smooth = np.asarray(Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC), np.int16)
-            noisy = np.clip(smooth + generator.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(file, quality=85)
-    return folder / "photos"
-
-
 def write_data(kinds: list[str], folder: Path, images: int) -> None:
     """What the sides read."""
     prepare = ["-m", "orchestrator.prepare"]
     if "jpeg" in kinds:
-        source = f"imagefolder:{write_photos(folder, images)}"
+        source = f"imagefolder:{commands.write_photos(folder, images)}"
         flags = ["--source", source, "--out", str(folder / "parquet-jpeg"), "--file-mb", "4"]
         commands.run([*prepare, "resnet", *flags], folder)
     if "pixels" in kinds:

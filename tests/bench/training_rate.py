@@ -4,10 +4,11 @@ against the same job as written with accelerate (resnet18) or transformers' Trai
     python tests/bench/training_rate.py --out training_rate.json
     python tests/bench/training_rate.py --workloads resnet18 --workers 1 --reduce fixed --batch-size 64 --visits 5
 
-resnet18 (3x3 stem, 32x32, random images in CIFAR-10's format) and BERT-mini (sequences of 128 tokens), 1 and 2
-workers of one thread each, the same global batch. A round visits every --reduce and, after each, the script; the
-rate is that of the steps after the warm-up. BERT's script comes in two variants, its head at every place (what
-model(input_ids, labels=labels) does) and at masked places only (what ours does): either is compared.
+resnet18 (3x3 stem, 32x32, random images in CIFAR-10's format) and BERT-mini (sequences of 128 tokens); where named,
+resnet50 (224x224, from JPEG files of 400x300) and BERT-base; 1 and 2 workers of one thread each, the same global
+batch. A round visits every --reduce and, after each, the script; the rate is that of the steps after the warm-up.
+BERT's script comes in two variants, its head at every place (what model(input_ids, labels=labels) does) and at masked
+places only (what ours does): either is compared.
 The libraries are visited with --against script,library; they need `pip install accelerate`.
 Targets, ratio of ours to the script: --reduce fixed >= 0.95, ddp >= 1.0.
 """
@@ -25,13 +26,12 @@ import commands
 import paired
 
 TARGETS = {"fixed": paired.Target(0.95, at_least=True), "ddp": paired.Target(1.0, at_least=True)}
-WORKLOADS = {"resnet18": "resnet", "bert-mini": "bert"}
-HEADS = {"resnet18": ("full",), "bert-mini": ("full", "masked")}
+WORKLOADS = {"resnet18": "resnet", "resnet50": "resnet", "bert-mini": "bert", "bert-base": "bert"}
+HEADS = {name: ("full", "masked") if kind == "bert" else ("full",) for name, kind in WORKLOADS.items()}
 LIBRARY = "library"
 NAMES = {
-    ("resnet18", "full"): "script",
-    ("resnet18", LIBRARY): "accelerate",
-    ("bert-mini", LIBRARY): "Trainer",
+    **{(name, "full"): "script" for name, kind in WORKLOADS.items() if kind == "resnet"},
+    **{(name, LIBRARY): "Trainer" if kind == "bert" else "accelerate" for name, kind in WORKLOADS.items()},
 }
 NEVER = "1000000"  # steps between checkpoints: their cost is checkpoint_stall.py's subject
 DIFFERENCES = {
@@ -41,8 +41,8 @@ DIFFERENCES = {
         "no side writes a checkpoint or evaluates between the steps that are timed",
     ],
     "fixed": ["ours: forward and backward per logical shard (batch / shards samples); script: the worker's whole part"],
-    "resnet18": ["ours: v2 transforms on tensors, seeded per sample; script: torchvision transforms on PIL images"],
-    "bert-mini": [
+    "resnet": ["ours: v2 transforms on tensors, seeded per sample; script: torchvision transforms on PIL images"],
+    "bert": [
         "ours: head at masked places only; script: at all places (full) or at masked ones (masked)",
         "ours: exactly the masked share of each sequence; script: DataCollatorForLanguageModeling, on average the same",
     ],
@@ -56,11 +56,12 @@ def ours(settings: Namespace, workload: str, workers: int, reduce: str, data: Pa
         "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), "--checkpoint-every", NEVER,
         "--resources-per-worker", "CPU=1", "--threads", "1",
     ]  # fmt: skip
-    if workload == "resnet18":
-        arguments += ["--model", "resnet18", "--data", f"cifar10:{data}", "--lr", "0.01"]
+    if WORKLOADS[workload] == "resnet":
+        kind = "cifar10" if workload == "resnet18" else "imagefolder"
+        arguments += ["--model", workload, "--data", f"{kind}:{data}", "--lr", "0.01"]
     else:
         arguments += [
-            "--model", "mini", "--vocab-size", str(settings.vocab_size), "--lr", "0.0001",
+            "--model", workload.removeprefix("bert-"), "--vocab-size", str(settings.vocab_size), "--lr", "0.0001",
             "--sequence-length", str(settings.sequence_length), "--mask-rate", str(settings.mask_rate),
         ]  # fmt: skip
     with commands.visit() as folder:
@@ -126,7 +127,7 @@ def measure(settings: Namespace, workload: str, workers: int, data: Path) -> lis
             compared["unit"] = "samples/s"
             compared["ratio_by_median_step"] = round(_median_step(settings, against, found[reduce]), 4)
             compared["differences"] = [
-                *DIFFERENCES["both"], *DIFFERENCES[workload], *DIFFERENCES.get(reduce, [])
+                *DIFFERENCES["both"], *DIFFERENCES[WORKLOADS[workload]], *DIFFERENCES.get(reduce, [])
             ]  # fmt: skip
             comparisons.append(compared)
     return comparisons
@@ -141,7 +142,7 @@ def _median_step(settings: Namespace, slower: list[list[float]], faster: list[li
 
 def main() -> None:
     parser = paired.parser(__doc__ or "", visits=3)
-    parser.add_argument("--workloads", type=paired.words(list(WORKLOADS)), default=list(WORKLOADS))
+    parser.add_argument("--workloads", type=paired.words(list(WORKLOADS)), default=["resnet18", "bert-mini"])
     parser.add_argument("--workers", type=paired.words(("1", "2", "3", "4")), default=["1", "2"])
     parser.add_argument("--reduce", type=paired.words(list(TARGETS)), default=list(TARGETS))
     parser.add_argument(
@@ -163,9 +164,13 @@ def main() -> None:
         parser.error("--steps must exceed --warm-up")
     report = paired.header("training_rate", settings)
     with tempfile.TemporaryDirectory(prefix="bench-data-") as scratch:
-        data = commands.write_cifar10(Path(scratch))
+        data = {"resnet18": commands.write_cifar10(Path(scratch))}
+        if "resnet50" in settings.workloads:
+            data["resnet50"] = commands.write_photos(Path(scratch), settings.batch_size * 8)
         chosen = product(settings.workloads, map(int, settings.workers))
-        report["comparisons"] = [c for name, workers in chosen for c in measure(settings, name, workers, data)]
+        report["comparisons"] = [
+            c for name, workers in chosen for c in measure(settings, name, workers, data.get(name, Path()))
+        ]
     paired.emit(report, settings.out)
 
 
