@@ -7,8 +7,9 @@
 resnet18: torchvision's network with the 3x3 stem, its CIFAR10 dataset and transforms, SGD with momentum.
 resnet50: torchvision's network, its ImageFolder and the usual transforms to 224x224 (--data is the image folder).
 bert-mini, bert-base: transformers' BertForMaskedLM (4 layers, width 256; 12 layers, width 768) and its
-DataCollatorForLanguageModeling, AdamW, gradient norm clipped to 1; `--head full` is model(input_ids, labels=labels), logits at every place; `--head masked` computes
-the head at masked places only, as our workload does. The tokenised text is ours, so that both sides read the same.
+DataCollatorForLanguageModeling, AdamW, gradient norm clipped to 1; `--head full` is model(input_ids, labels=labels),
+logits at every place; `--head masked` computes the head at masked places only, as our workload does. The tokenised
+text is ours, so that both sides read the same.
 Prints one JSON line: the seconds of each step on rank 0, from the end of one optimizer step to the next.
 """
 
