@@ -1,0 +1,113 @@
+"""Memory of the workers of a long run: whether it stays flat.
+
+    python tests/bench/memory.py --minutes 15 --out memory.json
+
+resnet8 from prepared JPEG files, more of them than the cache on disk may hold, and BERT from prepared tokens; two
+workers. Every two seconds each worker's own memory is read (USS: pages that no other process shares). The first
+--warm-up share of the time is left out; a line is laid through the rest by least squares. Target: the line rises by
+less than 1 % of its mean an hour, or by less than its standard error.
+"""
+
+import statistics
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import commands
+import numpy as np
+import paired
+import psutil
+
+EVERY_S = 2.0
+NEVER = "1000000"
+TARGET_SHARE = 0.01
+JOBS = {
+    "resnet": ["--model", "resnet8", "--image-size", "32", "--data-cache", "0.01"],
+    "bert": ["--hidden-size", "64", "--sequence-length", "64", "--lr", "0.0003"],
+}
+
+
+def prepare(workload: str, images: int, folder: Path) -> str:
+    """What `--data` is to be."""
+    command = ["-m", "orchestrator.prepare", workload, "--out", str(folder / "prepared"), "--file-mb", "2"]
+    if workload == "resnet":
+        command += ["--source", f"imagefolder:{commands.write_photos(folder, images)}"]
+    else:
+        command += ["--source", "docs", "--sequence-length", "64"]
+    commands.run(command, folder)
+    return f"parquet:{folder / 'prepared'}"
+
+
+def train(settings: Namespace, workload: str) -> list[tuple[float, list[float]]]:
+    """Seconds since the first step, and each worker's own memory in MB."""
+    with commands.visit() as folder:
+        data = prepare(workload, settings.images, folder)
+        arguments = [
+            *JOBS[workload], "--data", data, "--workers", "2", "--steps", NEVER, "--checkpoint-every", "60s",
+            "--batch-size", "64", "--shards", "4", "--resources-per-worker", "CPU=1", "--precision", "fp32",
+            "--storage", str(folder), "--name", "run",
+        ]  # fmt: skip
+        process = commands.start(["-m", "orchestrator.run", workload, *arguments], folder)
+        try:
+            return watch(settings, folder)
+        except (AssertionError, psutil.Error) as error:
+            raise SystemExit(f"{error!r}\n{commands.said(folder)}") from error
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def watch(settings: Namespace, folder: Path) -> list[tuple[float, list[float]]]:
+    metrics = folder / "run" / "metrics.jsonl"
+    assert commands.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 300), "no step in 300 s"
+    events = commands.records(folder / "run" / "events.jsonl")
+    pids = next(event["pids"] for event in events if event["event"] == "generation_started")
+    workers = [psutil.Process(pid) for pid in pids]
+    found, started = [], time.monotonic()
+    while (now_s := time.monotonic() - started) < settings.minutes * 60:
+        found.append((now_s, [worker.memory_full_info().uss / 1e6 for worker in workers]))
+        time.sleep(EVERY_S)  # the period of the samples, not a wait for anything
+    return found
+
+
+def line(at_s: list[float], mb: list[float]) -> dict[str, Any]:
+    """The least squares line: mean, MB an hour and its standard error."""
+    hours, values = np.array(at_s) / 3600, np.array(mb)
+    (rise, _), covariance = np.polyfit(hours, values, 1, cov=True)
+    error = float(np.sqrt(covariance[0, 0]))
+    mean = float(values.mean())
+    return {
+        "mean_mb": round(mean, 1),
+        "max_mb": round(float(values.max()), 1),
+        "mb_per_hour": round(float(rise), 2),
+        "standard_error": round(error, 2),
+        "met": bool(rise < TARGET_SHARE * mean or rise < error),
+    }
+
+
+def main() -> None:
+    parser = paired.parser(__doc__ or "", visits=None)
+    parser.add_argument("--workloads", type=paired.words(list(JOBS)), default=list(JOBS))
+    parser.add_argument("--minutes", type=float, default=15.0, help="of training for each [15]")
+    parser.add_argument("--warm-up", type=float, default=0.2, help="share of them left out [0.2]")
+    parser.add_argument("--images", type=int, default=2000, help="JPEG files of about 30 kB [2000]")
+    settings = parser.parse_args()
+    report = paired.header("memory", settings)
+    report["runs"] = []
+    for workload in settings.workloads:
+        paired.say(f"{workload}: {settings.minutes:g} minutes")
+        samples = train(settings, workload)
+        kept = [(at_s, mb) for at_s, mb in samples if at_s >= settings.warm_up * settings.minutes * 60]
+        lines = [line([at_s for at_s, _ in kept], [mb[i] for _, mb in kept]) for i in range(2)]
+        tenth = max(1, len(samples) // 10)
+        course = [
+            round(statistics.median(mb[0] for _, mb in samples[i : i + tenth]), 1)
+            for i in range(0, len(samples), tenth)
+        ]
+        report["runs"].append({"workload": workload, "workers": lines, "first_workers_mb_by_tenths": course})
+    paired.emit(report, settings.out)
+
+
+if __name__ == "__main__":
+    main()
