@@ -17,7 +17,6 @@ from typing import Any
 import commands
 import numpy as np
 import paired
-import psutil
 
 EVERY_S = 2.0
 NEVER = "1000000"
@@ -51,7 +50,7 @@ def train(settings: Namespace, workload: str) -> list[tuple[float, list[float]]]
         process = commands.start(["-m", "orchestrator.run", workload, *arguments], folder)
         try:
             return watch(settings, folder)
-        except (AssertionError, psutil.Error) as error:
+        except (AssertionError, OSError) as error:
             raise SystemExit(f"{error!r}\n{commands.said(folder)}") from error
         finally:
             process.terminate()
@@ -63,12 +62,17 @@ def watch(settings: Namespace, folder: Path) -> list[tuple[float, list[float]]]:
     assert commands.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 300), "no step in 300 s"
     events = commands.records(folder / "run" / "events.jsonl")
     pids = next(event["pids"] for event in events if event["event"] == "generation_started")
-    workers = [psutil.Process(pid) for pid in pids]
     found, started = [], time.monotonic()
     while (now_s := time.monotonic() - started) < settings.minutes * 60:
-        found.append((now_s, [worker.memory_full_info().uss / 1e6 for worker in workers]))
+        found.append((now_s, [own_mb(pid) for pid in pids]))
         time.sleep(EVERY_S)  # the period of the samples, not a wait for anything
     return found
+
+
+def own_mb(pid: int) -> float:
+    """Pages that no other process shares."""
+    words = [text.split() for text in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return sum(int(kb) for name, kb, *_ in words if name in ("Private_Clean:", "Private_Dirty:")) / 1e3
 
 
 def line(at_s: list[float], mb: list[float]) -> dict[str, Any]:

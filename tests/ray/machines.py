@@ -106,9 +106,13 @@ class Machines(Hosts):
 
     def ssh(self, number: int, command: str) -> Done:
         """A command on a machine, from the desk."""
+        return self.call(self.login(number, command), 60)
+
+    def login(self, number: int, command: str) -> list[str]:
+        """What is typed at the desk to run a command on a machine."""
         quiet = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
-        login = f"root@{self.address(number)}"
-        return self.call(["ssh", "-i", str(self.key), *quiet, "-o", "ConnectTimeout=5", login, command], 60)
+        where = f"root@{self.address(number)}"
+        return ["ssh", "-i", str(self.key), *quiet, "-o", "ConnectTimeout=5", where, command]
 
     def call(self, command: Sequence[str], timeout_s: float) -> Done:
         """A command at the desk, to its end."""
