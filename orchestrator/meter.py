@@ -47,8 +47,8 @@ def _counter(name: str, text: str, labels: tuple[str, ...] = (), known: Iterable
     return Metric(f"orchestrator_{name}_total", text, True, labels, tuple(known))
 
 
-ACTIVE = _gauge("run_active", "1 while the run goes on, 0 when it has ended.")
 STARTED = _gauge("run_start_timestamp_seconds", "When the command began or took up the run, Unix time.")
+ENDED = _gauge("run_end_timestamp_seconds", "When it ended, Unix time; 0: it goes on.")
 PLANNED_STEPS = _gauge("planned_steps", "Optimizer steps from the run's beginning to its end.")
 COMMITTED_STEP = _gauge("committed_step", "The newest step that every worker of its generation had the gradient of.")
 STEP_AT = _gauge("last_step_timestamp_seconds", "When that step was committed, Unix time.")
@@ -83,7 +83,7 @@ LOST_STEPS = _counter("lost_steps", "Committed steps that had to be taken again 
 HOST_LOSSES = _counter("host_losses", "Generations that lost workers of this host, without notice.", ("host",), ())
 
 METRICS = (
-    ACTIVE, STARTED, PLANNED_STEPS, COMMITTED_STEP, STEP_AT, LOSS, WORKERS, MISSING, GENERATION, STEPS, SAMPLES,
+    STARTED, ENDED, PLANNED_STEPS, COMMITTED_STEP, STEP_AT, LOSS, WORKERS, MISSING, GENERATION, STEPS, SAMPLES,
     STEP_SECONDS, CHECKPOINTS, CHECKPOINT_SECONDS, CHECKPOINT_AT, CHECKPOINT_STEP, CHECKPOINT_WRITE, CHECKPOINT_BYTES,
     EVERY_SECONDS, EVERY_STEPS, INCIDENT, RECOVERY_SECONDS, LOST_STEPS, HOST_LOSSES,
 )  # fmt: skip
@@ -147,15 +147,15 @@ class Meter:
             case "worker_left":
                 return self._worker_left(record)
             case "run_ended":
-                return [Reading(ACTIVE, 0)]
+                return [Reading(ENDED, record["time_s"])]
         return []
 
     def _run_started(self, record: Mapping[str, Any]) -> list[Reading]:
         cadence = self._cadence
         every = Reading(EVERY_STEPS, cadence.steps) if cadence.steps else Reading(EVERY_SECONDS, cadence.seconds)
         readings = [
-            Reading(ACTIVE, 1),
             Reading(STARTED, record["time_s"]),
+            Reading(ENDED, 0),
             Reading(PLANNED_STEPS, record["total_steps"]),
             every,
         ]
