@@ -123,3 +123,12 @@ def test_panels_do_not_overlap() -> None:
 
     taken = [cells(panel) for panel in DASHBOARD["panels"]]
     assert sum(map(len, taken)) == len(set().union(*taken))
+
+
+def test_kubernetes_has_the_same_alerts() -> None:
+    monitor, rules = yaml.safe_load_all((MONITORING.parent / "kuberay" / "monitor.yaml").read_text())
+    assert (monitor["kind"], rules["kind"]) == ("PodMonitor", "PrometheusRule")
+    assert rules["spec"]["groups"] == RULES
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    every_s = int(yaml.safe_load((MONITORING / "prometheus.yaml").read_text())["global"]["scrape_interval"][:-1])
+    assert int(endpoint["interval"][:-1]) == every_s <= 15, "gauges of a process that has ended stay for 20 s"
