@@ -21,10 +21,13 @@ from orchestrator.meter import EVERY_SECONDS, METRICS, Meter, Metric
 from orchestrator.values import Cadence
 
 MONITORING = REPOSITORY / "cluster" / "monitoring"
-STEPS, EVERY = 400, 20
+STEPS, EVERY = 240, 20
 Key = tuple[str, ...]
 
-pytestmark = pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed (apt: prometheus)")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed (apt: prometheus)"),
+    pytest.mark.timeout(600),  # the first one waits for the run
+]
 
 
 @dataclass(frozen=True)
