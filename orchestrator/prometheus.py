@@ -1,5 +1,7 @@
 """A run's numbers where Prometheus finds them: held in Ray's metrics, which every node's agent serves."""
 
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,8 +12,14 @@ from orchestrator.meter import METRICS, RUN_LABELS, Meter, Reading
 from orchestrator.plan import Plan
 
 
+AGAIN_EVERY_S = 1.0
+
+
 class Exporter(Listener):
     """Told by the journal of all that it writes down; costs some microseconds a report, off the workers' processes.
+
+    Ray exports a gauge only in the interval in which it was set, and its agent drops it two intervals later: all are
+    set again every second, also while nothing happens.
 
     Ray's agent of this node takes the numbers every RAY_metrics_report_interval_ms (10,000). Histograms are not used:
     Ray 2.60 hands on their buckets only, and makes up the sums from the middles of the buckets
@@ -22,6 +30,7 @@ class Exporter(Listener):
         self._meter = Meter(plan.config.checkpoint_every)
         run = dict(zip(RUN_LABELS, (plan.config.name, plan.workload), strict=True))
         self._held: dict[str, Metric] = {}
+        self._gauges: dict[str, float] = {}
         for metric in METRICS:
             made = Counter if metric.counts else Gauge
             held = made(metric.name, metric.help, (*RUN_LABELS, *metric.labels)).set_default_tags(run)
@@ -29,6 +38,7 @@ class Exporter(Listener):
             for values in metric.known if metric.counts else ():
                 # Counter.inc refuses 0, with which Prometheus wants a counter to begin.
                 held._record(0.0, dict(zip(metric.labels, values, strict=True)))
+        threading.Thread(target=self._again, name="prometheus", daemon=True).start()
 
     def steps(self, records: list[dict[str, Any]]) -> None:
         """See events.Listener."""
@@ -45,6 +55,14 @@ class Exporter(Listener):
 
     def _take(self, readings: Iterable[Reading]) -> None:
         for reading in readings:
-            held = self._held[reading.metric.name]
-            if reading.value or not reading.metric.counts:
-                held._record(float(reading.value), dict(zip(reading.metric.labels, reading.labels, strict=True)))
+            metric, value = reading.metric, float(reading.value)
+            if not metric.counts:
+                self._gauges[metric.name] = value
+            if value or not metric.counts:
+                self._held[metric.name]._record(value, dict(zip(metric.labels, reading.labels, strict=True)))
+
+    def _again(self) -> None:
+        while True:
+            for name, value in list(self._gauges.items()):
+                self._held[name]._record(value)
+            time.sleep(AGAIN_EVERY_S)

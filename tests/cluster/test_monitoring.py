@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.meter import METRICS, RUN_LABELS
+from orchestrator.meter import METRICS, RUN_LABELS, Metric
 
 MONITORING = Path(__file__).parents[2] / "cluster" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
@@ -70,6 +70,21 @@ def test_an_alert_that_is_wrong_is_found(given: str, wrong: str, tmp_path: Path)
     shutil.copy(MONITORING / "alerts_test.yaml", tmp_path)
     assert check("check", "rules", "alerts.yaml", cwd=tmp_path).returncode == 0, "wrong, but a rule"
     assert check("test", "rules", "alerts_test.yaml", cwd=tmp_path).returncode == 1
+
+
+@promtool
+def test_names_units_and_help_are_as_prometheus_wants_them() -> None:
+    def said(metric: Metric) -> str:
+        name, kind = f"ray_{metric.name}", "counter" if metric.counts else "gauge"
+        labels = ", ".join(f'{label}="x"' for label in (*RUN_LABELS, *metric.labels))
+        return f"# HELP {name} {metric.help}\n# TYPE {name} {kind}\n{name}{{{labels}}} 1\n"
+
+    page = "".join(map(said, METRICS))
+    for text, status in ((page, 0), (page.replace("_seconds", "_milliseconds"), 3)):
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert done.returncode == status, done.stdout + done.stderr
 
 
 def test_only_metrics_that_there_are() -> None:
