@@ -11,7 +11,6 @@ from orchestrator.events import Listener
 from orchestrator.meter import METRICS, RUN_LABELS, Meter, Reading
 from orchestrator.plan import Plan
 
-
 AGAIN_EVERY_S = 1.0
 
 

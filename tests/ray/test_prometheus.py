@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-import subprocess
 import time
 import urllib.parse
 import urllib.request
@@ -188,13 +187,10 @@ def test_alerts_are_evaluated_and_quiet(prometheus: Prometheus, folder: Path) ->
     assert [alert for rule in rules for alert in rule["alerts"] if alert["labels"].get("run") == "scraped"] == []
 
 
-def test_promtool_finds_no_fault_with_the_page(prometheus: Prometheus, folder: Path, metrics_port: int) -> None:
-    """What is left of it after the run: counters. All names are checked without a run."""
+def test_the_page_says_what_counters_count(prometheus: Prometheus, folder: Path, metrics_port: int) -> None:
+    """Ray keeps them after the run; a gauge goes with its process."""
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as answer:
-        lines = [line for line in answer.read().decode().splitlines() if "ray_orchestrator_" in line]
-    assert len(lines) > 60
-    page = "\n".join(lines) + "\n"
-    done = subprocess.run(
-        ["promtool", "check", "metrics"], input=page, capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        page = answer.read().decode()
+    for metric in METRICS:
+        if metric.counts:
+            assert f"# HELP ray_{metric.name} {metric.help}\n# TYPE ray_{metric.name} counter\n" in page
