@@ -28,7 +28,8 @@ ELSEWHERE |= {
     "python -m orchestrator.run resnet --data parquet:runs/digits": PREPARED,
 }
 ELSEWHERE |= {"python -m orchestrator.doctor": "test_a_cluster_that_is_well"}
-ELSEWHERE |= {"prometheus --config.file=cluster/monitoring/prometheus.yaml": "test_prometheus_has_what_the_run_wrote"}
+SCRAPE = "prometheus --config.file=cluster/monitoring/prometheus.yaml --storage.tsdb.path=/tmp/prometheus"
+ELSEWHERE |= {SCRAPE: "test_prometheus_has_what_the_run_wrote"}
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
 
 
