@@ -28,13 +28,14 @@ class Coordinator:
     def __init__(self, assignment: Assignment) -> None:
         import ray
 
+        from orchestrator.prometheus import Exporter
+
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._plan = assignment.plan
         self._host = "127.0.0.1" if assignment.loopback else ray.util.get_node_ip_address()
         config = self._plan.config
-        self._journal = Journal(
-            self._plan, assignment.uri, assignment.token, assignment.description, assignment.started_s, again
-        )
+        told = (assignment.description, assignment.started_s, again, Exporter(self._plan))
+        self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
         roster = Roster(config.workers.floor, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, again
         measured = config.balance == "measured" and config.reduce == "fixed"

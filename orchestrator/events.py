@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,13 +118,14 @@ class WorkerFailed:
 
 @dataclass(frozen=True)
 class WorkerLeft:
-    """A worker is no longer in the run; `why` is an incident's kind."""
+    """A worker is no longer in the run; `why` is an incident's kind, `host` stays when a node comes back."""
 
     why: str
     rank: int
     node: str
     pid: int
     detail: str
+    host: str
 
 
 @dataclass(frozen=True)
@@ -215,3 +217,16 @@ def record(event: Event, time_s: float) -> dict[str, Any]:
     """One line of events.jsonl: `time_s` (seconds since 1970), `event` (run_started, ...), the event's own keys."""
     kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     return {"time_s": round(time_s, 3), "event": kind, **dataclasses.asdict(event)}
+
+
+class Listener:
+    """Hears at once what a run writes down, as it stands in its folder; a plain one does nothing."""
+
+    def steps(self, records: list[dict[str, Any]]) -> None:
+        """New lines of metrics.jsonl."""
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """A new line of events.jsonl."""
+
+    def recall(self, events: list[dict[str, Any]], newest: list[dict[str, Any]]) -> None:
+        """What a coordinator that was lost had written for this command: events, and its last step if it had one."""

@@ -18,8 +18,10 @@ from orchestrator.events import (
     Event,
     GenerationStarted,
     Incident,
+    Listener,
     RunEnded,
     RunStarted,
+    record,
 )
 from orchestrator.plan import Plan
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
@@ -55,15 +57,20 @@ class OpenIncident:
 class Journal:
     """The run folder's logs and the figures of the result."""
 
-    def __init__(self, plan: Plan, uri: str, token: str, description: str, started_s: float, again: bool) -> None:
+    def __init__(
+        self, plan: Plan, uri: str, token: str, description: str, started_s: float, again: bool,
+        listener: Listener | None = None,
+    ) -> None:  # fmt: skip
         """Args:
         uri: of the run folder.
         token: of the command that the run belongs to.
         description: of the data, for people.
         started_s: when the command was typed, seconds since 1970.
         again: whether an earlier coordinator of the same command was lost.
+        listener: hears what is written down.
         """
         self._plan, self._token, self._started_s = plan, token, started_s
+        self._listener = listener or Listener()
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
         self.superseded = False
         self._check_at_s = 0.0
@@ -100,10 +107,10 @@ class Journal:
             self._training_s = sum(r["step_s"] for r in mine)
         workers = 0
         fields = {f.name for f in dataclasses.fields(Incident)}
-        for line in (self._folder.text(EVENTS) or "").splitlines():
-            event = json.loads(line)
-            if event["time_s"] < self._started_s:
-                continue
+        events = [json.loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
+        events = [event for event in events if event["time_s"] >= self._started_s]
+        self._listener.recall(events, mine[-1:])
+        for event in events:
             if event["event"] == "incident":
                 self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
             elif event["event"] == "generation_started":
@@ -118,6 +125,8 @@ class Journal:
         """Append events, unless another command owns the run by now."""
         if not self.superseded:
             self._folder.events(events)
+            for event in events:
+                self._listener.event(record(event, time.time()))
 
     @property
     def problem(self) -> str:
@@ -192,6 +201,7 @@ class Journal:
         if new[0]["step"] != self.recorded + 1:
             log.error("steps %d to %d were not reported", self.recorded + 1, new[0]["step"] - 1)
         self._folder.metrics(new)
+        self._listener.steps(new)
         self.recorded, self.loss = new[-1]["step"], new[-1]["loss"]
         self.best = max(self.best, self.recorded)
         self._recent.extend((r["time_s"], r["samples"]) for r in new)

@@ -150,7 +150,7 @@ class Membership:
             self._excluded.add(member.id)
             self._answers[member.id] = Order("leave")
             why = "straggler_left" if member.id in self.roster.unwanted else "node_drained"
-            self._journal.log(WorkerLeft(why, member.rank, member.node, member.pid, ""))
+            self._journal.log(WorkerLeft(why, member.rank, member.node, member.pid, "", member.home))
             self._balancer.forget(member.id)
             self.notify()
         if self.stopping:
@@ -229,7 +229,7 @@ class Membership:
         self.roster.lose(member_id)
         self.roster.lost_on(member.home, now)
         self._journal.blame(member.node)
-        self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail))
+        self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail, member.home))
         if kind in ("worker_frozen", "worker_stuck"):
             self.kill(member)
         self._failures += 1

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 
@@ -15,13 +16,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
+def metrics_port() -> int:
+    """Where the shared cluster serves its metrics."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def cluster(metrics_port: int) -> Iterator[str]:
     """Address of a running cluster; stopped by its processes' ids at the end."""
     # Ray's sockets live in it, and a socket's path must be short.
     temp = tempfile.mkdtemp(prefix="rayt-", dir="/tmp")
     command = [RAY, "start", "--head", "--num-cpus=4", "--port=0", f"--temp-dir={temp}", "--include-dashboard=false"]
     before = ray_processes()
-    started = call([*command, "--min-worker-port=0", "--max-worker-port=0"], 120)
+    command += ["--min-worker-port=0", "--max-worker-port=0", f"--metrics-export-port={metrics_port}"]
+    started = call(command, 120, RAY_metrics_report_interval_ms="1000")
     assert started.status == 0, started.out + started.err
     address = (started.out + started.err).split("--address='")[1].split("'")[0]
     yield address

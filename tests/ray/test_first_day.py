@@ -1,5 +1,6 @@
 """The commands of the README, as typed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def test_ray_job_submit(tmp_path: Path) -> None:
         submit = [RAY, "job", "submit", "--working-dir", ".", "--", *job, *kept_in(tmp_path, "job")]
         submitted = call(submit, 240, RAY_AUTH_MODE="token")
         assert submitted.status == 0, submitted.out + submitted.err
+        (scraped,) = json.loads(Path("/tmp/ray/prom_metrics_service_discovery.json").read_text())
+        assert scraped["targets"], "where cluster/monitoring/prometheus.yaml looks for nodes"
     finally:
         call([RAY, "stop", "--force"], 60)
     assert result(tmp_path / "job")["weights_sha256"] == result(tmp_path / "here")["weights_sha256"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,23 @@ def test_the_coordinator_is_killed(nodes: Any, node_pair: Any, undisturbed: str,
     assert restarted["step"] >= 40
     first, *later = generations(tmp_path)
     assert set(later[-1]["pids"]) == set(first["pids"]), "workers were restarted with the coordinator"
+    wait_until(lambda: lost_once_and_finished(nodes.head_node.metrics_export_port), 15, "its metrics")
+
+
+def lost_once_and_finished(port: int) -> bool:
+    """Whether the new coordinator's metrics go on where the old one's were; Ray keeps those of processes for 20 s."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        lines = [line for line in page.read().decode().splitlines() if 'run="run"' in line]
+    lost = [line for line in lines if 'kind="coordinator_lost"' in line and line.endswith(" 1.0")]
+    if not lost:
+        return False
+    assert len(lost) == 1
+    process = lost[0].split('WorkerId="')[1].split('"')[0]
+    own = [line.removeprefix("ray_orchestrator_") for line in lines if process in line]
+    found = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in own}
+    assert found["planned_steps"] == STEPS, "the command's start is known to the new one"
+    assert 0 < found["steps_total"] < STEPS, "what the old one counted is not counted again"
+    return found["committed_step"] == STEPS and found["run_end_timestamp_seconds"] > 0
 
 
 def test_a_machine_that_comes_late_is_used(nodes: Any, undisturbed: str, tmp_path: Path) -> None:

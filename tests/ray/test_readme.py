@@ -28,6 +28,8 @@ ELSEWHERE |= {
     "python -m orchestrator.run resnet --data parquet:runs/digits": PREPARED,
 }
 ELSEWHERE |= {"python -m orchestrator.doctor": "test_a_cluster_that_is_well"}
+SCRAPE = "prometheus --config.file=cluster/monitoring/prometheus.yaml --storage.tsdb.path=/tmp/prometheus"
+ELSEWHERE |= {SCRAPE: "test_prometheus_has_what_the_run_wrote"}
 BENCHMARKS = "python tests/bench/"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
 
 
@@ -35,14 +37,14 @@ def commands() -> list[str]:
     """The lines of the README's code blocks that are commands."""
     blocks = re.findall(r"^```\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"([A-Z_]+=\S+ )?(python|pip|ray|pytest)\b", line)]
+    return [line for line in lines if re.match(r"([A-Z_]+=\S+ )?(python|pip|ray|pytest|prometheus)\b", line)]
 
 
 def test_every_command_is_known() -> None:
     found = commands()
     assert set(ELSEWHERE) <= set(found)
     assert (REPOSITORY / ".ci/run").read_text().count("pip install --quiet --editable") == 2
-    places = ("first_day", "rehearsals", "autoscaling", "object_storage", "doctor")
+    places = ("first_day", "rehearsals", "autoscaling", "object_storage", "doctor", "prometheus")
     tests = "".join((REPOSITORY / f"tests/ray/test_{name}.py").read_text() for name in places)
     assert all(name == ".ci/run" or f"def {name}(" in tests for name in ELSEWHERE.values())
 
