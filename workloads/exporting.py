@@ -17,16 +17,20 @@ class Exporting(Protocol):
         axes: for each input its free dimensions by number, each with a name: {0: "batch"}.
         output: name of the exported output.
         accuracy: the metric (a share of 1) whose loss by int8 is limited.
+        shown: the metrics in the table.
         refused: quantization -> why this workload has none, and what to use.
         files: of model/, what the predictor reads.
+        asked: what a user gives the predictor, as on the command line.
     """
 
     inputs: tuple[str, ...]
     axes: tuple[Mapping[int, str], ...]
     output: str
     accuracy: str
+    shown: tuple[str, ...]
     refused: Mapping[str, str]
     files: tuple[str, ...]
+    asked: str
 
     def load(self, folder: Path) -> nn.Module:
         """The model that `Workload.save` wrote, fp32, in evaluation mode.

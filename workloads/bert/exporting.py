@@ -22,11 +22,13 @@ class BertExporting:
     axes = ({0: "batch", 1: "tokens"}, {0: "places"})
     output = "logits"
     accuracy = "masked_accuracy"
+    shown = ("masked_lm_loss", "masked_accuracy")
     refused = {
         "static": "a transformer's activations differ too much from text to text for one calibrated range; "
         "use --quantize dynamic"
     }
     files = (TOKENIZER,)
+    asked = "'a text with a [MASK] in it'"
 
     def load(self, folder: Path) -> nn.Module:
         """From model.safetensors and config.json."""

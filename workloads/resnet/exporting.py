@@ -18,8 +18,10 @@ class ResnetExporting:
     axes = ({0: "batch"},)
     output = "logits"
     accuracy = "accuracy"
+    shown = ("accuracy", "top5_accuracy")
     refused = {"dynamic": "convolutions with activations quantized on the fly are not faster; use --quantize static"}
     files = ()
+    asked = "IMAGE-FILE"
 
     def load(self, folder: Path) -> nn.Module:
         """From model.safetensors and config.json."""
