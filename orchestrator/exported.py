@@ -1,8 +1,8 @@
 """An exported model's folder: its files, and how they are opened; neither torch nor ray is imported.
 
-    export.json    what it is, what its predictor needs, how it was measured; written last
-    model.onnx     what `orchestrator.predict` runs
-    model.pt2      the same as a torch.export program
+export.json    what it is, what its predictor needs, how it was measured; written last
+model.onnx     what `orchestrator.predict` runs
+model.pt2      the same as a torch.export program
 """
 
 import importlib.util

@@ -1,5 +1,6 @@
 """One export: the files of a trained model in fp32 or int8, and the table beside fp32."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -76,6 +77,7 @@ class Exporter:
         self._choices, self._trained, self._files, self._scratch = choices, trained, files, scratch
         self._processes = max(2, config.threads) if workload.decodes else 0
         self._external = False
+        self._metrics: dict[nn.Module, dict[str, float]] = {}
         torch.set_num_threads(choices.threads)
 
     def export(self, run: str, sha256: str) -> str:
@@ -116,7 +118,9 @@ class Exporter:
             model = self._exporting.load(self._trained)
         except Exception as error:  # of JSON, safetensors or torch: the files are not what a run has written
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"model/ of the run cannot be loaded ({reason}); train again under another --name") from None
+            raise UserError(
+                f"model/ of the run cannot be loaded ({reason}); train again under another --name"
+            ) from None
         if weights_sha256(model) != sha256:
             raise UserError("model/ of the run is not what its result.json tells; train again under another --name")
         return model
@@ -139,7 +143,7 @@ class Exporter:
 
     @torch.no_grad()
     def _check(self, model: nn.Module, exported: nn.Module, batch: Batch) -> float:
-        """The largest difference of onnxruntime's output from the model's own; raises TrainingError where it is large."""
+        """The largest difference of onnxruntime's output from the model's; raises TrainingError where it is large."""
         inputs = [batch[name] for name in self._exporting.inputs]
         expected, found = model(*inputs), exported(*inputs)
         difference = float((expected - found).abs().max())
@@ -148,9 +152,10 @@ class Exporter:
         return difference
 
     def _evaluated(self, candidate: Candidate) -> Row:
-        print(f"evaluating {candidate.kind} with {candidate.engine}", flush=True)
-        metrics = heldout_metrics(self._workload, candidate.model, self._processes)
-        return Row(candidate.kind, candidate.engine, candidate.file_bytes, metrics)
+        if candidate.model not in self._metrics:
+            print(f"evaluating {candidate.kind} with {candidate.engine}", flush=True)
+            self._metrics[candidate.model] = heldout_metrics(self._workload, candidate.model, self._processes)
+        return Row(candidate.kind, candidate.engine, candidate.file_bytes, self._metrics[candidate.model])
 
     def _dynamic(self, model: nn.Module, example: tuple[Tensor, ...]) -> list[Candidate]:
         import onnx
@@ -181,12 +186,13 @@ class Exporter:
         if self._evaluated(tuned[1]).metrics[accuracy] < before:
             return found + tuned
         # The calibrated one is measured too, from beside the files that are kept.
+        moved = []
         for kept, other in zip(tuned, found, strict=True):
             aside = self._scratch / f"calibrated-{other.file.name}"
             other.file.rename(aside)
             shutil.copy(kept.file, other.file)
-        aside = [Candidate(c.kind, c.engine, self._scratch / f"calibrated-{c.file.name}", c.model) for c in found]
-        return aside + tuned
+            moved.append(dataclasses.replace(other, file=aside))
+        return moved + tuned
 
     def _mean_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         sums = self._workload.sums(model, batch)

@@ -48,7 +48,7 @@ class Int8Quantizer(X86InductorQuantizer):
         spec = self.global_config.input_activation
         for node in model.graph.nodes:
             if node.target in SUMS and all(isinstance(argument, Node) for argument in node.args):
-                _annotation(node).input_qspec_map.update({argument: spec for argument in node.args})
+                _annotation(node).input_qspec_map.update(dict.fromkeys(node.args, spec))
             elif node.target not in CONVOLUTIONS:
                 continue
             users = list(node.users)
@@ -125,7 +125,8 @@ def _prepared(model: nn.Module, example: tuple[Tensor, ...], axes: Axes, fine_tu
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
     with quiet():
-        return prepare_pt2e(graph, Int8Quantizer(fine_tune))
+        prepared: GraphModule = prepare_pt2e(graph, Int8Quantizer(fine_tune))
+    return prepared
 
 
 def _converted(prepared: GraphModule, example: tuple[Tensor, ...], axes: Axes) -> Program:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orchestrator.exported import ONNX_LIMIT_BYTES
 
+TALKATIVE = ("torch.onnx", "torch.export", "torch.utils._pytree", "torchao", "onnxscript", "onnx_ir")
 Axes = Sequence[Mapping[int, str]]
 Program = torch.export.ExportedProgram
 
@@ -19,7 +20,7 @@ Program = torch.export.ExportedProgram
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what exporters tell their own developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torchao", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -41,7 +42,7 @@ def program_of(model: nn.Module, example: tuple[Tensor, ...], axes: Axes, strict
         axes: the free dimensions of each input.
         strict: trace with TorchDynamo, which tells the calls of one module apart (orchestrator.int8_static needs it).
     """
-    shapes = tuple({number: torch.export.Dim.DYNAMIC for number in free} for free in axes)
+    shapes = tuple(dict.fromkeys(free, torch.export.Dim.DYNAMIC) for free in axes)
     with quiet():
         return torch.export.export(model, example, dynamic_shapes=shapes, strict=strict)
 
@@ -94,4 +95,4 @@ def _slim(model: Any, axes: Axes) -> None:
     for value in graph.output:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param:
-                dimension.dim_param = ""
+                dimension.dim_param = ""  # a product of others, under a number that says nothing

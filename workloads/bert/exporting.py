@@ -24,7 +24,7 @@ class BertExporting:
     accuracy = "masked_accuracy"
     shown = ("masked_lm_loss", "masked_accuracy")
     refused = {
-        "static": "a transformer's activations differ too much from text to text for one calibrated range; "
+        "static": "calibrated ranges are for convolutions, and linear layers quantize on the fly; "
         "use --quantize dynamic"
     }
     files = (TOKENIZER,)

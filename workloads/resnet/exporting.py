@@ -19,7 +19,7 @@ class ResnetExporting:
     output = "logits"
     accuracy = "accuracy"
     shown = ("accuracy", "top5_accuracy")
-    refused = {"dynamic": "convolutions with activations quantized on the fly are not faster; use --quantize static"}
+    refused = {"dynamic": "only linear layers quantize on the fly, and these are convolutions; use --quantize static"}
     files = ()
     asked = "IMAGE-FILE"
 

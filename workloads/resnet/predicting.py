@@ -15,6 +15,7 @@ from orchestrator.errors import DataError, UserError
 from workloads.predicting import Arrays, Guesses, top
 from workloads.resnet.folder import decode
 
+
 class ResnetPredicting:
     """See workloads.predicting.Predicting; the input is the path of an image file."""
 
