@@ -164,7 +164,7 @@ def parser() -> Parser:
         help="static: steps of quantization-aware fine-tuning, 64 samples each; 0: none [100]",
     )  # fmt: skip
     made.add_argument(
-        "--fine-tune-lr", metavar="LR", type=float, default=1e-3, help="static: its learning rate [0.001]"
+        "--fine-tune-lr", metavar="LR", type=float, default=0.01, help="static: its learning rate, falling to 0 [0.01]"
     )
     return made
 
