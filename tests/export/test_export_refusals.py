@@ -56,7 +56,7 @@ def test_missing_packages_are_named(monkeypatch):
         exported.need("json", "no_such_package")
 
 
-for _name in exported.PACKAGES:  # for the tests below
+for _name in exported.PACKAGES:  # what follows exports, or comes so far that it would
     pytest.importorskip(_name)
 
 
