@@ -145,6 +145,7 @@ def test_bert_as_it_is_and_with_dynamic_int8(text_config, tmp_path, capsys):
     assert predict([str(out8), "--input", "nothing to fill"]) == 2
 
 
+@pytest.mark.long  # the next test, and the README's commands, go the same way
 def test_resnet_static(digits):
     """Every convolution computes in int8: it reads int8 and what it gives is made int8 at once."""
     folder, model = digits
@@ -195,6 +196,8 @@ def test_fine_tuning_wins_back_what_int8_lost(digits, monkeypatch):
     before, after = (row(record, kind, "onnxruntime")["points_lost"] for kind in ("int8", "int8 fine-tuned"))
     assert before > 10
     assert after < before / 2
+    assert_convolutions_are_int8(out / "model.onnx", 7)
+    assert row(record, "int8 fine-tuned", "onnxruntime")["size_ratio"] < 0.3
     labels, images = heldout()
     accuracy = (logits(out, {"images": images}).argmax(1) == labels).mean()
     assert accuracy == pytest.approx(row(record, "int8 fine-tuned", "onnxruntime")["metrics"]["accuracy"])
