@@ -1,7 +1,7 @@
 """The workloads there are: one line each. Nothing heavy is imported before it is asked for."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ class Entry:
     absolute: str
     workload: str
     preparation: str
+    exporting: str
+    predicting: str
 
     def config_type(self) -> type[RunConfig]:
         loaded: type[RunConfig] = _load(self.config)
@@ -42,6 +44,14 @@ class Entry:
         """How the data that the configuration names is prepared (see workloads.preparation.Preparation)."""
         return _load(self.preparation)(config)
 
+    def export(self) -> Any:
+        """What it says of its trained model (see workloads.exporting.Exporting); imports torch."""
+        return _load(self.exporting)()
+
+    def predict(self, about: Mapping[str, Any], files: Mapping[str, bytes]) -> Any:
+        """How an exported model is asked (see workloads.predicting.Predicting); without torch."""
+        return _load(self.predicting)(about, files)
+
 
 def _load(path: str) -> Any:
     module, _, attribute = path.partition(":")
@@ -56,6 +66,8 @@ WORKLOADS = {
         "workloads.resnet.data:absolute_paths",
         "workloads.resnet.workload:ResnetWorkload",
         "workloads.resnet.preparing:preparation",
+        "workloads.resnet.exporting:ResnetExporting",
+        "workloads.resnet.predicting:ResnetPredicting",
     ),
     "bert": Entry(
         "masked-language-model pretraining of BERT",
@@ -64,5 +76,7 @@ WORKLOADS = {
         "workloads.bert.data:absolute_paths",
         "workloads.bert.workload:BertWorkload",
         "workloads.bert.preparing:preparation",
+        "workloads.bert.exporting:BertExporting",
+        "workloads.bert.predicting:BertPredicting",
     ),
 }

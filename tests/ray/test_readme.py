@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from commands import REPOSITORY, call, result
+from PIL import Image
 
 REHEARSAL = "test_the_readme_s_schedule"
 ELSEWHERE = {
     "pip install -e . && python -m orchestrator.run resnet": ".ci/run",
     "pip install -e '.[test]' && pytest": ".ci/run",
+    "pip install -e '.[export]'": ".ci/run",  # as a part of [test]
     "python -m orchestrator.run bert": "test_bert_on_pythons_own_documentation",
     "ray start --head": "test_ray_job_submit",
     "python -m orchestrator.run resnet": "test_ray_job_submit",
@@ -54,8 +56,9 @@ def test_the_laptop_commands(tmp_path: Path) -> None:
     """In their order, from a folder that looks like the repository."""
     for name in ("workloads", "orchestrator"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
     plain = [c for c in commands() if c not in ELSEWHERE and not c.startswith(BENCHMARKS)]
-    assert len(plain) == 6
+    assert len(plain) == 8
     for command in plain:
         done = call(command, 240, cwd=tmp_path)
         assert done.status == 0, f"{command}\n{done.out}{done.err}"

@@ -11,6 +11,9 @@ IMAGENET_FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # The ImageNet stem divides height and width by 4 and the stages by 8 more: under 64 pixels the last stage
 # would be left with 1x1. Smaller images get a 3x3 stem with stride 1 and without pooling instead.
 SMALL_IMAGE = 64
+# Krizhevsky et al. 2012, section 2 and 4.1: the shorter side of a held-out image is brought to 256, then its
+# middle cut out for an input of 224.
+RESIZE_RATIO = 256 / 224
 
 
 def downsampling(model: str, image_size: int) -> int:

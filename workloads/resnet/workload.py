@@ -15,16 +15,13 @@ from torch import Tensor, nn
 
 from workloads.resnet import data, models, prepared
 from workloads.resnet.augment import Augmentation, normalize
-from workloads.resnet.config import ResnetConfig
+from workloads.resnet.config import RESIZE_RATIO, ResnetConfig
 from workloads.resnet.folder import decode
 from workloads.resnet.readers import ImageSet, Split
 from workloads.resnet.vision import v2
 from workloads.workload import Batch, Sums
 
 # m = microbatch, C = channels, H, W = height and width, K = classes
-# Krizhevsky et al. 2012, section 2 and 4.1: the shorter side of a held-out image is brought to 256, then its
-# middle cut out for an input of 224.
-RESIZE_RATIO = 256 / 224
 TOP5 = 5
 
 

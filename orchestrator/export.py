@@ -1,0 +1,182 @@
+"""`python -m orchestrator.export runs/NAME --quantize none|dynamic|static`: the trained model, to be used elsewhere.
+
+Writes a folder for orchestrator.predict: model.onnx and model.pt2, and with `none` model.safetensors. Evaluates what
+it has made on the held-out split and measures it beside fp32. Exit status: 0 exported; 2 refused; 1 failed.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.command import Parser, refuse
+from orchestrator.config import RunConfig, assemble
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.exported import ABOUT, PACKAGES, need
+from orchestrator.runfolder import CONFIG, RunFolder
+from orchestrator.storage import Folder
+from workloads.registry import WORKLOADS
+
+MODES = ("none", "dynamic", "static")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run.
+
+    Attributes:
+        folder: of the run.
+        workload: its name.
+        config: its settings.
+        weights_sha256: of the trained model.
+    """
+
+    folder: Folder
+    workload: str
+    config: RunConfig
+    weights_sha256: str
+
+
+def find_run(uri: str) -> Trained:
+    """The run in a folder; raises UserError where there is none, or it has not finished."""
+    try:
+        run = RunFolder(Folder(uri, "RUN"))
+    except UserError as error:
+        raise UserError(str(error).replace("RUN ", "", 1)) from None
+    settings = run.config()
+    if settings is None:
+        raise UserError(f"{uri}: no run is there (no {CONFIG}); give a run's folder, such as runs/NAME")
+    workload = str(settings.pop("workload", ""))
+    if workload not in WORKLOADS:
+        raise UserError(f"{uri}: of the workload {workload!r}, which is not one of {', '.join(WORKLOADS)}")
+    config = assemble(WORKLOADS[workload].config_type(), settings)
+    result = run.result() or {}
+    if result.get("status") != "finished":
+        command = f"python -m orchestrator.run {workload} --storage {config.storage} --name {config.name}"
+        raise UserError(f"{uri}: the run has not finished; let it finish with: {command}")
+    return Trained(run.folder, workload, config, str(result.get("weights_sha256")))
+
+
+def settle_out(trained: Trained, given: str, mode: str) -> Folder:
+    """Where the files go; raises UserError where something else is there, or it cannot be written."""
+    out = Folder(given, "--out") if given else trained.folder.child("export").child(mode)
+    if out.names() and out.read_text(ABOUT) is None:
+        raise UserError(f"--out {out.uri}: holds other files; give an empty folder, or one that an export has made")
+    out.check_writable()
+    return out
+
+
+def fetch_model(trained: Trained, local: Path) -> None:
+    """Copy the run's model/ to a folder of this machine; raises UserError where there is none."""
+    source = trained.folder.child("model")
+    names = source.names()
+    if not names:
+        raise UserError(f"{source.uri}: no trained model is there; train again under another --name")
+    for name in names:
+        try:
+            (local / name).write_bytes(source.read(name))
+        except OSError as error:
+            raise UserError(f"{source.uri}/{name}: cannot be read ({error})") from None
+
+
+def store(local: Path, out: Folder) -> None:
+    """Put the files of a folder into storage, what says that they are whole last; drop those of an export before."""
+    out.delete(ABOUT)
+    names = sorted(file.name for file in local.iterdir() if file.name != ABOUT)
+    for name in out.names():
+        if name not in names:
+            out.delete(name)
+    for name in [*names, ABOUT]:
+        out.write(name, (local / name).read_bytes())
+
+
+def export(settings: Any) -> str:
+    """The whole command; returns what to print."""
+    _check(settings)
+    trained = find_run(settings.run)
+    entry = WORKLOADS[trained.workload]
+    need(*PACKAGES)
+    from orchestrator.exporter import Choices, Exporter  # imports torch
+
+    exporting = entry.export()
+    if settings.quantize in exporting.refused:
+        reason = exporting.refused[settings.quantize]
+        raise UserError(f"--quantize {settings.quantize}: not for {trained.workload}; {reason}")
+    out = settle_out(trained, settings.out, settings.quantize)
+    entry.check_data(trained.config)
+    with tempfile.TemporaryDirectory(prefix="orchestrator-export-") as scratch:
+        model, files, aside = (Path(scratch) / name for name in ("trained", "files", "aside"))
+        for folder in (model, files, aside):
+            folder.mkdir()
+        fetch_model(trained, model)
+        chosen = Choices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Choices)})
+        workload = entry.build(trained.config)
+        exporter = Exporter(trained.workload, trained.config, workload, exporting, chosen, model, files, aside)
+        shown = exporter.export(trained.folder.uri, trained.weights_sha256)
+        store(files, out)
+    predict = f"python -m orchestrator.predict {out.uri} --input {exporting.asked}"
+    return f"{shown}\nexported: {out.uri}\nnext: {predict}"
+
+
+def _check(settings: Any) -> None:
+    """Raises UserError for a number out of range."""
+    for name, low in (("calibration_samples", 1), ("threads", 1), ("rounds", 1), ("fine_tune_steps", 0)):
+        if getattr(settings, name) < low:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(settings, name)}: out of range; give a whole number from {low}")
+    if not (settings.fine_tune_lr > 0 and settings.accuracy_limit == settings.accuracy_limit):
+        raise UserError("--fine-tune-lr has to be above 0, and --accuracy-limit a number")
+
+
+def parser() -> Parser:
+    """The command line."""
+    made = Parser(
+        prog="python -m orchestrator.export",
+        description="The model of a finished run as ONNX and torch.export program, fp32 or int8, measured beside fp32.",
+        allow_abbrev=False,
+    )
+    made.add_argument("run", metavar="RUN", help="the run's folder or URI, such as runs/NAME")
+    made.add_argument(
+        "--quantize", choices=MODES, default="none",
+        help="none: fp32; dynamic: int8 weights, activations quantized on the fly (bert); static: int8 with "
+        "calibrated ranges (resnet) [none]",
+    )  # fmt: skip
+    made.add_argument("--out", default="", help="folder or URI that gets the files [RUN/export/QUANTIZE]")
+    made.add_argument("--threads", metavar="N", type=int, default=1, help="CPU threads, of latencies too [1]")
+    made.add_argument("--rounds", metavar="N", type=int, default=101, help="latencies are medians of so many [101]")
+    made.add_argument(
+        "--round-seconds", metavar="S", type=float, default=20.0,
+        help="and of fewer, at least 5, where they take longer than this for a batch [20 s]",
+    )  # fmt: skip
+    made.add_argument(
+        "--calibration-samples", metavar="N", type=int, default=512,
+        help="static: training samples that set the ranges of activations [512]",
+    )  # fmt: skip
+    made.add_argument(
+        "--accuracy-limit", metavar="POINTS", type=float, default=0.5,
+        help="static: fine-tune when int8 loses more than so many percentage points [0.5]",
+    )  # fmt: skip
+    made.add_argument(
+        "--fine-tune-steps", metavar="N", type=int, default=100,
+        help="static: steps of quantization-aware fine-tuning, 64 samples each; 0: none [100]",
+    )  # fmt: skip
+    made.add_argument(
+        "--fine-tune-lr", metavar="LR", type=float, default=0.01, help="static: its learning rate, falling to 0 [0.01]"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    try:
+        print(export(parser().parse_args(arguments)))
+    except OrchestratorError as error:
+        return refuse(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

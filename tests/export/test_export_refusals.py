@@ -1,0 +1,104 @@
+"""What cannot be exported is one line that says what to do, and exit status 2; the table says what int8 misses."""
+
+import json
+import shutil
+
+import pytest
+from finished_runs import finish
+
+from orchestrator import exported
+from orchestrator.errors import UserError
+from orchestrator.export import main
+from orchestrator.measured import Row, compared, table
+from workloads.resnet.config import ResnetConfig
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    finish(folder, "resnet", ResnetConfig(storage="runs", name="first"), steps=0)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def refusal(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    return shown.err
+
+
+def test_folders_without_a_finished_run(run, tmp_path, capsys):
+    assert "no run is there (no config.toml)" in refusal(capsys, tmp_path / "none")
+    (run / "result.json").write_text(json.dumps({"status": "stopped"}))
+    words = "has not finished; let it finish with: python -m orchestrator.run resnet --storage runs --name first"
+    assert words in refusal(capsys, run)
+    (run / "result.json").unlink()
+    assert words in refusal(capsys, run)
+
+
+@pytest.mark.parametrize("number", ["--threads", "--rounds", "--calibration-samples", "--fine-tune-lr"])
+def test_numbers_out_of_range(run, capsys, number):
+    assert number in refusal(capsys, run, number, "0")
+
+
+def test_words_that_are_not_known(run, capsys):
+    assert "invalid choice: 'int4'" in refusal(capsys, run, "--quantize", "int4")
+    assert "did you mean --rounds?" in refusal(capsys, run, "--round", "3")
+
+
+def test_missing_packages_are_named(monkeypatch):
+    with pytest.raises(UserError, match=r"no_such_package: not installed; .*pip install -e '\.\[export\]'"):
+        exported.need("json", "no_such_package")
+
+
+for _name in exported.PACKAGES:  # what follows exports, or comes so far that it would
+    pytest.importorskip(_name)
+
+
+def test_a_quantization_that_the_workload_has_not(run, capsys):
+    assert "use --quantize static" in refusal(capsys, run, "--quantize", "dynamic")
+
+
+def test_models_that_are_missing_or_damaged(run, capsys):
+    weights = run / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "model/ of the run cannot be loaded" in refusal(capsys, run)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "is not what its result.json tells" in refusal(capsys, run)
+    shutil.rmtree(run / "model")
+    assert "no trained model is there" in refusal(capsys, run)
+
+
+def test_data_that_is_gone(run, tmp_path, capsys):
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('data = "digits"', f'data = "imagefolder:{tmp_path}/gone"'))
+    assert "--data imagefolder:" in refusal(capsys, run)
+
+
+def test_a_folder_with_other_files_is_left_alone(run, tmp_path, capsys):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    assert "holds other files" in refusal(capsys, run, "--out", tmp_path / "letters")
+    assert (tmp_path / "letters" / "letter.txt").read_text() == "dear"
+
+
+def test_the_table_says_what_int8_misses():
+    rows = [
+        Row("fp32", "torch", 1000, {"accuracy": 0.9}, {1: 2.0, 32: 8.0}),
+        Row("fp32", "onnxruntime", 900, {"accuracy": 0.9}, {1: 1.0, 32: 10.0}),
+        Row("int8", "onnxruntime", 270, {"accuracy": 0.896}, {1: 1.5, 32: 4.0}),
+    ]
+    found = compared(rows, "accuracy")[2]
+    assert found["size_ratio"] == 0.3
+    assert found["points_lost"] == pytest.approx(0.4)
+    assert found["latency_ratio"] == {"1": 1.5, "32": 0.5}  # of the fastest fp32, whatever runs it
+    assert list(found["meets"].values()) == [True, True, False, True]
+    assert table(compared(rows, "accuracy"), ["accuracy"]).splitlines()[-1] == (
+        "int8 with onnxruntime is not: faster at batch 1"
+    )

@@ -1,0 +1,57 @@
+"""A trained BERT as orchestrator.export sees it: transformers' files read back without transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from workloads.bert.config import Architecture, BertConfig
+from workloads.bert.model import Bert
+from workloads.workload import Batch
+
+TOKENIZER = "tokenizer.json"
+WORDS, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions"
+
+
+class BertExporting:
+    """See workloads.exporting.Exporting."""
+
+    inputs = ("input_ids", "masked")
+    axes = ({0: "batch", 1: "tokens"}, {0: "places"})
+    output = "logits"
+    accuracy = "masked_accuracy"
+    shown = ("masked_lm_loss", "masked_accuracy")
+    refused = {
+        "static": "calibrated ranges are for convolutions, and linear layers quantize on the fly; "
+        "use --quantize dynamic"
+    }
+    files = (TOKENIZER,)
+    asked = "'a text with a [MASK] in it'"
+
+    def load(self, folder: Path) -> nn.Module:
+        """From model.safetensors and config.json."""
+        layout = json.loads((folder / "config.json").read_text())
+        size = Architecture(
+            hidden_size=layout["hidden_size"],
+            layers=layout["num_hidden_layers"],
+            heads=layout["num_attention_heads"],
+            intermediate_size=layout["intermediate_size"],
+        )
+        model = Bert(size, layout["vocab_size"], layout["max_position_embeddings"], 0.0, layout["pad_token_id"])
+        tensors = load_file(folder / "model.safetensors")
+        # The file holds tied tensors once.
+        tensors[f"{HEAD}.decoder.weight"] = tensors[WORDS]
+        tensors[f"{HEAD}.decoder.bias"] = tensors[f"{HEAD}.bias"]
+        model.load_state_dict(tensors)
+        return model.eval()
+
+    def example(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Tokens [B, T - 1], one less than there are positions, and three places in them."""
+        input_ids_BT = batch["input_ids"][:, :-1].contiguous()
+        return input_ids_BT, batch["masked"].new_tensor([1, 2, input_ids_BT.shape[1] + 1])
+
+    def about(self, config: BertConfig, folder: Path) -> dict[str, Any]:
+        """How many tokens an input may have."""
+        return {"tokens": json.loads((folder / "config.json").read_text())["max_position_embeddings"]}
