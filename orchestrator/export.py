@@ -101,7 +101,7 @@ def export(settings: Any) -> str:
     need(*PACKAGES)
     from orchestrator.exporter import Choices, Exporter  # imports torch
 
-    exporting = entry.export()
+    exporting = entry.export(trained.config)
     if settings.quantize in exporting.refused:
         reason = exporting.refused[settings.quantize]
         raise UserError(f"--quantize {settings.quantize}: not for {trained.workload}; {reason}")

@@ -10,7 +10,7 @@ from workloads.workload import Batch
 
 
 class Exporting(Protocol):
-    """What a workload says of its trained model; built without arguments.
+    """What a workload says of its trained model; built from the settings of its run.
 
     Attributes:
         inputs: the keys of a batch that the model's forward takes, in its order; the names of the exported inputs.

@@ -44,9 +44,9 @@ class Entry:
         """How the data that the configuration names is prepared (see workloads.preparation.Preparation)."""
         return _load(self.preparation)(config)
 
-    def export(self) -> Any:
+    def export(self, config: RunConfig) -> Any:
         """What it says of its trained model (see workloads.exporting.Exporting); imports torch."""
-        return _load(self.exporting)()
+        return _load(self.exporting)(config)
 
     def predict(self, about: Mapping[str, Any], files: Mapping[str, bytes]) -> Any:
         """How an exported model is asked (see workloads.predicting.Predicting); without torch."""

@@ -111,12 +111,14 @@ def test_nothing_of_training_is_needed_to_ask(digits, plain, tmp_path):
     assert answer["shares"] == pytest.approx(expected.values.tolist(), abs=1e-4)
 
 
-def test_bert_as_it_is_and_with_dynamic_int8(text_config, tmp_path, capsys):
+@pytest.mark.parametrize("attention", ["sequence", "document"])
+def test_bert_as_it_is_and_with_dynamic_int8(text_config, attention, tmp_path, capsys):
     """int8 moves the logits little, holds each matrix once, and fills [MASK] in texts shorter than a sequence."""
+    text_config = dataclasses.replace(text_config, attention=attention)
     model = finish(tmp_path, "bert", text_config, steps=30)
     out, _ = exported(tmp_path, "none")
     batch = WORKLOADS["bert"].build(text_config).samples("heldout").microbatch(np.arange(3), 0)
-    inputs = {name: batch[name] for name in ("input_ids", "masked")}
+    inputs = {name: batch[name] for name in ("input_ids", "masked", "documents") if name in batch}
     expected = model(*inputs.values()).detach().numpy()
     assert np.allclose(logits(out, inputs), expected, atol=1e-4)
 

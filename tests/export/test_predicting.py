@@ -20,7 +20,7 @@ from workloads.resnet.workload import ResnetWorkload
 def predicting(config: ResnetConfig, folder) -> tuple[ResnetPredicting, ResnetWorkload]:
     workload = ResnetWorkload(config)
     workload.save(workload.build_model(), folder)
-    return ResnetPredicting(ResnetExporting().about(config, folder), {}), workload
+    return ResnetPredicting(ResnetExporting(config).about(config, folder), {}), workload
 
 
 @pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (301, 200), (64, 64)])

@@ -1,6 +1,7 @@
 """A trained BERT as orchestrator.export sees it: transformers' files read back without transformers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ WORDS, HEAD = "bert.embeddings.word_embeddings.weight", "cls.predictions"
 class BertExporting:
     """See workloads.exporting.Exporting."""
 
-    inputs = ("input_ids", "masked")
-    axes = ({0: "batch", 1: "tokens"}, {0: "places"})
     output = "logits"
     accuracy = "masked_accuracy"
     shown = ("masked_lm_loss", "masked_accuracy")
@@ -29,6 +28,12 @@ class BertExporting:
     }
     files = (TOKENIZER,)
     asked = "'a text with a [MASK] in it'"
+
+    def __init__(self, config: BertConfig) -> None:
+        self.inputs: tuple[str, ...] = ("input_ids", "masked")
+        self.axes: tuple[Mapping[int, str], ...] = ({0: "batch", 1: "tokens"}, {0: "places"})
+        if config.attention == "document":
+            self.inputs, self.axes = (*self.inputs, "documents"), (*self.axes, self.axes[0])
 
     def load(self, folder: Path) -> nn.Module:
         """From model.safetensors and config.json."""
@@ -50,8 +55,11 @@ class BertExporting:
     def example(self, batch: Batch) -> tuple[Tensor, ...]:
         """Tokens [B, T - 1], one less than there are positions, and three places in them."""
         input_ids_BT = batch["input_ids"][:, :-1].contiguous()
-        return input_ids_BT, batch["masked"].new_tensor([1, 2, input_ids_BT.shape[1] + 1])
+        masked_K = batch["masked"].new_tensor([1, 2, input_ids_BT.shape[1] + 1])
+        more = [batch[name][:, :-1].contiguous() for name in self.inputs[2:]]
+        return input_ids_BT, masked_K, *more
 
     def about(self, config: BertConfig, folder: Path) -> dict[str, Any]:
-        """How many tokens an input may have."""
-        return {"tokens": json.loads((folder / "config.json").read_text())["max_position_embeddings"]}
+        """How many tokens an input may have, and whether the model asks which document each is of."""
+        tokens = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+        return {"tokens": tokens, "documents": config.attention == "document"}

@@ -18,11 +18,12 @@ class BertPredicting:
 
     def __init__(self, about: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
         self._tokens = int(about["tokens"])
+        self._asks_documents = bool(about.get("documents"))
         self._tokenizer = load_tokenizer(files[TOKENIZER].decode())
         self._text = ""
 
     def inputs(self, given: str) -> Arrays:
-        """{"input_ids": int64 [1, tokens], "masked": int64 [places]}"""
+        """{"input_ids": int64 [1, tokens], "masked": int64 [places]}, and where asked "documents", all of one."""
         if MASK not in given:
             raise UserError(f"--input {given[:60]!r}: no {MASK} in it; write {MASK} where a word is to be filled in")
         ids = np.asarray(self._tokenizer.encode(given).ids, np.int64)
@@ -32,7 +33,9 @@ class BertPredicting:
                 "give a shorter text"
             )
         self._text = given
-        return {"input_ids": ids[None], "masked": np.flatnonzero(ids == self._tokenizer.token_to_id(MASK))}
+        places = np.flatnonzero(ids == self._tokenizer.token_to_id(MASK))
+        documents = {"documents": np.zeros_like(ids[None])} if self._asks_documents else {}
+        return {"input_ids": ids[None], "masked": places, **documents}
 
     def answers(self, output: NDArray[np.float32]) -> list[Guesses]:
         """The five most probable tokens of each place."""

@@ -101,7 +101,8 @@ class BertWorkload:
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Cross entropy summed over the masked tokens, their number, and how many are predicted right."""
         labels_K = batch["labels"]
-        logits_KV = model(batch["input_ids"], batch["masked"], batch.get("documents"))
+        documents = (batch["documents"],) if "documents" in batch else ()
+        logits_KV = model(batch["input_ids"], batch["masked"], *documents)
         count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
         return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
 

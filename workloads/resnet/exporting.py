@@ -23,6 +23,9 @@ class ResnetExporting:
     files = ()
     asked = "IMAGE-FILE"
 
+    def __init__(self, config: ResnetConfig) -> None:
+        """All runs are exported alike."""
+
     def load(self, folder: Path) -> nn.Module:
         """From model.safetensors and config.json."""
         return load(folder)[0]
