@@ -138,6 +138,7 @@ def lost_once_and_finished(port: int) -> bool:
     return found["committed_step"] == STEPS and found["run_end_timestamp_seconds"] > 0
 
 
+@pytest.mark.long  # test_autoscaling.py and the README's rehearsal have machines that come late
 def test_a_machine_that_comes_late_is_used(nodes: Any, undisturbed: str, tmp_path: Path) -> None:
     """From the minimum up, without restarting who trains already."""
     nodes.add_node(wait=True, num_cpus=1, include_dashboard=False)

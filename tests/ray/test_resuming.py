@@ -60,6 +60,7 @@ def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path
     assert events(folder, "checkpoint_loaded")[0]["step"] >= 8
 
 
+@pytest.mark.long  # tests/orchestrator/test_checkpoints.py flips every byte
 def test_a_corrupted_checkpoint_is_passed_over(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(arguments(tmp_path, "run", "--address", cluster))

@@ -42,6 +42,7 @@ def test_one_hash_for_one_to_four_workers(workload: str, precision: str, cluster
     assert len(losses) == 1
 
 
+@pytest.mark.long  # equal hashes are not for want of differences: test_elastic_training.py too
 def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Path) -> None:
     """And fp16, which scales its loss, one of its own, with any number of workers."""
     given = {
