@@ -10,11 +10,6 @@ import pytest
 from commands import RAY, call, ray_processes
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """One after the other, in one process of pytest: clusters of several tests at once would see each other."""
-    item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the shared cluster come last: others say `ray start --head` and `ray stop`, which ends all of Ray."""
     items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))

@@ -1,0 +1,16 @@
+"""Tests run in two processes of pytest (pytest-xdist); those of Ray are all in one, one after the other."""
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+
+class RayTogether(LoadScopeScheduling):
+    """Ray's tests are one scope: clusters of two tests at once would see each other. Any other is its own."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/ray/") else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayTogether:
+    """xdist's hook."""
+    return RayTogether(config, log)
