@@ -41,18 +41,21 @@ FLOORS: dict[int, str] = {
     0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
     " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
-    " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
+    " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
+    " orchestrator.failure",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
     " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
     " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
     " orchestrator.tables orchestrator.filecache orchestrator.latelogs orchestrator.history"
+    " orchestrator.redact"
     " workloads.workload workloads.preparation",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
+    " orchestrator.lastwords"
     " orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.prepare"
