@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.redact import redact
 
 CONNECT_TIMEOUT_S = 5.0
+
+
+class Redacted(logging.Formatter):
+    """A log in the run folder has no keys in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 @contextlib.contextmanager
@@ -117,7 +125,7 @@ def _quiet_ray(log_file: Path) -> None:
 
     log_file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(Redacted("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logger = logging.getLogger("ray")
     logger.handlers.clear()
     logger.propagate = True  # some of Ray's modules clear its handlers when they are imported: the root keeps ours

@@ -12,13 +12,16 @@ from typing import Any
 from orchestrator.balancer import Balancer
 from orchestrator.errors import StorageError
 from orchestrator.events import Event, FaultFired, GenerationStarted, NodeDraining, PhaseBegan, WorkerFailed
+from orchestrator.failure import Failure, Place
 from orchestrator.injector import Schedule, drain_node
 from orchestrator.journal import Journal
+from orchestrator.lastwords import at_fault, describe, last_loss, what_is_kept
 from orchestrator.membership import Membership
 from orchestrator.nodewatch import NodeWatch, end_process
 from orchestrator.recovery import Member, Roster
 from orchestrator.seats import Assignment, Order, Seat, Status
 
+LAST_CHECKPOINT_S = 5.0  # Ray Train gives workers as long, once the run is over
 log = logging.getLogger("orchestrator.coordinator")
 
 
@@ -51,6 +54,7 @@ class Coordinator:
         self._phase = "starting workers"
         self._noted: PhaseBegan | None = None
         self._outcome, self._message, self._exit_status = "", "", 0
+        self._failing, self._told, self._written = False, set[int](), asyncio.Event()
 
     async def enlist(self, member_id: str) -> tuple[str, int, str] | None:
         """Where a worker's channel goes: host, port, secret. None: the run is over, or the worker was given up."""
@@ -60,7 +64,7 @@ class Coordinator:
             self._members.start(self._members.tick_forever())
             self._members.start(self._watch_nodes())
         port = await self._listening
-        if self._outcome or self._members.excluded(member_id):
+        if self._members.over or self._members.excluded(member_id):
             return None
         return self._host, port, self._members.desk.secret
 
@@ -137,20 +141,46 @@ class Coordinator:
         """What the workers are doing, for people."""
         self._phase = text
 
-    async def worker_failed(self, member_id: str, rank: int, step: int, error: str, traceback: str) -> None:
+    async def worker_failed(self, member_id: str, place: Place, error: str, traceback: str) -> None:
         """A worker raised and will end; the run goes on without it, unless that would end the same way."""
-        self._journal.error(f"rank {rank}, step {step}:\n{traceback}")
-        self._journal.log(WorkerFailed(rank, step, error))
-        self._members.failed(member_id, step, error)
+        self._journal.error(f"rank {place.worker}, step {place.step}:\n{traceback}")
+        self._journal.log(WorkerFailed(place.worker, place.step, error))
+        self._members.failed(member_id, place.step, error)
 
     async def stack(self, rank: int, text: str) -> None:
         """The stack of a worker that does not get on."""
         self._journal.error(f"rank {rank} does not get on; its stack:\n{text}")
 
-    async def fail(self, message: str, exit_status: int, traceback: str) -> None:
-        """The run cannot go on."""
+    async def fail(
+        self, message: str, exit_status: int, traceback: str, kind: str = "ray_train", place: Place | None = None
+    ) -> None:
+        """The run cannot go on, which a worker at `place` has found, or the command; returns when that is written."""
         self._journal.error(traceback)
-        self._end("failed", message, exit_status)
+        self._told.add(place.worker if place else -1)
+        self._fail(message, exit_status, kind, place and at_fault(place, self._members.roster, self._members.placement))
+        await self._written.wait()
+
+    def _fail(self, message: str, exit_status: int, kind: str, place: Place | None = None) -> None:
+        """Nobody trains on; the rest is written down when it is known what the worker has said last."""
+        if self._outcome or self._failing:
+            return
+        self._failing = True
+        leaders = self._members.roster.by_rank[:1] if place else []
+        self._members.abandon()
+        self._members.start(self._write_failure(Failure(kind, message), exit_status, place, leaders))
+
+    async def _write_failure(self, found: Failure, exit_status: int, place: Place | None, lead: list[Member]) -> None:
+        """Ask the node for the worker's last lines, and give who leads the time to write its checkpoint."""
+        try:
+            if place:
+                found = await describe(found, place, self._watch, self._journal)
+            until, seated = time.monotonic() + LAST_CHECKPOINT_S, self._members.roster.seated
+            while any(m.id in seated and m.rank not in self._told for m in lead) and time.monotonic() < until:
+                await asyncio.sleep(0.05)
+        finally:
+            self._failing = False
+            found = what_is_kept(found, self._journal, self._plan)
+            self._end("failed", found.error, exit_status, failure=found)
 
     async def request_stop(self) -> None:
         """Ask the workers to checkpoint and stop after the current step."""
@@ -165,7 +195,7 @@ class Coordinator:
         if not self._outcome and current():
             self._finished[member_id] = sha256
             if len(set(self._finished.values())) > 1:
-                self._end("failed", f"workers disagree on the final weights: {self._finished}", 1)
+                self._fail(f"workers disagree on the final weights: {self._finished}", 1, "different_weights")
             elif set(roster.seated) <= set(self._finished):
                 self._end("finished", "", 0, sha256, metrics)
         async with changed:
@@ -180,7 +210,8 @@ class Coordinator:
     def _end_by_members(self, reason: str) -> None:
         if reason:
             self._journal.error(reason)
-            self._end("failed", reason, 1)
+            kind, place = last_loss(self._journal)
+            self._fail(reason, 1, kind, place)
         else:
             self._end("stopped", "on request, before this command's first step", 130)
 
@@ -191,18 +222,20 @@ class Coordinator:
         exit_status: int,
         sha256: str = "",
         metrics: Mapping[str, float] | None = None,
+        failure: Failure | None = None,
     ) -> None:
         """The run's end, written down; the first one counts."""
-        if self._outcome:
+        if self._outcome or self._failing:
             return
         self._message, self._exit_status = message, exit_status
         try:
-            self._journal.end(outcome, message, sha256, metrics or {})
+            self._journal.end(outcome, message, sha256, metrics or {}, failure)
         except StorageError as error:
             log.exception("the run's end cannot be written down")
             outcome, self._exit_status = "failed", 1
             self._message = f"{error}; what was there before is kept"
         self._outcome = outcome
+        self._written.set()
         self._members.abandon()
 
     async def _end_process(self, member: Member) -> None:
@@ -228,7 +261,7 @@ class Coordinator:
                 self._members.lose(member.id, "node_lost", f"Ray lost node {member.node}")
             await self._journal.settle(self._watch.reachable)
             if self._journal.problem:
-                self._end("failed", self._journal.problem, 1)
+                self._fail(self._journal.problem, 1, "storage_error")
             self._note_phase(await self.status())
             self._start_faults()
 

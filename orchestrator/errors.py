@@ -18,7 +18,14 @@ class TrainingError(OrchestratorError):
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss is NaN or infinite: names the step, the shards and the sample indices."""
+    """A loss is NaN or infinite: names the step, the shards and the sample indices.
+
+    Every worker finds it; `shards` tell whose it is.
+    """
+
+    def __init__(self, message: str, shards: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.shards = shards
 
 
 class DataError(TrainingError):

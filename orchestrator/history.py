@@ -12,6 +12,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from orchestrator.errors import UserError
+from orchestrator.failure import Failure
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 
@@ -68,6 +69,12 @@ class History:
         if self.result:
             return str(self.result["status"])
         return "going on" if self.read_s - self.last_s < ALIVE_S else "broke off"
+
+    @property
+    def failure(self) -> Failure | None:
+        """How it failed; None: it did not, or nobody could write that down."""
+        told = (self.result or {}).get("failure")
+        return Failure(**told) if told else None
 
     @property
     def total_steps(self) -> int:

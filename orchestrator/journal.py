@@ -23,6 +23,7 @@ from orchestrator.events import (
     RunStarted,
     record,
 )
+from orchestrator.failure import Failure
 from orchestrator.plan import Plan
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
@@ -258,7 +259,13 @@ class Journal:
         span = recent[-1][0] - recent[0][0] if len(recent) > 1 else 0.0
         return (sum(n for _, n in recent[1:]) / span, (len(recent) - 1) / span) if span else (0.0, 0.0)
 
-    def end(self, status: str, message: str, sha256: str, metrics: Mapping[str, float]) -> None:
+    def newest(self, *kinds: str) -> dict[str, Any] | None:
+        """The last event of these kinds; None: there is none."""
+        return self._folder.newest(*kinds)
+
+    def end(
+        self, status: str, message: str, sha256: str, metrics: Mapping[str, float], failure: Failure | None = None
+    ) -> None:
         """Write the end into the run folder, result.json last; raises StorageError where that cannot be done."""
         self.close_incident()
         for incident, _ in self._unsettled:
@@ -281,6 +288,7 @@ class Journal:
             "goodput": round(self._training_s / wall_s, 4),
             "generations": self.generation,
             "incidents": [dataclasses.asdict(incident) for incident in self.incidents],
+            **({"failure": dataclasses.asdict(failure)} if failure else {}),
         }
         if not self.superseded:
             self._folder.write_result(self.result)

@@ -1,7 +1,7 @@
 """From a plan to a running training: the cluster, the coordinator, Ray Train's TorchTrainer, and the way back."""
 
 import contextlib
-import logging
+import dataclasses
 import signal
 import tempfile
 import threading
@@ -15,10 +15,13 @@ from orchestrator.cluster_fit import Node, Offer, choose_workers
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
+from orchestrator.failure import Failure
 from orchestrator.faults import Fault
+from orchestrator.lastwords import command_failed
 from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
+from orchestrator.redact import redact
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import NAMESPACE, Assignment, Status
 
@@ -37,12 +40,13 @@ MALLOC = {
 
 @dataclass(frozen=True)
 class Ending:
-    """How a command ended."""
+    """How a command ended; `failure` where it failed."""
 
     outcome: str
     message: str
     exit_status: int
     result: dict[str, Any] | None
+    failure: Failure | None = None
 
 
 def nodes() -> list[Node]:
@@ -104,9 +108,12 @@ def launch(
             # Ray Train takes its workers down; a connection that is closed under it would end this process.
             trainer.join(TEARDOWN_S)
     except ray.exceptions.RayError as error:
-        logging.getLogger("orchestrator").exception("the coordinator does not answer")
-        return Ending("failed", f"the run's coordinator was lost ({type(error).__name__})", 1, None)
-    return Ending(status.outcome, status.message, status.exit_status, status.result)
+        message = f"the run's coordinator was lost ({type(error).__name__})"
+        lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)
+        return Ending("failed", message, 1, None, lost)
+    told = (status.result or {}).get("failure")
+    failure = Failure(**told) if told else None
+    return Ending(status.outcome, status.message, status.exit_status, status.result, failure)
 
 
 def _name(uri: str) -> str:
@@ -174,7 +181,7 @@ def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float],
                 ),
             ).fit()
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
+        text = redact(f"{type(error).__name__}: {error}")
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(coordinator.fail.remote(text.splitlines()[0], 1, text))
 

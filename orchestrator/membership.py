@@ -51,7 +51,7 @@ class Membership:
         self.begun = False
         self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion = Suspicion()
-        self._placement = Placement((0, 1))
+        self.placement = Placement((0, 1))
         self._pulses: dict[str, Pulse] = {}
         self._answers: dict[str, Seat | Order] = {}
         self._excluded: set[str] = set()
@@ -162,11 +162,11 @@ class Membership:
 
     def _give_seats(self, order: list[Member]) -> None:
         first, now, generation = order[0], time.time(), self.roster.generation
-        self._placement = self._balancer.placement(order)
+        self.placement = self._balancer.placement(order)
         share = any(m.step != first.step for m in order)
         for rank, member in enumerate(order):
             recorded = self._journal.recorded
-            seat = Seat(generation, rank, self._placement, first.store, first.step, share, recorded)
+            seat = Seat(generation, rank, self.placement, first.store, first.step, share, recorded)
             self._answers[member.id] = seat
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
@@ -237,7 +237,7 @@ class Membership:
         if kind == "worker_killed" and in_step:
             seconds = self._journal.step_seconds()
             slack = 1 + int(REPORTS_LATE_S / min(seconds)) if seconds else 1
-            reason = self._suspicion.died(self._journal.best, slack, self._placement.range_of(member.rank))
+            reason = self._suspicion.died(self._journal.best, slack, self.placement.range_of(member.rank))
         if self._failures > self._max_incidents:
             reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
         if reason:
@@ -279,7 +279,7 @@ class Membership:
         if slow is not None and len(order) > self.roster.minimum:
             self.roster.dismiss(slow, now)
             self.pause("straggler_left")
-        elif self._balancer.wants_move(order, self._placement):
+        elif self._balancer.wants_move(order, self.placement):
             self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:

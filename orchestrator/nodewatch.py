@@ -34,6 +34,10 @@ class NodeWatch:
         draining = {node: deadline_ms / 1000 for node, deadline_ms in state.get_draining_nodes().items()}
         return alive, {node: deadline for node, deadline in draining.items() if node in alive}
 
+    def host(self, node: str) -> str:
+        """The node's address, "" while it is not known."""
+        return self._addresses.get(node, ("", 0))[0]
+
     async def reachable(self, node: str) -> bool:
         """Whether the node's raylet answers: Ray itself takes many seconds to miss one that was killed."""
         address = self._addresses.get(node)

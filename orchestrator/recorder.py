@@ -109,10 +109,11 @@ class Recorder(Observer):
         self._stepped_s = time.time()
 
     def checkpoint_now(self, state: TrainingState, lead: bool) -> None:
-        """Write what is not written yet, if this worker leads, and wait for what is being written."""
+        """Write what is not written yet, if this worker leads, wait for what is being written, and report it."""
         if lead and state.step > self._writer.newest_step:
             self._writer.submit(state.step, state.snapshot)
         self._writer.wait()
+        self.reporter.flush()
 
     def close(self) -> None:
         """Send what is left."""

@@ -23,6 +23,7 @@ from orchestrator.charts import (
 )
 from orchestrator.command import Parser, refuse
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.failure import Failure
 from orchestrator.history import History, read_history
 
 PHASES = ("detect_s", "regroup_s", "restore_s", "recompute_s")
@@ -72,6 +73,15 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def failure_section(failure: Failure) -> dict[str, Any]:
+    """What failed, where, the worker's last lines, and how to go on."""
+    rows = [["what", failure.error], ["kind", failure.kind.replace("_", " ")], ["where", failure.where]]
+    rows += [["kept", failure.kept], ["resume with", failure.resume]]
+    text = "\n".join(failure.log_tail)
+    note = "Above are the last lines of the worker's log." if text else ""
+    return section("What failed", tables=[table("The failure", ["", ""], rows)], text=text, note=note)
 
 
 def training_section(histories: Sequence[History]) -> dict[str, Any]:
@@ -205,7 +215,8 @@ def page(histories: Sequence[History]) -> str:
 
     history = histories[0]
     ended = history.of_kind("run_ended")
-    sections = [training_section(histories), workers_section(history), incidents_section(history)]
+    sections = [failure_section(history.failure)] if history.failure else []
+    sections += [training_section(histories), workers_section(history), incidents_section(history)]
     sections += [time_section(history), plan_section(history)]
     if len(histories) > 1:
         sections.insert(0, comparison_section(histories))

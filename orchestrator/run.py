@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.command import Parser, refuse
 from orchestrator.config import TOGETHER, assemble, build, to_toml
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.failure import resume_command, story
 from orchestrator.faults import Fault, parse_faults
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
@@ -143,14 +144,21 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, fa
     )
     print(f"{plan.workload} on {description}")
     print(f"run folder: {folder.uri}", flush=True)
-    with cluster(plan.config.address, log_file) as own:
-        ending = launch(plan, folder, description, started_s, own, faults)
-        _tell(plan, folder, ending)
-    return ending.exit_status
+    try:
+        with cluster(plan.config.address, log_file) as own:
+            ending = launch(plan, folder, description, started_s, own, faults)
+            return _tell(plan, folder, ending)
+    except UserError:
+        raise
+    except Exception as error:  # not the user's: the terminal gets the short story, the log all of it
+        from orchestrator.lastwords import command_failed
+
+        print("\n".join(story(command_failed(error, folder, plan), folder.uri)), file=sys.stderr, flush=True)
+        return 1
 
 
-def _tell(plan: Plan, folder: RunFolder, ending: Any) -> None:
-    """How it ended, where the results are, and what to type next."""
+def _tell(plan: Plan, folder: RunFolder, ending: Any) -> int:
+    """How it ended, where the results are, and what to type next; returns the exit status."""
     if ending.outcome == "finished":
         print(_summary(ending.result))
         print(f"trained model: {folder.uri}/model")
@@ -158,10 +166,15 @@ def _tell(plan: Plan, folder: RunFolder, ending: Any) -> None:
             f"next: see {folder.uri}/result.json, or train on: python -m orchestrator.run {plan.workload} --seed 1",
             flush=True,
         )
-        return
-    command = f"python -m orchestrator.run {plan.workload} --storage {plan.config.storage} --name {plan.config.name}"
-    print(f"{ending.outcome}: {ending.message}", file=sys.stderr)
-    print(f"kept: {folder.uri}; resume with: {command}", file=sys.stderr, flush=True)
+    elif ending.exit_status == UserError.exit_status:
+        return refuse(UserError(ending.message))
+    elif ending.failure:
+        print("\n".join(story(ending.failure, folder.uri)), file=sys.stderr, flush=True)
+    else:
+        command = resume_command(plan.workload, plan.config.storage, plan.config.name)
+        print(f"{ending.outcome}: {ending.message}", file=sys.stderr)
+        print(f"kept: {folder.uri}; resume with: {command}", file=sys.stderr, flush=True)
+    return int(ending.exit_status)
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -182,7 +195,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: one line and status 2 for a user's mistake, a traceback for ours."""
+    """Entry point: one line and status 2 for a user's mistake; a traceback for ours while there is no run yet."""
     started_s = time.time()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

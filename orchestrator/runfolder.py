@@ -10,10 +10,13 @@ from typing import Any
 from orchestrator.errors import UserError
 from orchestrator.events import Event, record
 from orchestrator.latelogs import LateLogs
+from orchestrator.redact import redact
 from orchestrator.storage import Folder
 
 CONFIG, EVENTS, METRICS, RESULT = "config.toml", "events.jsonl", "metrics.jsonl", "result.json"
 OWNER, ERRORS = "logs/owner", "logs/errors.log"
+
+LAST_BYTES = 8192  # of metrics.jsonl: several records
 
 
 class RunFolder:
@@ -73,6 +76,19 @@ class RunFolder:
         """A log as it is."""
         return self._late.text(name) if self._late else self.folder.read_text(name)
 
+    def newest(self, *kinds: str) -> dict[str, Any] | None:
+        """The last event of these kinds; None: there is none."""
+        for line in reversed((self.text(EVENTS) or "").splitlines()):
+            event = _record(line) if any(kind in line for kind in kinds) else None
+            if event and event["event"] in kinds:
+                return event
+        return None
+
+    def last_step(self) -> int:
+        """The newest step in metrics.jsonl; 0: there is none."""
+        lines = self.folder.tail(METRICS, LAST_BYTES).decode(errors="replace").splitlines()
+        return next((int(r["step"]) for r in map(_record, reversed(lines)) if r), 0)
+
     def _append(self, name: str, text: str) -> None:
         if self._late:
             self._late.put(name, self._late.text(name) + text)
@@ -110,8 +126,8 @@ class RunFolder:
             self.folder.write(name, kept.encode())
 
     def error(self, text: str) -> None:
-        """Append a traceback to logs/errors.log."""
-        self._append(ERRORS, text.rstrip() + "\n")
+        """Append a traceback to logs/errors.log, keys redacted."""
+        self._append(ERRORS, redact(text).rstrip() + "\n")
 
     def save_model(self, local: Path) -> None:
         """Copy the files of a local folder to model/."""

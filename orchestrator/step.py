@@ -160,7 +160,8 @@ class ShardedGradients:
                 f"shard {shard} (loss {losses[shard].item()}): samples {indices.tolist()}"
                 for shard, (_, indices) in zip(bad, found, strict=True)
             )
-            raise NonFiniteLossError(f"step {step}, epoch {found[0][0]}: loss is not finite in {named}")
+            message = f"step {step}, epoch {found[0][0]}: loss is not finite in {named}"
+            raise NonFiniteLossError(message, shards=tuple(bad))
 
     def committed(self, step: int) -> None:
         if self._statistics.numel:

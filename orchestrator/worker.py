@@ -4,7 +4,6 @@ import logging
 import os
 import tempfile
 import time
-import traceback
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from typing import Any
 from orchestrator.channel import Beat, Line
 from orchestrator.cluster_fit import declared_speed
 from orchestrator.errors import OrchestratorError
+from orchestrator.failure import Place
 from orchestrator.injector import Saboteur
+from orchestrator.lastwords import tell_failure
 from orchestrator.nodewatch import all_stacks, interface_of
 from orchestrator.plan import Plan
 from orchestrator.recovery import Member
@@ -40,15 +41,12 @@ def train_worker(task: dict[str, Any]) -> str:
     worker = Worker(task, coordinator)
     try:
         return worker.run()
-    except OrchestratorError as error:
-        ray.get(coordinator.fail.remote(str(error), error.exit_status, traceback.format_exc()))
-        return OVER
     except GivenUpError:
         raise
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        arguments = (worker.id, worker.rank, worker.step, text, traceback.format_exc())
-        ray.get(coordinator.worker_failed.remote(*arguments))
+        tell_failure(coordinator, worker.id, worker.place, error)
+        if isinstance(error, OrchestratorError):
+            return OVER
         raise
     finally:
         worker.close()
@@ -86,6 +84,10 @@ class Worker:
     @property
     def step(self) -> int:
         return self._state.step if self._state is not None else 0
+
+    @property
+    def place(self) -> Place:
+        return Place(self.rank, self._node, os.getpid(), self.step)
 
     def close(self) -> None:
         """Hang up."""
@@ -130,9 +132,8 @@ class Worker:
                 found = ray.get(self._coordinator.enlist.remote(self.id), timeout=COORDINATOR_BACK_S)
                 if found is None:
                     raise GivenUpError("the coordinator does not expect this worker any more")
-                host, port, secret = found
                 self._line_broke = False
-                self._line = Line((host, port), secret, self.id, self._look, self._told)
+                self._line = Line(found[:2], found[2], self.id, self._look, self._told)
                 return
             except (ray.exceptions.RayError, OSError) as error:
                 if time.monotonic() > until:
@@ -294,6 +295,5 @@ class Worker:
         if order.word == "stop":
             self._recorder.checkpoint_now(self._state, order.lead)
             if order.lead:
-                self._recorder.reporter.flush()
                 ray.get(self._coordinator.stopped.remote(self._state.step, weights_sha256(self._state.model)))
         return LEFT if order.word == "leave" else OVER

@@ -42,21 +42,21 @@ FLOORS: dict[int, str] = {
     " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.meter",
+    " orchestrator.meter orchestrator.failure",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
-    " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
-    " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
-    " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
-    " orchestrator.tables orchestrator.filecache orchestrator.latelogs orchestrator.history"
-    " orchestrator.exported workloads.workload workloads.preparation workloads.exporting workloads.predicting",
+    " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
+    " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
+    " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
+    " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
+    " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
-    " orchestrator.injector orchestrator.offer"
-    " orchestrator.worker orchestrator.recorder orchestrator.prometheus"
-    " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
-    " orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry",
+    " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
+    " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
+    " orchestrator.reporter orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry"
+    " orchestrator.lastwords",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress",

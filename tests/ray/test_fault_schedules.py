@@ -31,6 +31,14 @@ def test_the_budget_of_incidents_is_finite(tmp_path: Path) -> None:
     done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--max-incidents", "1"))
     assert done.status == 1
     assert "2 workers were lost, and --max-incidents allows 1" in done.err
+    folder = tmp_path / "run"
+    told, left = result(folder)["failure"], events(folder, "worker_left")[-1]
+    assert (told["kind"], told["node"], told["pid"], told["worker"]) == ("worker_killed", left["node"], left["pid"], 0)
+    assert told["log_tail"], "Ray's file outlives the worker"
+    assert all(f"  | {line}\n" in done.err for line in told["log_tail"])
+    assert f"where: worker 0 (process {left['pid']}) on 127.0.0.1" in done.err
+    assert "the last lines of rank 0" in (folder / "logs" / "errors.log").read_text()
+    assert f"resume with: {told['resume']}" in done.err
 
 
 def test_a_worker_that_is_stuck_is_replaced_and_its_stack_kept(tmp_path: Path) -> None:

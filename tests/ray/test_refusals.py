@@ -44,6 +44,16 @@ def test_a_loss_that_is_not_finite(cluster: str, tmp_path: Path) -> None:
     assert result(folder)["status"] == "failed"
     (saved,) = events(folder, "checkpoint_saved")
     assert (folder / "checkpoints" / f"step-{saved['step']}").exists()
+    told = result(folder)["failure"]
+    assert (told["kind"], told["step"]) == ("non_finite_loss_error", saved["step"])
+    assert told["checkpoint_step"] == saved["step"], "the checkpoint of the end is waited for"
+    (generation,) = events(folder, "generation_started")
+    assert told["pid"] == generation["pids"][told["worker"]]
+    shard = int(told["error"].split("shard ")[1].split()[0])
+    first, after = generation["ranges"][told["worker"]]
+    assert first <= shard < after, "the worker is the one that computed it"
+    words = ("where: worker", f"with the checkpoint of step {saved['step']}", f"resume with: {told['resume']}")
+    assert all(word in done.err for word in words), done.err
     assert "Traceback" in (folder / "logs" / "errors.log").read_text()
 
 
@@ -74,3 +84,7 @@ def test_an_image_that_cannot_be_decoded(cluster: str, tmp_path: Path) -> None:
     assert done.status == 1, done.err
     assert str(broken) in done.err
     assert "Traceback" not in done.err
+    told = result(tmp_path / "run")["failure"]
+    assert told["kind"] == "data_error"
+    assert str(broken) in told["error"]
+    assert told["node"] == events(tmp_path / "run", "generation_started")[0]["nodes"][told["worker"]]

@@ -1,5 +1,6 @@
 """Run folders that no run has written: as long, as troubled and as unfinished as a test wants them."""
 
+import dataclasses
 import itertools
 import json
 from dataclasses import dataclass
@@ -18,11 +19,16 @@ from orchestrator.events import (
     RunStarted,
     record,
 )
+from orchestrator.failure import Failure
 from workloads.resnet.config import ResnetConfig
 
 BEGAN_S = 1_780_000_000.0
 KINDS = ("worker_killed", "node_lost", "node_drained", "workers_joined", "worker_frozen", "rebalanced")
 SHA256 = "5f" * 32
+FAILURE = Failure(
+    "storage_error", "storage does not answer", 1, "ab" * 28, "10.0.0.1", 4711, 200,
+    ["reading part 7", "curl: <timed out>"], 160, "python -m orchestrator.run resnet --storage s3://b --name run",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ def write_run(
             "metrics": {"accuracy": 0.9}, "weights_sha256": SHA256, "wall_s": steps * step_s + 2,
             "samples_per_s": 128 / step_s, "goodput": 0.97, "generations": generation, "incidents": [],
         }  # fmt: skip
+        if status == "failed":
+            result["failure"] = dataclasses.asdict(FAILURE)
         (folder / "result.json").write_text(json.dumps(result))
     return Written(folder, struck)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report.histories import SHA256, write_run
+from report.histories import FAILURE, SHA256, write_run
 
 from orchestrator import report
 from orchestrator.history import ALIVE_S, read_history, thin, training_shares
@@ -152,7 +152,20 @@ def test_a_run_that_has_not_begun_to_train(tmp_path):
 
 def test_a_failed_run_says_why(tmp_path):
     write_run(tmp_path / "run", status="failed")
-    assert "failed: storage does not answer" in build(tmp_path / "run").read_text()
+    text = build(tmp_path / "run").read_text()
+    assert "failed: storage does not answer" in text
+    for told in (FAILURE.where, FAILURE.kept, FAILURE.resume, "reading part 7\ncurl: &lt;timed out&gt;"):
+        assert told in text
+
+
+def test_a_run_that_failed_before_failures_were_written_down(tmp_path):
+    write_run(tmp_path / "run", status="failed")
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    del found["failure"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(found))
+    text = build(tmp_path / "run").read_text()
+    assert "failed: storage does not answer" in text
+    assert "What failed" not in text
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["{run}", "--out", "/nowhere/page.html"], ["{run}", "--outt", "x"]])

@@ -1,0 +1,48 @@
+"""What is written down for people to read and to send on has no keys in it: known ones, and what looks like one."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+GONE = "[redacted]"
+SHORTEST = 8  # characters; anything shorter is a word that other lines have too
+NAMES = r"(?:secret|token|passw(?:or)?d|passphrase|credentials?|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
+PUBLIC = re.compile(r"(?i)_(path|file|dir|mode|uri|url|parallelism)$")
+VARIABLE = re.compile(rf"(?i){NAMES}")
+SHAPES = (
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), GONE),
+    (re.compile(r"(\w://)[^\s/@]+:[^\s/@]+@"), rf"\1{GONE}@"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), rf"\1 {GONE}"),
+    # name = value, also as JSON and in a query; a bare number is a count (tokens: 4096), token_ids are no secret.
+    (
+        re.compile(
+            rf"(?i)({NAMES}(?:[_-]?(?:access[_-]?)?(?:key|value))?[\"']?\s*[=:]\s*[\"']?)(?!\d+\b)[^\s\"',;&)}}\]]{{6,}}"
+        ),
+        rf"\1{GONE}",
+    ),
+    (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"), GONE),
+    (re.compile(r"\b(ghp_|github_pat_|hf_|sk-|glpat-|xox[bp]-)[\w-]{16,}"), GONE),
+    (re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"), GONE),
+)
+
+
+def redact(text: str) -> str:
+    """`text` without this process's own secrets and without what looks like one."""
+    for value in sorted(set(known_secrets()), key=len, reverse=True):
+        text = text.replace(value, GONE)
+    for shape, instead in SHAPES:
+        text = shape.sub(instead, text)
+    return text
+
+
+def known_secrets() -> Iterator[str]:
+    """Values of environment variables that are called a secret, and the token of Ray's clusters."""
+    for name, value in os.environ.items():
+        if VARIABLE.search(name) and not PUBLIC.search(name) and len(value) >= SHORTEST:
+            yield value
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if file.is_file() and os.access(file, os.R_OK):
+        token = file.read_text(errors="replace").strip()
+        if len(token) >= SHORTEST:
+            yield token

@@ -1,0 +1,196 @@
+"""How a failure is told: short, with where and what is kept, and without keys."""
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+from toys import toy_plan
+
+from orchestrator import run as command
+from orchestrator.connect import Redacted
+from orchestrator.errors import DataError, NonFiniteLossError
+from orchestrator.failure import Failure, Place, kind_of, resume_command, short, story
+from orchestrator.lastwords import at_fault, command_failed, last_words, what_is_kept
+from orchestrator.recovery import Member, Roster
+from orchestrator.redact import GONE, redact
+from orchestrator.runfolder import RunFolder
+from orchestrator.shards import Placement
+from orchestrator.storage import Folder
+
+LOG = """:job_id:01000000
+\x1b[32mreading\x1b[0m part 7
+Traceback (most recent call last):
+  File "feed.py", line 3, in feed
+    raise KeyError(7)
+KeyError: 7
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "feed.py", line 5, in feed
+    raise DataError("part 7")
+orchestrator.errors.DataError: part 7
+Fatal Python error: Segmentation fault
+""".splitlines()
+
+
+def test_of_a_traceback_the_error_is_left():
+    told = ["reading part 7", "KeyError: 7", "orchestrator.errors.DataError: part 7"]
+    assert short(LOG) == [*told, "Fatal Python error: Segmentation fault"]
+    assert short(LOG, 1) == ["Fatal Python error: Segmentation fault"]
+    assert len(short(["x" * 5000])[0]) == 300
+
+
+def test_the_whole_story():
+    found = Failure("data_error", "part 7", 1, "ab" * 28, "10.0.0.3", 4711, 20, ["reading"], 16, "python -m x")
+    assert story(found, "/runs/a") == [
+        "failed: part 7",
+        "where: worker 1 (process 4711) on 10.0.0.3 (node abababababab), after step 20",
+        "its last lines:",
+        "  | reading",
+        "kept: /runs/a, with the checkpoint of step 16; tracebacks are in its logs/errors.log",
+        "resume with: python -m x",
+    ]
+    nobody = story(Failure("ray_train", "no room", resume="python -m x"), "/runs/a")
+    assert nobody[1:3] == [
+        "where: after step 0",
+        "kept: /runs/a, with no checkpoint yet, a resumed run begins anew; tracebacks are in its logs/errors.log",
+    ]
+
+
+def test_a_command_that_can_be_pasted():
+    assert resume_command("bert", "/my runs", "a").endswith("bert --storage '/my runs' --name a")
+
+
+def test_kinds():
+    assert kind_of(DataError("x")) == "data_error"
+    assert kind_of(NonFiniteLossError("x")) == "non_finite_loss_error"
+
+
+def test_an_error_that_all_have_found_belongs_to_who_holds_the_shard():
+    roster = Roster(1, 2, 2)
+    for rank in range(2):
+        roster.seated[str(rank)] = Member(str(rank), f"n{rank}", 70 + rank, "cpu", 5, rank, ("", 0))
+    found = Place(0, "n0", 70, 5, shards=(6,))
+    assert at_fault(found, roster, Placement((0, 4, 8))) == Place(1, "n1", 71, 5)
+    assert at_fault(Place(0, "n0", 70, 5), roster, Placement((0, 4, 8))) == Place(0, "n0", 70, 5)
+
+
+def test_what_is_kept_is_read_from_the_run_folder(tmp_path):
+    folder = RunFolder(Folder(str(tmp_path)))
+    told = what_is_kept(Failure("x", "y"), folder, toy_plan(shards=8))
+    assert (told.step, told.checkpoint_step) == (0, -1)
+    events = [{"event": "checkpoint_saved", "step": 8}, {"event": "evaluated", "step": 9}]
+    folder.folder.append("events.jsonl", "".join(json.dumps(e) + "\n" for e in events) + '{"event": "checkpoint_s')
+    folder.folder.append("metrics.jsonl", '{"step": 8}\n{"step": 9}\n{"st')
+    told = what_is_kept(Failure("x", "with password=hunter2hunter2\nand more\n"), folder, toy_plan(shards=8))
+    assert (told.step, told.checkpoint_step) == (9, 8)
+    assert told.error == f"with password={GONE} and more"
+
+
+def test_storage_that_has_failed_does_not_hide_the_failure(tmp_path, caplog):
+    """What cannot be opened as a file here cannot be read or written."""
+    for name in ("events.jsonl", "logs/errors.log"):
+        (tmp_path / name).mkdir(parents=True)
+    told = command_failed(DataError("part 7"), RunFolder(Folder(str(tmp_path))), toy_plan(shards=8))
+    assert (told.kind, told.error) == ("data_error", "part 7")
+    assert "storage could not be asked" in told.kept
+    assert told.resume
+    assert "DataError: part 7" in caplog.text
+
+
+def test_an_error_that_crosses_processes_keeps_its_shards():
+    error = pickle.loads(pickle.dumps(NonFiniteLossError("step 3", shards=(6, 7))))
+    assert (str(error), error.shards) == ("step 3", (6, 7))
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("GET https://me:hunter2hunter2@host/x", "hunter2"),
+        ("Authorization: Bearer abcdefgh12345678", "abcdefgh"),
+        ("aws_secret_access_key = wJalrXUtnFEMI/K7", "wJalr"),
+        ('{"api_key": "0123456789abcdef"}', "0123456789abcdef"),
+        ("https://s3/x?X-Amz-Signature=0a1b2c3d4e5f&Expires=5", "0a1b2c"),
+        ("id AKIAIOSFODNN7EXAMPLE used", "AKIAIOSF"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow\n-----END RSA PRIVATE KEY-----", "MIIEow"),
+        ("cloned with ghp_0123456789abcdefghij", "ghp_0123"),
+        ("client_secret_key: s3cr3t-s3cr3t", "s3cr3t"),
+        ("credentials='0a1b2c3d'", "0a1b2c"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc", "eyJhbGci"),
+    ],
+)
+def test_what_looks_like_a_key_is_gone(text, secret):
+    assert secret not in redact(text)
+    assert GONE in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tokens: 4096 in 12 s",
+        "step 7: loss is not finite in shard 3 (loss nan): samples [1, 2]",
+        "weights 5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f5f",
+        'File "/a/token.py", line 3',
+        "tokenizer: bert-base-uncased",
+        "    model(token_type_ids=segments_BT)",
+    ],
+)
+def test_other_words_stay(text):
+    assert redact(text) == text
+
+
+def test_keys_of_this_process_are_gone(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("4d5e6f7a8b9c\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
+    monkeypatch.setenv("OTHER_TOKEN", "short")
+    assert redact("a not-to-be-seen b 4d5e6f7a8b9c c short") == f"a {GONE} b {GONE} c short"
+    folder = RunFolder(Folder(str(tmp_path / "run")))
+    folder.error("ValueError: not-to-be-seen\n")
+    assert (tmp_path / "run" / "logs" / "errors.log").read_text() == f"ValueError: {GONE}\n"
+
+
+def test_the_log_of_the_command_has_no_keys(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
+    try:
+        raise ValueError("not-to-be-seen")
+    except ValueError:
+        record = logging.LogRecord("ray", 40, "x.py", 1, "used %s", ("not-to-be-seen",), sys.exc_info())
+    text = Redacted("%(message)s").format(record)
+    assert text.startswith(f"used {GONE}\nTraceback")
+    assert "not-to-be-seen" not in text
+
+
+def test_the_last_words_of_a_real_process(monkeypatch, tmp_path):
+    """Files named as Ray names them, written by a process that dies of a segmentation fault."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
+    text = "import faulthandler, os; faulthandler.enable(); print('key', os.environ['AWS_SECRET_ACCESS_KEY'], flush=1)"
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        child = subprocess.Popen([sys.executable, "-c", text + "; os.kill(os.getpid(), 11)"], stdout=out, stderr=err)
+        assert child.wait(60) == -11
+    for name in ("out", "err"):
+        (tmp_path / name).rename(tmp_path / f"worker-ab-01000000-{child.pid}.{name}")
+    lines = last_words(child.pid, str(tmp_path))
+    assert lines[0] == f"key {GONE}"
+    assert "Fatal Python error: Segmentation fault" in lines
+    assert last_words(os.getpid(), str(tmp_path)) == []
+
+
+def test_a_mistake_of_ours_is_a_short_story(monkeypatch, tmp_path, capsys):
+    """Also where nobody could be asked how the run failed."""
+
+    def broken(address: str, log_file: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("orchestrator.connect.cluster", broken)
+    assert command.main(["resnet", "--steps", "2", "--storage", str(tmp_path), "--name", "a"]) == 1
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err + told.out
+    assert told.err.splitlines()[0] == "failed: ZeroDivisionError: ours"
+    assert told.err.splitlines()[-1].startswith("resume with: python -m orchestrator.run resnet --storage ")
+    assert "Traceback" in (tmp_path / "a" / "logs" / "errors.log").read_text()
