@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig
+from orchestrator.config import OPTIMIZERS, RunConfig
 from orchestrator.settings import setting
 
 # He et al. 2015, section 4.2: n of 6n + 2 layers.
@@ -41,14 +41,14 @@ class ResnetConfig(RunConfig):
     epochs: int | None = setting(30, low=1)
     """Training length in passes over the training split; give this or --steps."""
 
-    optimizer: str = setting("sgd", choices=("sgd", "adam", "adamw"))
-    """Optimizer."""
+    optimizer: str = setting("sgd", choices=OPTIMIZERS)
+    """Optimizer; nesterov is sgd with Nesterov's momentum."""
 
     lr: float = setting(0.1, low=0)
     """Peak learning rate, for the whole global batch."""
 
     weight_decay: float = setting(5e-4, low=0)
-    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: L2 for sgd, nesterov and adam, decoupled for adamw."""
 
     warmup: float = setting(0.1, low=0, high=1)
     """Share of the run in which the learning rate rises linearly from 0."""
