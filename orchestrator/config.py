@@ -16,6 +16,7 @@ from orchestrator.settings import parse_value, setting, settings
 from orchestrator.values import Cadence, Pairs, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 TOGETHER = {"shards", "workers", "batch_size", "steps", "epochs"}  # what check_together looks at side by side
 
 
@@ -57,20 +58,20 @@ class RunConfig:
     model: str = setting("")
     """Model architecture."""
 
-    optimizer: str = setting("sgd", choices=("sgd", "adam", "adamw"))
-    """Optimizer."""
+    optimizer: str = setting("sgd", choices=OPTIMIZERS)
+    """Optimizer; nesterov is sgd with Nesterov's momentum."""
 
     lr: float = setting(0.1, low=0)
     """Peak learning rate, for the whole global batch."""
 
     momentum: float = setting(0.9, low=0, high=1)
-    """Momentum of sgd, and beta1 of adam and adamw."""
+    """Momentum of sgd and nesterov, and beta1 of adam and adamw."""
 
     beta2: float = setting(0.999, low=0, high=1)
     """Second-moment decay of adam and adamw."""
 
     weight_decay: float = setting(0.0, low=0)
-    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: L2 for sgd, nesterov and adam, decoupled for adamw."""
 
     decay: str = setting("all", choices=("all", "matrices"))
     """What weight decay applies to: all parameters, or matrices only (no biases, no normalization)."""
@@ -102,8 +103,8 @@ class RunConfig:
     storage_patience: float = setting(60.0, result=False, low=0)
     """Seconds for which storage or data that does not answer is asked again before the run stops."""
 
-    eval_every: int = setting(0, result=False, low=0)
-    """Epochs between evaluations on the held-out split. 0: at the end only."""
+    eval_every: float = setting(0.0, result=False, low=0)
+    """Epochs, or a part of one (0.25), between evaluations on the held-out split. 0: at the end only."""
 
     placement: str = setting("pack", result=False, choices=("pack", "spread", "strict-pack", "strict-spread"))
     """How workers are put on nodes: few nodes, many nodes, one node, one node each."""

@@ -17,7 +17,7 @@ from orchestrator.resume import gpu_wanted
 from orchestrator.runfolder import RunFolder
 from orchestrator.shards import Placement, even_placement, live_blocks
 
-OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}  # fp32 tensors the optimizer keeps per parameter
+OPTIMIZER_COPIES = {"sgd": 1, "nesterov": 1, "adam": 2, "adamw": 2}  # fp32 tensors the optimizer keeps per parameter
 
 HERE = "this machine"
 

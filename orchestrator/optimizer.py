@@ -9,10 +9,15 @@ from orchestrator.config import RunConfig
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum, Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019), fused kernels."""
+    """SGD with momentum or Nesterov's (Sutskever et al. 2013), Adam (Kingma and Ba 2015), AdamW; fused kernels.
+
+    AdamW is Loshchilov and Hutter's of 2019.
+    """
     groups = list(_groups(config, model))
-    if config.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+    if config.optimizer in ("sgd", "nesterov"):
+        # Without any momentum the two are one, and torch refuses to call it Nesterov's.
+        nesterov = config.optimizer == "nesterov" and config.momentum > 0
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
         for parameter in (p for group in sgd.param_groups for p in group["params"]):
             # torch makes them in the first step, of uninitialized memory if fp16 skips that step.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -45,7 +45,8 @@ class Plan:
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the held-out split is evaluated when `step` steps are done; the end has its own evaluation."""
-        every = self.config.eval_every * self.schedule.steps_per_epoch
+        epochs = self.config.eval_every
+        every = max(1, round(epochs * self.schedule.steps_per_epoch)) if epochs else 0
         return bool(every) and step > 0 and step % every == 0 and step < self.total_steps
 
     def identity(self) -> str:

@@ -67,7 +67,7 @@ BAD = {
     "steps 1.5": (["resnet", "--steps", "1.5"], "--steps 1.5"),
     "seed": (["resnet", "--seed", "-3"], "--seed -3"),
     "precision": (["resnet", "--precision", "fp8"], "choose from auto, fp32, bf16, fp16"),
-    "optimizer": (["resnet", "--optimizer", "lion"], "sgd, adam, adamw"),
+    "optimizer": (["resnet", "--optimizer", "lion"], "sgd, nesterov, adam, adamw"),
     "reduce": (["resnet", "--reduce", "ring"], "fixed, ddp"),
     "model": (["resnet", "--model", "vgg16"], "resnet50"),
     "placement": (["resnet", "--placement", "anywhere"], "strict-spread"),

@@ -234,6 +234,9 @@ def test_the_length_of_a_plan():
     assert by_epochs.schedule.steps_per_epoch == 2
     assert by_epochs.total_steps == 6
     assert [s for s in range(1, 7) if by_epochs.evaluates_after(s)] == [4]
+    for part, steps in ((0.5, [2, 4, 6, 8]), (0.6, [3, 6, 9]), (0.01, list(range(1, 10))), (1, [5]), (0, [])):
+        often = Plan("toy", build(RunConfig, {"epochs": 2, "eval_every": part}), 300, 10, "")
+        assert [s for s in range(1, 11) if often.evaluates_after(s)] == steps
     assert [by_epochs.epoch_of(s) for s in range(6)] == [0, 0, 1, 1, 2, 2]
 
 

@@ -8,6 +8,7 @@ from orchestrator.shards import placement_from_counts
 
 RECIPES = {
     "sgd": {"optimizer": "sgd", "weight_decay": 0.01},
+    "nesterov": {"optimizer": "nesterov", "weight_decay": 0.01},
     "sgd clipped": {"optimizer": "sgd", "clip_norm": 0.5},
     "adam clipped": {"optimizer": "adam", "lr": 0.01, "clip_norm": 0.5, "weight_decay": 0.01},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "decay": "matrices"},
@@ -108,9 +109,10 @@ def test_a_stop_asked_for_in_the_last_step_is_the_end():
     assert outcome.finished
 
 
+@pytest.mark.parametrize(("every", "steps"), [(1, [3]), (0.5, [2, 4]), (0.01, [1, 2, 3, 4, 5])])
 @pytest.mark.parametrize("world", [1, 2])
-def test_evaluations_on_the_way_change_nothing(world):
+def test_evaluations_on_the_way_change_nothing(world, every, steps):
     plain = reference(**RECIPES["sgd"])
-    for outcome in run_distributed(run_toy, world, toy_plan(**RECIPES["sgd"], eval_every=1)):
+    for outcome in run_distributed(run_toy, world, toy_plan(**RECIPES["sgd"], eval_every=every)):
         assert outcome == plain
-        assert [step for step, _ in outcome.evaluations] == [3]
+        assert [step for step, _ in outcome.evaluations] == steps

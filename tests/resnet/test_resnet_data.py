@@ -235,6 +235,11 @@ def test_specs_refused(spec, says):
     assert says in refusal(spec)
 
 
+def test_images_that_are_too_small_for_the_network():
+    assert "give --image-size 9" in refusal("digits", model="airbench-small")
+    assert data.check(config("digits", model="airbench-small", image_size=9)).train_samples == 1437
+
+
 def test_unreadable(idx, monkeypatch):
     folder = idx()
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from workloads.resnet.config import CIFAR_BLOCKS, IMAGENET_FAMILY, SMALL_IMAGE, downsampling
+from workloads.resnet.config import AIRBENCH, CIFAR_BLOCKS, IMAGENET_FAMILY, SMALL_IMAGE, last_size
 from workloads.resnet.models import BasicBlock, build
 
 
@@ -29,8 +29,8 @@ def test_imagenet_family_has_the_published_sizes():
     assert parameters(build("resnet50", 1000, 3, 224)) == 25_557_032
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18"])
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32)])
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18", "airbench-small"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 9), (1, 28), (3, 32)])
 def test_output_shape(name, channels, size):
     model = build(name, classes=7, channels=channels, image_size=size)
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
@@ -45,14 +45,15 @@ def test_stem_by_image_size(size, kernel):
 
 
 @pytest.mark.parametrize("size", [8, 9, 28, 32, 64, 65])
-@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
-def test_downsampling_is_what_the_network_does(name, size):
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "airbench-small"])
+def test_the_last_size_is_what_the_network_ends_with(name, size):
     model = build(name, classes=2, channels=1, image_size=size).eval()
     seen = []
-    last = model.stage3 if name in CIFAR_BLOCKS else model.layer4
-    last.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
-    model(torch.zeros(1, 1, size, size))
-    assert seen == [math.ceil(size / downsampling(name, size))]
+    last = {"resnet8": "stage3", "resnet18": "layer4", "airbench-small": "blocks"}[name]
+    getattr(model, last).register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]))
+    if last_size(name, size):
+        model(torch.zeros(1, 1, size, size))
+    assert seen == ([last_size(name, size)] if (name, size) != ("airbench-small", 8) else [])
 
 
 def test_shortcut_keeps_every_second_pixel_and_adds_zero_channels():
@@ -80,21 +81,51 @@ def test_unknown_model():
         build("resnet9", 10, 3, 32)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet18"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "airbench"])
 def test_gradients_repeat_bit_by_bit_with_deterministic_algorithms(name):
     torch.use_deterministic_algorithms(True)
     try:
         model = build(name, 10, 1, 8)
-        x = torch.randn(4, 1, 8, 8)
+        x = torch.randn(4, 1, 9, 9)
         grads = []
         for _ in range(2):
             model.zero_grad()
             model(x).logsumexp(1).sum().backward()
-            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
         assert torch.equal(*grads)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_families_do_not_overlap():
-    assert not set(CIFAR_BLOCKS) & set(IMAGENET_FAMILY)
+    assert len({*CIFAR_BLOCKS, *AIRBENCH, *IMAGENET_FAMILY}) == len(CIFAR_BLOCKS) + len(AIRBENCH) + len(IMAGENET_FAMILY)
+
+
+def test_airbench_whitens_patches_and_starts_as_the_identity():
+    """Covariance of what the frozen layer gives is the identity, then its negative; of correlated images."""
+    torch.manual_seed(0)
+    images = torch.nn.functional.avg_pool2d(torch.randn(200, 3, 24, 24), 5, 1) * 4
+    model = build("airbench-small", 10, 3, 20)
+    model.whiten_by([images])
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["whiten.weight", *(f"blocks.{i}.bn{j}.weight" for i in range(3) for j in (1, 2))]
+    white = model.whiten(images).detach().transpose(0, 1).flatten(1).double()
+    covariance = white @ white.T / white.shape[1]
+    assert torch.allclose(covariance[:12, :12], torch.eye(12).double(), atol=0.03)  # EPSILON
+    assert torch.equal(white[:12], -white[12:])
+    block = model.blocks[0]
+    x = torch.randn(2, 24, 6, 6)
+    assert torch.allclose(block.conv1(x)[:, :16], x[:, :16])
+    assert torch.allclose(block.conv2(x[:, :16]), x[:, :16])
+
+
+@pytest.mark.parametrize("part", [1, 7, 50])
+def test_whitening_does_not_depend_on_the_order_of_sums(part):
+    torch.manual_seed(0)
+    images = torch.nn.functional.avg_pool2d(torch.randn(50, 3, 24, 24), 5, 1) * 4
+    whole, parts, other = (build("airbench-small", 10, 3, 20) for _ in range(3))
+    whole.whiten_by([images])
+    parts.whiten_by(images.split(part))
+    other.whiten_by([images[:25]])
+    assert torch.equal(whole.whiten.weight, parts.whiten.weight)
+    assert not torch.equal(whole.whiten.weight, other.whiten.weight)

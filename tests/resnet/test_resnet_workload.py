@@ -106,11 +106,11 @@ def test_it_learns_the_digits():
     assert workload.metrics(totals)["accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("model", ["resnet8", "resnet18"])
-def test_save_and_load(tmp_path, model):
-    workload = ResnetWorkload(ResnetConfig(model=model))
+@pytest.mark.parametrize(("model", "size"), [("resnet8", 8), ("resnet18", 8), ("airbench-small", 9)])
+def test_save_and_load(tmp_path, model, size):
+    workload = ResnetWorkload(ResnetConfig(model=model, image_size=size))
     trained = workload.build_model()
-    trained(torch.randn(8, 1, 8, 8))  # moves the running statistics
+    trained(torch.randn(8, 1, 9, 9))  # moves the running statistics
     before = copy.deepcopy(trained.state_dict())
     workload.save(trained, tmp_path / "model")
     loaded, description = load(tmp_path / "model")
@@ -121,9 +121,20 @@ def test_save_and_load(tmp_path, model):
     assert description == json.loads((tmp_path / "model" / "config.json").read_text())
     kind = data.KINDS["digits"]
     assert description == {
-        "model": model, "classes": 10, "class_names": list("0123456789"), "channels": 1, "image_size": 8,
+        "model": model, "classes": 10, "class_names": list("0123456789"), "channels": 1, "image_size": size,
         "mean": list(kind.mean), "std": list(kind.std),
     }  # fmt: skip
+
+
+def test_the_whitening_is_of_the_training_images_as_they_are():
+    """Neither of augmented ones nor of the seed's order; what comes out of them is white."""
+    sides = ({"augment": "none"}, {"augment": "shift", "seed": 1})
+    workloads = [ResnetWorkload(ResnetConfig(model="airbench-small", image_size=9, **side)) for side in sides]
+    one, other = (workload.build_model().whiten for workload in workloads)
+    assert torch.equal(one.weight, other.weight)
+    images = workloads[0].samples("train").microbatch(np.arange(1437), 0)["images"]
+    white = one(images).detach().transpose(0, 1).flatten(1).double()[:4]
+    assert torch.allclose(white @ white.T / white.shape[1], torch.eye(4).double(), atol=0.03)  # EPSILON
 
 
 def test_every_setting_has_a_help_text_and_defaults_are_allowed():
@@ -132,8 +143,9 @@ def test_every_setting_has_a_help_text_and_defaults_are_allowed():
     assert build_config(ResnetConfig, {}) == ResnetConfig()
 
 
-def test_there_are_three_recipes():
-    names = ["digits.toml", "imagenet-resnet50.toml", "textbook-resnet18-cifar10.toml"]
+def test_there_are_five_recipes():
+    fast = ["fast-airbench-cifar10.toml", "fast-airbench-fashion-mnist.toml"]
+    names = ["digits.toml", *fast, "imagenet-resnet50.toml", "textbook-resnet18-cifar10.toml"]
     assert [path.name for path in RECIPES] == names
 
 

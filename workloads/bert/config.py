@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig
+from orchestrator.config import OPTIMIZERS, RunConfig
 from orchestrator.settings import setting
 
 # (hidden size, layers, heads) by name: tiny to medium from Turc et al. 2019 (arXiv:1908.08962), base and
@@ -83,14 +83,14 @@ class BertConfig(RunConfig):
     epochs: int | None = setting(None, low=1)
     """Training length in passes over the training split; give this or --steps."""
 
-    optimizer: str = setting("adamw", choices=("sgd", "adam", "adamw"))
-    """Optimizer."""
+    optimizer: str = setting("adamw", choices=OPTIMIZERS)
+    """Optimizer; nesterov is sgd with Nesterov's momentum."""
 
     lr: float = setting(3e-3, low=0)
     """Peak learning rate, for the whole global batch."""
 
     weight_decay: float = setting(0.01, low=0)
-    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: L2 for sgd, nesterov and adam, decoupled for adamw."""
 
     decay: str = setting("matrices", choices=("all", "matrices"))
     """What weight decay applies to: all parameters, or matrices only (as BERT: no biases, no norms)."""

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
-from orchestrator.config import RunConfig
+from orchestrator.config import OPTIMIZERS, RunConfig
 from orchestrator.settings import setting
 
 # He et al. 2015, section 4.2: n of 6n + 2 layers.
 CIFAR_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
+# Channels of the three blocks. Jordan 2024, arXiv:2404.00498: airbench94's; ours for grey images and CPUs.
+AIRBENCH = {"airbench": (64, 256, 256), "airbench-small": (16, 64, 128)}
 IMAGENET_FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 # The ImageNet stem divides height and width by 4 and the stages by 8 more: under 64 pixels the last stage
 # would be left with 1x1. Smaller images get a 3x3 stem with stride 1 and without pooling instead.
@@ -16,11 +18,13 @@ SMALL_IMAGE = 64
 RESIZE_RATIO = 256 / 224
 
 
-def downsampling(model: str, image_size: int) -> int:
-    """By how much the network divides height and width (rounding up) before it averages over them."""
+def last_size(model: str, image_size: int) -> int:
+    """Height and width, in pixels, of what the network averages over (or takes the largest of) at its end."""
+    if model in AIRBENCH:
+        return (image_size - 1) // 8  # patches of 2x2 inside the image, then three halvings, rounding down
     if model in CIFAR_BLOCKS:
-        return 4
-    return 8 if image_size < SMALL_IMAGE else 32
+        return -(-image_size // 4)
+    return -(-image_size // (8 if image_size < SMALL_IMAGE else 32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +35,10 @@ class ResnetConfig(RunConfig):
     """Images: digits (ships with scikit-learn), cifar10:DIR (the python version), fashion-mnist:DIR (IDX
     files), imagefolder:DIR (DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg)."""
 
-    model: str = setting("resnet8", choices=(*CIFAR_BLOCKS, *IMAGENET_FAMILY))
+    model: str = setting("resnet8", choices=(*CIFAR_BLOCKS, *AIRBENCH, *IMAGENET_FAMILY))
     """Network: resnet8 to resnet56 of the CIFAR family, resnet18 to resnet152 of the ImageNet family (with a
-    3x3 stem for images under 64 pixels)."""
+    3x3 stem for images under 64 pixels), airbench and airbench-small (Jordan 2024), made
+    to be trained fast, of 9 pixels or more."""
 
     batch_size: int = setting(128, low=1)
     """Global batch: images per step over all workers; a multiple of the shards."""
@@ -41,14 +46,14 @@ class ResnetConfig(RunConfig):
     epochs: int | None = setting(30, low=1)
     """Training length in passes over the training split; give this or --steps."""
 
-    optimizer: str = setting("sgd", choices=("sgd", "adam", "adamw"))
-    """Optimizer."""
+    optimizer: str = setting("sgd", choices=OPTIMIZERS)
+    """Optimizer; nesterov is sgd with Nesterov's momentum."""
 
     lr: float = setting(0.1, low=0)
     """Peak learning rate, for the whole global batch."""
 
     weight_decay: float = setting(5e-4, low=0)
-    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: L2 for sgd, nesterov and adam, decoupled for adamw."""
 
     warmup: float = setting(0.1, low=0, high=1)
     """Share of the run in which the learning rate rises linearly from 0."""

@@ -19,7 +19,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.tables import Table, read_manifest
 from workloads.resnet import prepared
-from workloads.resnet.config import ResnetConfig, downsampling
+from workloads.resnet.config import ResnetConfig, last_size
 from workloads.resnet.folder import check_files, read_image_folder
 from workloads.resnet.readers import (
     ImageSet,
@@ -176,7 +176,9 @@ def check(config: RunConfig) -> DataSummary:
 
 def _check_microbatch(config: ResnetConfig, size: int, train_samples: int) -> None:
     """Batch normalization in training needs two values per channel: of one image, a last stage above 1x1."""
-    last = -(-size // downsampling(config.model, size))
+    last = last_size(config.model, size)
+    if not last:
+        raise UserError(f"--model {config.model}: images of {size} pixels are too small for it; give --image-size 9")
     if last == 1 and min(config.batch_size // config.shards, train_samples) == 1:
         raise UserError(
             f"--batch-size {config.batch_size}: 1 image per shard leaves {config.model} nothing to "

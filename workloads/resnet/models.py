@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.resnet.config import CIFAR_BLOCKS, IMAGENET_FAMILY, SMALL_IMAGE
+from workloads.resnet.airbench import AirbenchNet
+from workloads.resnet.config import AIRBENCH, CIFAR_BLOCKS, IMAGENET_FAMILY, SMALL_IMAGE
 from workloads.resnet.vision import imagenet_family
 
 # B = microbatch, C = channels, H, W = height and width, K = classes
@@ -73,7 +74,7 @@ def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
     """A new network, float32 on the CPU, channels last (5 to 15 % faster), initialized from torch's global generator.
 
     Args:
-        name: one of CIFAR_BLOCKS or IMAGENET_FAMILY.
+        name: one of CIFAR_BLOCKS, AIRBENCH or IMAGENET_FAMILY.
         classes: K, the number of logits.
         channels: C of the images.
         image_size: H and W of the training images; under SMALL_IMAGE the ImageNet family gets the small stem.
@@ -83,8 +84,10 @@ def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
     """
     if name in CIFAR_BLOCKS:
         return _channels_last(CifarResNet(CIFAR_BLOCKS[name], classes, channels))
+    if name in AIRBENCH:
+        return _channels_last(AirbenchNet(AIRBENCH[name], classes, channels))
     if name not in IMAGENET_FAMILY:
-        raise ValueError(f"no model {name}; one of {', '.join((*CIFAR_BLOCKS, *IMAGENET_FAMILY))}")
+        raise ValueError(f"no model {name}; one of {', '.join((*CIFAR_BLOCKS, *AIRBENCH, *IMAGENET_FAMILY))}")
     model: Any = getattr(imagenet_family(), name)(num_classes=classes)
     if image_size < SMALL_IMAGE:
         model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workloads.resnet import data, models, prepared
+from workloads.resnet.airbench import WHITENING_IMAGES, AirbenchNet
 from workloads.resnet.augment import Augmentation, normalize
 from workloads.resnet.config import RESIZE_RATIO, ResnetConfig
 from workloads.resnet.folder import decode
@@ -23,6 +24,7 @@ from workloads.workload import Batch, Sums
 
 # m = microbatch, C = channels, H, W = height and width, K = classes
 TOP5 = 5
+WHITENING_PART = 100  # images at a time: 5,000 of 224x224 pixels would take 24 GB as patches
 
 
 class ImageSamples:
@@ -115,8 +117,14 @@ class ResnetWorkload:
         }
 
     def build_model(self) -> nn.Module:
-        """A new model; initial weights from torch's global generator."""
-        return _build(self._description)
+        """A new model; initial weights from torch's global generator, a whitening layer's from training images."""
+        model = _build(self._description)
+        if isinstance(model, AirbenchNet):
+            plain = ImageSamples(self._open("train"), "heldout", self.config)
+            first = np.arange(min(WHITENING_IMAGES, len(plain)))
+            parts = (first[start : start + WHITENING_PART] for start in range(0, len(first), WHITENING_PART))
+            model.whiten_by(plain.microbatch(part, 0)["images"] for part in parts)
+        return model
 
     def samples(self, split: Split) -> ImageSamples:
         """The training split, augmented, or the held-out split as it is."""
