@@ -44,6 +44,7 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"data          {data}",
         f"steps         {plan.total_steps} of {config.batch_size} samples ({schedule.steps_per_epoch} an epoch)",
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
+        f"sync          {_sync(plan)}",
         f"workers       {config.workers} asked for; {workers} {note}",
         f"each          {reserved}, {config.threads} thread(s), {config.precision}",
         f"placement     {config.placement}; as Ray is expected to place them:",
@@ -57,6 +58,20 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         to_toml(config, plan.workload).rstrip(),
     ]
     return "\n".join(lines)
+
+
+def _sync(plan: Plan) -> str:
+    """How workers share what they learn, and what the result depends on."""
+    config = plan.config
+    how = {
+        "allreduce": "gradients of every step",
+        "parameter-server": f"{config.servers} servers, staleness {config.staleness}",
+        "local-sgd": f"average of the shards' parameters every {config.local_steps} steps",
+        "diloco": f"outer step of {config.outer_lr:g} (Nesterov {config.outer_momentum:g}) "
+        f"every {config.local_steps} steps",
+    }[config.sync]
+    depends = "" if plan.deterministic else "; the result depends on timing and on the number of workers"
+    return f"{config.sync}: {how}{depends}"
 
 
 def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:

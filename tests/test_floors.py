@@ -41,7 +41,8 @@ FLOORS: dict[int, str] = {
     0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
     " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
-    " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats",
+    " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
+    " orchestrator.handout",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
     " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
