@@ -42,14 +42,15 @@ FLOORS: dict[int, str] = {
     " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.handout",
+    " orchestrator.handout orchestrator.served",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
     " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
     " orchestrator.vision_ops orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal"
     " orchestrator.tables orchestrator.filecache orchestrator.latelogs orchestrator.history"
     " workloads.workload workloads.preparation",
-    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build",
+    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
+    " orchestrator.microbatch orchestrator.server_part",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
