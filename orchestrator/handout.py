@@ -56,20 +56,6 @@ class Counted:
         return cls(width, flat[0], {Unit(step, shard) for step, shard in units})
 
 
-def common(width: Callable[[int], int], parts: Sequence[Counted]) -> Counted:
-    """The units that are in every one of the sets."""
-    found = Counted(width, min(part.step for part in parts))
-    for unit in sorted(set().union(*(part.beyond for part in parts)) | _between(width, parts)):
-        if all(unit in part for part in parts):
-            found.add(unit)
-    return found
-
-
-def _between(width: Callable[[int], int], parts: Sequence[Counted]) -> set[Unit]:
-    steps = range(min(part.step for part in parts), max(part.step for part in parts))
-    return {Unit(step, shard) for step in steps for shard in range(width(step))}
-
-
 class Handout:
     """Hands the next unit to whoever asks, within the bound on staleness.
 

@@ -47,6 +47,15 @@ def is_synchronous(plan: Plan) -> bool:
     return not plan.config.staleness.steps
 
 
+def views(flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The stretches of `flat` [total numel] with the shapes and memory layouts of the parameters, in their order."""
+    starts = offsets(p.numel() for p in parameters)
+    return [
+        flat.as_strided(p.shape, p.stride(), flat.storage_offset() + start)
+        for p, start in zip(parameters, starts, strict=False)
+    ]
+
+
 class Microbatches:
     """A worker's copy of the parameters, and what it computes with them.
 
@@ -54,7 +63,9 @@ class Microbatches:
     batch, to be summed over shards), else that of the microbatch's own mean loss, clipped to --clip-norm.
     """
 
-    def __init__(self, plan: Plan, workload: Workload, state: TrainingState, group: Group, parts: Sequence[range]):
+    def __init__(
+        self, plan: Plan, workload: Workload, state: TrainingState, group: Group, parts: Sequence[range]
+    ) -> None:
         """Args:
         parts: the parameters of each server, as positions in state.parameters.
         """
@@ -62,15 +73,11 @@ class Microbatches:
         self._samples = workload.samples("train")
         self._statistics = RunningStatistics(state.model)
         self._parts = [[state.parameters[i] for i in part] for part in parts]
-        sizes = [[p.numel() for p in part] for part in self._parts]
-        self._flats = [torch.empty(sum(size)) for size in sizes]
-        self._views = [
-            [flat[a : a + p.numel()].view(p.shape) for p, a in zip(part, offsets(size), strict=False)]
-            for part, size, flat in zip(self._parts, sizes, self._flats, strict=True)
-        ]
+        self._flats = [torch.empty(sum(p.numel() for p in part)) for part in self._parts]
+        self._views = [views(flat, part) for flat, part in zip(self._flats, self._parts, strict=True)]
         if group.device.type == "cpu":  # pulled parameters land where the model reads them
-            for part, views in zip(self._parts, self._views, strict=True):
-                for parameter, view in zip(part, views, strict=True):
+            for part, places in zip(self._parts, self._views, strict=True):
+                for parameter, view in zip(part, places, strict=True):
                     parameter.data = view.copy_(parameter.data)
 
     def place(self, server: int, pulled: Flat) -> None:
@@ -134,8 +141,10 @@ class Microbatches:
         return scale * min(1.0, limit / (scale * float(norm) + 1e-6))
 
     def _flat(self, part: Sequence[torch.nn.Parameter], factor: float) -> Flat:
-        pieces = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in part]
-        flat = torch.cat(pieces).float()
+        flat = torch.zeros(sum(p.numel() for p in part), device=self._group.device)
+        for parameter, place in zip(part, views(flat, part), strict=True):
+            if parameter.grad is not None:
+                place.copy_(parameter.grad)
         if factor != 1.0:
             flat.mul_(factor)
         return flat.cpu().numpy()  # type: ignore[no-any-return]

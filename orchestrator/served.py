@@ -65,12 +65,10 @@ class Restored:
 
     Attributes:
         step: of the checkpoint; -1: there was none, it has the initial state.
-        applied: what is in its parameters, as handout.Counted.flat.
         rejected: checkpoints that were passed over, a line each.
         problem: why it cannot begin, "" if it can.
     """
 
     step: int
-    applied: tuple[int, ...]
     rejected: tuple[str, ...] = ()
     problem: str = ""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.build import build_state
-from orchestrator.errors import CheckpointError
-from orchestrator.handout import Counted, Unit, offsets, ranges
-from orchestrator.microbatch import Flat, is_synchronous
+from orchestrator.errors import UserError
+from orchestrator.handout import Counted, Unit, ranges
+from orchestrator.microbatch import Flat, is_synchronous, views
 from orchestrator.plan import Plan
 from orchestrator.schedule import learning_rate
 from orchestrator.state import TrainingState
@@ -62,27 +62,32 @@ def _nothing() -> Flat:
 class ServerPart:
     """See the module."""
 
-    def __init__(self, plan: Plan, workload: Workload, number: int, loaded: Mapping[str, Tensor] | None, step: int):
+    def __init__(
+        self, plan: Plan, workload: Workload, number: int, loaded: Mapping[str, Tensor] | None, step: int
+    ) -> None:
         """Args:
         number: of this server.
         loaded: a checkpoint of `step` steps; None: the initial state.
 
         Raises:
-            CheckpointError: the checkpoint does not fit the number of servers.
+            UserError: the model, or the checkpoint, does not fit the number of servers.
         """
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # gradients are only read
-        self._plan, self._first = plan, number == 0
+        self._plan, self._workload, self._number = plan, workload, number
         state = build_state(plan, workload, torch.device("cpu"))
         if loaded is not None:
             state.load(loaded, step)
         parts = split(plan, state)
+        if len(parts) < plan.config.servers:
+            raise UserError(
+                f"--servers {plan.config.servers}: the model has {len(parts)} parameters; use at most as many"
+            )
         self._own = parts[number]
         self.applied = Counted.of(self.width, _applied(loaded or {}, len(parts), number, step))
         self._optimizer, self._model = state.optimizer, state.model
         self._parameters = [state.parameters[i] for i in self._own]
         self._flat = _let_go_of_the_rest(state, self._own)
-        self._bounds = offsets(p.numel() for p in self._parameters)
-        self._statistics = RunningStatistics(state.model) if self._first else None
+        self._statistics = RunningStatistics(state.model) if number == 0 else None
         self.version = 0
         self._sums = [TreeSum(plan.config.shards) for _ in range(2)]
         self._steps_applied = self.applied.step
@@ -127,12 +132,16 @@ class ServerPart:
         return self._steps_applied if is_synchronous(self._plan) else self.version
 
     def _cut(self, flat: Flat) -> list[Tensor]:
-        whole, bounds = torch.from_numpy(flat), self._bounds
-        return [whole[a : a + p.numel()].view(p.shape) for p, a in zip(self._parameters, bounds, strict=False)]
+        return views(torch.from_numpy(flat), self._parameters)
 
-    def sum_up(self, step: int, scale: float) -> Flat:
-        """A step's gradients are here: sum them, times `scale`; returns the norm of each parameter's, for clipping."""
+    def sum_up(self, step: int, count: float) -> Flat:
+        """A step's gradients are here, of so many items: make them those of the mean loss.
+
+        Returns:
+            The norm of each parameter's, for clipping.
+        """
         shards = self._plan.config.shards
+        scale = self._workload.nominal_count(self._plan.schedule.samples_in_step(step)) / (count or 1.0)
         missing = range(self.width(step), shards)
         gradients = self._cut(self._sums[0].total(missing))
         if self._counts_statistics:
@@ -173,23 +182,25 @@ class ServerPart:
 
     def buffers(self) -> dict[str, NDArray[np.generic]]:
         """The model's buffers by name; none but on the first server."""
-        named = self._model.named_buffers() if self._first else ()
+        named = self._model.named_buffers() if self._number == 0 else ()
         return {name: buffer.numpy() for name, buffer in named}
 
-    def snapshot(self, number: int) -> dict[str, NDArray[np.generic]]:
+    def snapshot(self) -> dict[str, NDArray[np.generic]]:
         """This server's tensors of a checkpoint, by the names of TrainingState.tensors, and what is applied."""
         mine = {id(parameter) for parameter in self._parameters}
         saved = set(self._model.state_dict())
         everything = self._model.named_parameters(remove_duplicate=False)
         named = {f"model.{name}": p.detach() for name, p in everything if id(p) in mine}
-        if self._first:
+        if self._number == 0:
             named |= {f"model.{name}": b for name, b in self._model.named_buffers() if name in saved}
         for index, entry in self._optimizer.state_dict()["state"].items():
             for key, value in entry.items():
                 if value is not None:
                     named[f"optimizer.{self._own.start + index}.{key}"] = torch.as_tensor(value)
         applied = [self._steps_applied] if is_synchronous(self._plan) else self.applied.flat()
-        return {name: t.numpy() for name, t in named.items()} | {f"{APPLIED}{number}": np.asarray(applied, np.int64)}
+        return {name: t.contiguous().numpy() for name, t in named.items()} | {
+            f"{APPLIED}{self._number}": np.asarray(applied, np.int64)
+        }
 
 
 def _applied(loaded: Mapping[str, Tensor], servers: int, number: int, step: int) -> list[int]:
@@ -198,7 +209,7 @@ def _applied(loaded: Mapping[str, Tensor], servers: int, number: int, step: int)
     if len(parts) == servers:
         return list(parts[f"{APPLIED}{number}"])
     if any(len(part) > 1 or part[0] != step for part in parts.values()):
-        raise CheckpointError(
+        raise UserError(
             f"--servers {servers}: the checkpoint of step {step} was written by {len(parts)} servers in the middle of "
             f"steps; resume with --servers {len(parts)}"
         )
@@ -209,11 +220,9 @@ def _let_go_of_the_rest(state: TrainingState, own: range) -> Tensor:
     """Leave the parameters of `own` to the optimizer, as views of one flat tensor, which is returned."""
     parameters = state.parameters
     mine = {id(parameters[i]) for i in own}
-    flat = torch.cat([parameters[i].detach().reshape(-1) for i in own])
-    bounds = offsets(parameters[i].numel() for i in own)
-    for i, start in zip(own, bounds, strict=False):
-        parameter = parameters[i]
-        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+    flat = torch.empty(sum(parameters[i].numel() for i in own))
+    for i, view in zip(own, views(flat, [parameters[i] for i in own]), strict=True):
+        parameters[i].data = view.copy_(parameters[i].data)
     for parameter in parameters:
         if id(parameter) not in mine:
             state.optimizer.state.pop(parameter, None)

@@ -26,7 +26,7 @@ class GivenUpError(RuntimeError):
     """The coordinator has given this worker up, or cannot be reached: another process takes its place."""
 
 
-def train_worker(task: dict[str, Any]) -> str:
+def train_worker(task: dict[str, Any], kind: "type[Worker] | None" = None) -> str:
     """The train function given to TorchTrainer; returns OVER or LEFT.
 
     Args:
@@ -37,7 +37,7 @@ def train_worker(task: dict[str, Any]) -> str:
     import ray
 
     coordinator = ray.get_actor(task["coordinator"], namespace=NAMESPACE)
-    worker = Worker(task, coordinator)
+    worker = (kind or Worker)(task, coordinator)
     try:
         return worker.run()
     except OrchestratorError as error:

@@ -42,7 +42,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.handout orchestrator.served",
+    " orchestrator.handout orchestrator.served orchestrator.stepbook",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce"
     " orchestrator.state orchestrator.storage orchestrator.checkpoint orchestrator.runfolder"
@@ -55,7 +55,8 @@ FLOORS: dict[int, str] = {
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
-    " orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry",
+    " orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry"
+    " orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.dispatcher orchestrator.served_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.prepare"
     " orchestrator.resume orchestrator.dry_run orchestrator.progress",

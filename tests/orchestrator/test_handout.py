@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from orchestrator.handout import Counted, Handout, Unit, common, ranges
+from orchestrator.handout import Counted, Handout, Unit, ranges
 
 STEPS, SHARDS = 5, 4
 
@@ -118,17 +118,6 @@ def test_a_set_survives_as_numbers(units):
     again = Counted.of(width, counted.flat())
     assert (again.step, again.beyond) == (counted.step, counted.beyond)
     assert [unit in again for unit in EVERY] == [unit in units for unit in EVERY]
-
-
-@given(parts=st.lists(st.lists(st.sampled_from(EVERY)), min_size=1, max_size=3))
-def test_what_all_have(parts):
-    sets = []
-    for units in parts:
-        sets.append(Counted(width))
-        for unit in units:
-            sets[-1].add(unit)
-    shared = common(width, sets)
-    assert [unit in shared for unit in EVERY] == [all(unit in units for units in parts) for unit in EVERY]
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), parts=st.integers(1, 5))

@@ -6,15 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from toys import ToyWorkload, run_toy, toy_plan
+from toys import Recorder, ToyWorkload, run_toy, toy_plan
 
 from orchestrator.build import build_state
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import UserError
 from orchestrator.group import Group
 from orchestrator.handout import Counted, Handout, Unit
+from orchestrator.loop import train
 from orchestrator.microbatch import Microbatches
 from orchestrator.plan import Plan
 from orchestrator.server_part import ServerPart, TreeSum, split
+from orchestrator.shards import even_placement
 from orchestrator.state import weights_sha256
 
 ALONE = Group(0, 1, torch.device("cpu"))
@@ -60,8 +62,7 @@ class Service:
             count += computed.count
             for _ in range(self.random.randint(1, 2)):
                 self.push(unit, computed)
-        nominal = ToyWorkload(self.plan.config).nominal_count(self.plan.schedule.samples_in_step(step))
-        norms = [server.sum_up(step, nominal / (count or 1.0)) for server in self.servers]
+        norms = [server.sum_up(step, count) for server in self.servers]
         for server in self.servers:
             server.apply(step, np.concatenate(norms))
 
@@ -71,7 +72,7 @@ class Service:
         return weights_sha256(self.state.model)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        parts = [server.snapshot(n) for n, server in enumerate(self.servers)]
+        parts = [server.snapshot() for server in self.servers]
         return {name: torch.tensor(array) for part in parts for name, array in part.items()}
 
 
@@ -106,12 +107,27 @@ def test_staleness_0_has_the_bits_of_allreduce(given):
     service = Service(plan)
     for step in range(plan.total_steps // 2):
         service.step(step)
-    others = toy_plan(**SERVED | given, **{}).with_config(servers=given["servers"] % 3 + 1)
+    others = toy_plan(**SERVED | given).with_config(servers=given["servers"] % 3 + 1)
     again = Service(others, service.snapshot(), plan.total_steps // 2)
     for one in (service, again):
         for step in range(plan.total_steps // 2, plan.total_steps):
             one.step(step)
         assert one.sha256() == expected
+
+
+def test_parameters_keep_their_memory_layout(monkeypatch):
+    """Fused optimizers walk memory: parameters, gradients and optimizer state must lie in the same order."""
+    plain = ToyWorkload.build_model
+    monkeypatch.setattr(ToyWorkload, "build_model", lambda self: plain(self).to(memory_format=torch.channels_last))
+    plan = toy_plan(**SERVED, epochs=1)
+    state = build_state(plan, ToyWorkload(plan.config), torch.device("cpu"))
+    assert any(not p.is_contiguous() for p in state.parameters)
+    train(plan, ToyWorkload(plan.config), state, ALONE, even_placement(8, 1), Recorder())
+    service = Service(plan)
+    for step in range(plan.total_steps):
+        service.step(step)
+    assert service.sha256() == weights_sha256(state.model)
+    assert all(tensor.is_contiguous() for tensor in service.snapshot().values())
 
 
 def test_a_stale_gradient_is_counted_once_and_its_staleness_is_known():
@@ -125,9 +141,9 @@ def test_a_stale_gradient_is_counted_once_and_its_staleness_is_known():
     service.versions = [0, 0]
     assert service.push(second, ones[second], servers=[0]) == [1]
     assert service.push(first, ones[first]) == [2, 1]
-    between = service.servers[0].snapshot(0)
+    between = service.servers[0].snapshot()
     assert between["applied.0"].tolist() == [0, 0, 0, 0, 1]
-    assert service.servers[1].snapshot(1)["applied.1"].tolist() == [0, 0, 0]
+    assert service.servers[1].snapshot()["applied.1"].tolist() == [0, 0, 0]
     assert before != service.sha256()
 
 
@@ -142,7 +158,7 @@ def test_a_checkpoint_in_the_middle_of_steps_knows_what_each_server_has():
     assert Unit(0, 2) in again.servers[1].applied
     assert Unit(0, 2) not in again.servers[0].applied
     assert again.sha256() == service.sha256()
-    with pytest.raises(CheckpointError, match="resume with --servers 2"):
+    with pytest.raises(UserError, match="resume with --servers 2"):
         Service(plan.with_config(servers=3), kept, 0)
 
 
