@@ -5,44 +5,32 @@ has taken one of them drops it the second time. A lost server puts all servers b
 microbatches since then are handed out again: with staleness 0 the same bits follow.
 """
 
-import asyncio
-import contextlib
 import time
-from collections.abc import Mapping
-from typing import Any
 
-from orchestrator.coordinator import Coordinator
-from orchestrator.crew import Crew
-from orchestrator.crowd import Crowd
 from orchestrator.errors import OrchestratorError
-from orchestrator.events import CheckpointSaved, Evaluated, GenerationStarted
+from orchestrator.events import Evaluated, GenerationStarted
 from orchestrator.handout import Counted, Handout
+from orchestrator.keeper import Keeper
 from orchestrator.recovery import Member
 from orchestrator.seats import Assignment, Order, Status
 from orchestrator.served import Done, Job, Posting, Restored
 from orchestrator.stepbook import StepBook
 
-LOOK_S = 1.0
 
-
-class Dispatcher(Coordinator):
+class Dispatcher(Keeper):
     """See the module. An asyncio actor: methods never block."""
-
-    members_kind = Crowd
-    _members: Crowd
 
     def __init__(self, assignment: Assignment) -> None:
         super().__init__(assignment)
         self._synchronous = not self._plan.config.staleness.steps
-        self._crew, self._book = Crew(self._plan, assignment.uri), StepBook(self._plan)
-        self._handout: Handout | None = None  # None: the servers are not ready
-        self._asked, self._committing, self._saving, self._recovering = False, False, False, False
+        self._book = StepBook(self._plan)
+        self._asked, self._committing = False, False
         self._evaluation, self._evaluator = 0, ""  # after that many steps, and by whom
         self._ripe, self._finisher = False, ""  # whether the run may be finished, and by whom
-        self._recorded_s = self._saved_s = time.time()
-        self._saved_step, self._servers_lost, self._draining = -1, 0, frozenset[str]()
+        self._recorded_s, self._draining = time.time(), frozenset[str]()
         self._members.left, self._members.looked = self._left, self._look
         self._members.held = self._held_shards
+        self._members.broken_s = float("inf")  # nobody has to come back from a generation
 
     async def status(self) -> Status:
         """See Coordinator; the driver's first question starts the servers."""
@@ -51,26 +39,6 @@ class Dispatcher(Coordinator):
             self._members.start(self._stand())
             self._members.start(self._look_after_servers())
         return await super().status()
-
-    async def _stand(self) -> None:
-        """Start what servers are missing and put all to the newest checkpoint, until that succeeds."""
-        import ray
-
-        while not self._outcome:
-            started = time.perf_counter()
-            try:
-                restored = await self._crew.stand()
-            except ray.exceptions.RayActorError as error:
-                self._miss_server(str(error).splitlines()[0])
-                continue
-            except OrchestratorError as error:
-                await self.fail(str(error), error.exit_status, str(error))
-                return
-            except ray.exceptions.RayTaskError as error:
-                await self.fail(str(error.cause).splitlines()[0], 1, str(error))
-                return
-            self._restart(restored, time.perf_counter() - started)
-            return
 
     def _restart(self, restored: Restored, load_s: float) -> None:
         """The servers are ready: what is not in the checkpoint is handed out."""
@@ -203,45 +171,12 @@ class Dispatcher(Coordinator):
         except OrchestratorError as error:
             await self.fail(str(error), error.exit_status, str(error))
             return
+        self._journal.figures["staleness"] = self._book.staleness()
         self._evaluation = max([self._evaluation, *(s + 1 for s in steps if self._plan.evaluates_after(s + 1))])
         self._checkpoint_if_due(steps)
         if self._handout.complete:
             self._members.start(self._ripen())
         self._members.notify()
-
-    def _checkpoint_if_due(self, steps: range) -> None:
-        every = self._plan.config.checkpoint_every
-        by_steps = every.steps and any((s + 1) % every.steps == 0 for s in steps)
-        if by_steps or (every.seconds and time.time() - self._saved_s >= every.seconds):
-            self._checkpoint()
-
-    def _checkpoint(self) -> None:
-        """Ask for one, unless one is being written or there is nothing new."""
-        if self._saving or self._handout is None or self._handout.oldest <= self._saved_step:
-            return
-        self._saving, self._saved_s, self._saved_step = True, time.time(), self._handout.oldest
-        self._crew.checkpoint(self._saved_step)
-
-    async def saved(self, saved: dict[str, Any]) -> None:
-        """The first server has written a checkpoint."""
-        self._saving = False
-        self._journal.log(CheckpointSaved(**saved))
-        self._members.notify()
-
-    async def _last_checkpoint(self) -> bool:
-        """Have what there is written down; False: a server was lost, or it cannot be written."""
-        import ray
-
-        era = self._crew.era
-        try:
-            await self._crew.written()
-            self._saving = False
-            self._checkpoint()
-            await self._crew.written()
-        except ray.exceptions.RayError:
-            await self._check_servers(era)
-            return False
-        return era == self._crew.era
 
     async def _ripen(self) -> None:
         """Every microbatch is done: one worker evaluates and saves, when the last checkpoint is whole."""
@@ -268,40 +203,6 @@ class Dispatcher(Coordinator):
             await self.stopped(self._handout.oldest, "")
         else:
             self._ripe = False
-
-    async def _look_after_servers(self) -> None:
-        while not self._outcome:
-            await asyncio.sleep(LOOK_S)
-            if self._handout is not None:
-                await self._check_servers(self._crew.era)
-
-    async def server_missed(self, era: int) -> None:
-        """A worker could not reach a server."""
-        await self._check_servers(era)
-
-    async def _check_servers(self, era: int) -> None:
-        """If a server is lost, put all back to the newest checkpoint."""
-        import ray
-
-        try:
-            lost = await self._crew.missing()
-        except (ray.exceptions.RayError, OrchestratorError) as error:
-            await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
-            return
-        if not lost or era != self._crew.era or self._recovering or self._outcome:
-            return
-        self._handout, self._recovering = None, True
-        self._members.roster.training = False
-        self._miss_server(f"server {', '.join(map(str, lost))}: its process ended or does not answer")
-        self._members.notify()
-        await self._stand()
-
-    def _miss_server(self, detail: str) -> None:
-        self._journal.break_off("server_lost", detail, len(self._members.roster.seated), 0.0)
-        self._servers_lost += 1
-        allowed = self._plan.config.max_incidents
-        if self._servers_lost > allowed:
-            self._end_by_members(f"{self._servers_lost} servers were lost, and --max-incidents allows {allowed}")
 
     def _held_shards(self, member_id: str) -> range:
         held = sorted(unit.shard for unit in self._handout.held(member_id)) if self._handout else []
@@ -330,19 +231,3 @@ class Dispatcher(Coordinator):
             self._journal.log(Evaluated(self._plan.total_steps, metrics))
             self._end("finished", "", 0, sha256, metrics)
         return bool(self._outcome)
-
-    def _end(
-        self,
-        outcome: str,
-        message: str,
-        exit_status: int,
-        sha256: str = "",
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
-        import ray
-
-        self._journal.figures["staleness"] = self._book.staleness()
-        super()._end(outcome, message, exit_status, sha256, metrics)
-        for number in range(len(self._crew.handles)):
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._crew.end(number)

@@ -126,8 +126,6 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
 
         print(describe(plan, folder, summary.description))
         return 0
-    if config.sync in ("local-sgd", "diloco"):
-        raise UserError(f"--sync {config.sync}: plans only so far; use --dry-run, or --sync allreduce")
     folder.folder.check_writable()
     if folder.folder.read_text(CONFIG) is None:
         folder.folder.write(CONFIG, to_toml(config, workload).encode())

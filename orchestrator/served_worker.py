@@ -91,7 +91,8 @@ class ServedWorker(Worker):
                 self._connect_line()
             member = Member(self.id, self._node, os.getpid(), device, 0, self.rank, ("", 0), self._host, self._speed)
             try:
-                answer: Posting | Order = ray.get(self._coordinator.attach.remote(member))
+                with self._group.others_wait():
+                    answer: Posting | Order = ray.get(self._coordinator.attach.remote(member))
                 return answer
             except ray.exceptions.RayError:
                 log.exception("the dispatcher was lost; waiting for it to come back")

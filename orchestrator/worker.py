@@ -252,7 +252,7 @@ class Worker:
         import ray
 
         from orchestrator.evaluate import evaluate
-        from orchestrator.loop import train
+        from orchestrator.rounds import train
         from orchestrator.state import weights_sha256
 
         plan, state, recorder = self._plan, self._state, self._recorder

@@ -50,13 +50,14 @@ FLOORS: dict[int, str] = {
     " orchestrator.tables orchestrator.filecache orchestrator.latelogs orchestrator.history"
     " workloads.workload workloads.preparation",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
-    " orchestrator.microbatch orchestrator.server_part",
+    " orchestrator.microbatch orchestrator.server_part orchestrator.rounds",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer"
     " orchestrator.worker orchestrator.recorder"
     " orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group orchestrator.reporter"
     " orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry"
-    " orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.dispatcher orchestrator.served_worker",
+    " orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper orchestrator.dispatcher"
+    " orchestrator.served_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.prepare"
     " orchestrator.resume orchestrator.dry_run orchestrator.progress",
