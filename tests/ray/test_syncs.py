@@ -1,4 +1,4 @@
-"""Parameter servers through the real command line: the bits of allreduce, losses, bounded and unbounded staleness."""
+"""Ways to share what workers learn, through the real command line: bits, losses, staleness."""
 
 import os
 import signal
@@ -27,6 +27,7 @@ def servers() -> list[int]:
     return found
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", [RESNET, pytest.param(BERT, marks=pytest.mark.long)], ids=["resnet", "bert"])
 def test_staleness_0_has_the_bits_of_allreduce_whoever_is_lost(
     settings: list[str], cluster: str, tmp_path: Path
@@ -36,7 +37,7 @@ def test_staleness_0_has_the_bits_of_allreduce_whoever_is_lost(
     assert finish(plain).status == 0
     process, served = start([*settings, *SERVED, "0", *kept_in(tmp_path, "served", cluster)]), tmp_path / "served"
     wait_until(lambda: any(e["workers"] == 2 for e in events(served, "generation_started")), 90, "two workers")
-    wait_for_step(served, 12)
+    wait_for_step(served, 12, 180)
     os.kill(events(served, "generation_started")[-1]["pids"][1], signal.SIGKILL)
     wait_until(lambda: len(events(served, "incident")) > 0, 60, "the worker's loss to be over")
     wait_for_step(served, 25)
@@ -59,11 +60,12 @@ def test_staleness_0_has_the_bits_of_allreduce_whoever_is_lost(
     assert ledgers[0] == ledgers[1]
 
 
-@pytest.mark.parametrize("staleness", ["2", "inf"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("staleness", ["2", pytest.param("inf", marks=pytest.mark.long)])
 def test_stale_gradients_train_too_and_a_stop_is_resumed(staleness: str, cluster: str, tmp_path: Path) -> None:
     flags = [*SERVED, staleness, "--eval-every", "2", *kept_in(tmp_path, "run", cluster)]
     process, folder = start([*RESNET, *flags]), tmp_path / "run"
-    wait_for_step(folder, 10)
+    wait_for_step(folder, 10, 180)
     process.send_signal(signal.SIGINT)
     stopped = finish(process)
     assert stopped.status == 130, stopped.out + stopped.err
@@ -80,3 +82,22 @@ def test_stale_gradients_train_too_and_a_stop_is_resumed(staleness: str, cluster
     assert found["metrics"]["accuracy"] > 0.9
     assert (folder / "model/model.safetensors").exists()
     assert [e["step"] for e in events(folder, "evaluated")][-1] == STEPS
+
+
+@pytest.mark.timeout(600)
+def test_rounds_have_the_same_bits_when_a_worker_is_lost(cluster: str, tmp_path: Path) -> None:
+    """And with another number of workers; the round that was broken is taken again."""
+    settings = [*RESNET, "--sync", "diloco", "--local-steps", "7", "--balance", "even"]
+    alone = start([*settings, "--workers", "1", *kept_in(tmp_path, "alone", cluster)])
+    assert finish(alone).status == 0
+    process, folder = start([*settings, *kept_in(tmp_path, "lossy", cluster)]), tmp_path / "lossy"
+    wait_for_step(folder, 14, 180)
+    os.kill(events(folder, "generation_started")[-1]["pids"][1], signal.SIGKILL)
+    done = finish(process)
+    assert done.status == 0, done.out + done.err
+    found = result(folder)
+    assert found["weights_sha256"] == result(tmp_path / "alone")["weights_sha256"]
+    assert found["deterministic"]
+    assert (found["incidents"][0]["kind"], found["incidents"][0]["steps_lost"]) == ("worker_killed", 0)
+    assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
+    assert [r["staleness_max"] for r in records(folder)] == [step % 7 for step in range(STEPS)]
