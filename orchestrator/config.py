@@ -231,8 +231,8 @@ def _check_sync(config: RunConfig) -> None:
         raise UserError(f"--precision fp16: --sync {config.sync} does not scale losses; use fp32 or bf16")
     if config.sync == "parameter-server" and config.loader_processes > 0:
         raise UserError(
-            f"--loader-processes {config.loader_processes}: with --sync parameter-server nobody knows its next samples "
-            "ahead, a thread of each worker reads them; leave it out"
+            f"--loader-processes {config.loader_processes}: --sync parameter-server tells a worker its samples one "
+            "microbatch at a time, and reads them itself; leave it out"
         )
 
 

@@ -37,7 +37,7 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
     on = where(nodes, per_worker, config.placement, dict(config.node_labels.items), workers)
     placement = _placement(config, [nodes[number] for number in on], workers)
-    gradients = 4 * parameters * (max(map(live_blocks, placement)) + 1)
+    gradients = _gradients(config, 4 * parameters, state, placement)
     reserved = ", ".join(f"{name}={amount:g}" for name, amount in per_worker.items())
     lines = [
         f"workload      {plan.workload}: {config.model}, {parameters:,} parameters",
@@ -48,7 +48,7 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"workers       {config.workers} asked for; {workers} {note}",
         f"each          {reserved}, {config.threads} thread(s), {config.precision}",
         f"placement     {config.placement}; as Ray is expected to place them:",
-        *_by_node(placement, [nodes[number].name for number in on]),
+        *_by_node(placement, [nodes[number].name for number in on], config.sync != "parameter-server"),
         f"memory        about {_size(state + gradients + forward_bytes)} a worker beside torch's own "
         f"(state {_size(state)}, gradients at most {_size(gradients)}, activations about {_size(forward_bytes)})",
         f"checkpoint    {_size(state)} every {config.checkpoint_every}, {config.keep_checkpoints} kept",
@@ -94,13 +94,26 @@ def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement
     return balance.placement(config.shards, balance.speeds([balance.Pace()] * workers, declared))
 
 
-def _by_node(placement: Placement, names: Sequence[str]) -> list[str]:
-    """A line for each node: its workers and their shards."""
+def _gradients(config: RunConfig, parameters: int, state: int, placement: Placement) -> int:
+    """Bytes of gradients, and of what is summed, on the worker with the most.
+
+    Args:
+        parameters, state: bytes of the parameters alone, and with their optimizer state.
+    """
+    if config.sync == "parameter-server":
+        return 3 * parameters  # autograd's, the flat one, the one on its way
+    blocks = max(map(live_blocks, placement)) + 1
+    return blocks * parameters if config.sync == "allreduce" else (blocks + 2) * state
+
+
+def _by_node(placement: Placement, names: Sequence[str], owned: bool) -> list[str]:
+    """A line for each node: its workers and their shards; `owned`: whether shards belong to workers at all."""
     owners = [(names[rank] if rank < len(names) else "a node to come", rank) for rank in range(placement.workers)]
     lines = []
     for name, group in groupby(owners, key=lambda owner: owner[0]):
         own = [(rank, placement.range_of(rank)) for _, rank in group]
-        lines.append(f"  {name}: " + ", ".join(f"worker {rank}: {r.start}-{r.stop - 1}" for rank, r in own))
+        held = (f"worker {rank}: {f'{r.start}-{r.stop - 1}' if owned else 'any shard'}" for rank, r in own)
+        lines.append(f"  {name}: " + ", ".join(held))
     return lines
 
 
