@@ -152,8 +152,8 @@ class Dispatcher(Keeper):
         era = self._crew.era
         try:
             await self._crew.commit(step, self._book.count(step))
-        except ray.exceptions.RayError:
-            await self._check_servers(era)
+        except ray.exceptions.RayError as error:
+            await self._look_into(error, era)
             return
         if era == self._crew.era and self._handout is not None:
             await self._record(range(step, step + 1))

@@ -84,8 +84,8 @@ class Keeper(Coordinator):
             self._saving = False
             self._checkpoint()
             await self._crew.written()
-        except ray.exceptions.RayError:
-            await self._check_servers(era)
+        except ray.exceptions.RayError as error:
+            await self._look_into(error, era)
             return False
         return era == self._crew.era
 
@@ -94,6 +94,12 @@ class Keeper(Coordinator):
             await asyncio.sleep(LOOK_S)
             if self._handout is not None:
                 await self._check_servers(self._crew.era)
+
+    async def _look_into(self, error: Exception, era: int) -> None:
+        """What was asked of the servers failed: because one is lost, or the run cannot go on."""
+        await self._check_servers(era)
+        if era == self._crew.era and not self._recovering and not self._outcome:
+            await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
 
     async def server_missed(self, era: int) -> None:
         """A worker could not reach a server."""

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from distributed import run_distributed
-from toys import Recorder, ToyWorkload, run_toy, toy_plan, toy_state
+from toys import RoundRecorder, ToyWorkload, run_toy, toy_plan, toy_state
 
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.group import Group
@@ -19,13 +19,6 @@ RECIPES = {
     "local-sgd adamw": {"sync": "local-sgd", "local_steps": 5, "optimizer": "adamw", "clip_norm": 0.5, "lr": 0.01},
     "diloco": {"sync": "diloco", "local_steps": 4, "optimizer": "adamw", "lr": 0.01, "precision": "bf16"},
 }
-
-
-class RoundRecorder(Recorder):
-    def round_committed(self, state, totals, lrs) -> None:
-        assert len(totals) == len(lrs)
-        for total, lr in zip(totals, lrs, strict=True):
-            self.committed(state, total, lr)
 
 
 @dataclasses.dataclass

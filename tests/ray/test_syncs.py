@@ -101,3 +101,18 @@ def test_rounds_have_the_same_bits_when_a_worker_is_lost(cluster: str, tmp_path:
     assert (found["incidents"][0]["kind"], found["incidents"][0]["steps_lost"]) == ("worker_killed", 0)
     assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
     assert [r["staleness_max"] for r in records(folder)] == [step % 7 for step in range(STEPS)]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_dispatcher_is_killed(cluster: str, tmp_path: Path) -> None:
+    """Its servers end with it: all go back to the newest checkpoint, the workers stay."""
+    assert finish(start([*RESNET, *kept_in(tmp_path, "plain", cluster)])).status == 0
+    process, folder = start([*RESNET, *SERVED, "0", *kept_in(tmp_path, "served", cluster)]), tmp_path / "served"
+    wait_for_step(folder, 25, 180)
+    os.kill(events(folder, "run_started")[0]["coordinator_pid"], signal.SIGKILL)
+    done = finish(process)
+    assert done.status == 0, done.out + done.err
+    assert result(folder)["weights_sha256"] == result(tmp_path / "plain")["weights_sha256"]
+    assert events(folder, "coordinator_restarted")
+    assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
