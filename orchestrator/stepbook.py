@@ -49,7 +49,7 @@ class StepBook:
         seconds = {
             "data": sum(done.data_s for done in dones.values()),
             "compute": sum(done.compute_s for done in dones.values()),
-            "exchange": sum(done.exchange_s for done in dones.values()),
+            "reduce": sum(done.exchange_s for done in dones.values()),
         }
         busy_s = sum(seconds.values()) or 1.0
         step_s = max(step_s, 1e-9)
