@@ -42,9 +42,8 @@ class Dispatcher(Keeper):
 
     def _restart(self, restored: Restored, load_s: float) -> None:
         """The servers are ready: what is not in the checkpoint is handed out."""
-        step, schedule, shards = max(0, restored.step), self._plan.schedule, self._plan.config.shards
-        width = lambda s: sum(b > a for _, a, b in (schedule.places(s, v) for v in range(shards)))  # noqa: E731
-        self._handout = Handout(Counted(width, step), self._plan.total_steps, self._plan.config.staleness.steps)
+        finished = Counted(self._plan.schedule.microbatches_in_step, max(0, restored.step))
+        self._handout = Handout(finished, self._plan.total_steps, self._plan.config.staleness.steps)
         self._book.clear()
         self._committing = self._saving = self._recovering = self._ripe = False
         self._evaluation, self._evaluator, self._finisher = 0, "", ""

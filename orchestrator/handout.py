@@ -23,37 +23,40 @@ class Counted:
     """A set of units that fills up about step by step.
 
     Attributes:
-        width: number of units of a step, which are its shards 0..width-1.
+        width: number of units of a step, at least 1, which are its shards 0..width-1.
         step: all units of the steps before it are in the set.
-        beyond: those in the set from `step` on.
+        beyond: step -> shards, of those in the set from `step` on.
     """
 
     width: Callable[[int], int]
     step: int = 0
-    beyond: set[Unit] = field(default_factory=set)
+    beyond: dict[int, set[int]] = field(default_factory=dict)
 
     def __contains__(self, unit: Unit) -> bool:
-        return unit.step < self.step or unit in self.beyond
+        return unit.step < self.step or unit.shard in self.beyond.get(unit.step, ())
 
     def add(self, unit: Unit) -> bool:
         """Put a unit in; False if it was there."""
         if unit in self:
             return False
-        self.beyond.add(unit)
-        while all(Unit(self.step, shard) in self.beyond for shard in range(self.width(self.step))):
-            self.beyond -= {Unit(self.step, shard) for shard in range(self.width(self.step))}
+        self.beyond.setdefault(unit.step, set()).add(unit.shard)
+        while len(self.beyond.get(self.step, ())) == self.width(self.step):
+            del self.beyond[self.step]
             self.step += 1
         return True
 
     def flat(self) -> list[int]:
         """As numbers: the step, then step and shard of each unit beyond."""
-        return [self.step, *(number for unit in sorted(self.beyond) for number in (unit.step, unit.shard))]
+        units = [number for step, shards in sorted(self.beyond.items()) for v in sorted(shards) for number in (step, v)]
+        return [self.step, *units]
 
     @classmethod
     def of(cls, width: Callable[[int], int], flat: Sequence[int]) -> "Counted":
         """What `flat` gave."""
-        units = zip(flat[1::2], flat[2::2], strict=True)
-        return cls(width, flat[0], {Unit(step, shard) for step, shard in units})
+        counted = cls(width, flat[0])
+        for step, shard in zip(flat[1::2], flat[2::2], strict=True):
+            counted.beyond.setdefault(step, set()).add(shard)
+        return counted
 
 
 class Handout:

@@ -94,7 +94,7 @@ class ServerPart:
 
     def width(self, step: int) -> int:
         """Microbatches of a step."""
-        return sum(b > a for _, a, b in (self._plan.schedule.places(step, v) for v in range(self._plan.config.shards)))
+        return self._plan.schedule.microbatches_in_step(step)
 
     def pull(self, version: int) -> tuple[int, Flat | None]:
         """(version, parameters fp32 [numel]); no parameters if they are those of `version` still."""
