@@ -39,13 +39,14 @@ class RunningStatistics:
         self._tracked = [int(m.num_batches_tracked) for m in self._modules if m.num_batches_tracked is not None]
         self._open = True
 
-    def fold(self, total: Tensor, samples: int, steps_done: int) -> None:
+    def fold(self, total: Tensor, samples: int, steps_done: int, of_batch: float = 1.0) -> None:
         """Update the modules: running = (1 - momentum) running + momentum total / samples.
 
         Args:
             total: fp32 [numel], the sum over shards of `of_last_forward`.
             samples: of all shards.
             steps_done: updates so far, this one included; a momentum of None averages over them (as in torch).
+            of_batch: the share of a batch that this is; the shares of a batch make one update together.
         """
         self._open = False
         mean = total / samples
@@ -53,6 +54,8 @@ class RunningStatistics:
         momenta = [m for m in self._momenta for _ in range(2)]
         for buffer, kept, part, momentum in zip(self._buffers, self._kept, parts, momenta, strict=True):
             share = 1 / steps_done if momentum is None else momentum
+            if of_batch != 1.0 and momentum is not None:
+                share = 1 - (1 - momentum) ** of_batch
             buffer.copy_(kept.mul_(1 - share).add_(part.view_as(buffer), alpha=share))
         for module in self._modules:
             if module.num_batches_tracked is not None:

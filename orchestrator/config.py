@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator.errors import UserError
-from orchestrator.settings import parse_value, setting, settings
-from orchestrator.values import Cadence, Pairs, WorkerRange
+from orchestrator.settings import flag, parse_value, setting, settings
+from orchestrator.values import Cadence, Pairs, Staleness, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
@@ -87,6 +87,26 @@ class RunConfig:
 
     reduce: str = setting("fixed", choices=("fixed", "ddp"))
     """Gradient reduction: fixed (the same bits for any number of workers) or ddp (DistributedDataParallel)."""
+
+    sync: str = setting("allreduce", choices=("allreduce", "parameter-server", "local-sgd", "diloco"))
+    """How workers share what they learn: gradients every step (allreduce), through parameter servers, or parameters
+    every --local-steps steps: their average (local-sgd), or an outer Nesterov step along it (diloco)."""
+
+    staleness: Staleness = setting(Staleness())
+    """Steps by which a microbatch may be ahead of the oldest unfinished one, with --sync parameter-server. 0: workers
+    wait for each other, and the result is that of allreduce; above, or inf: it depends on timing."""
+
+    servers: int = setting(2, result=False, low=1, high=1024)
+    """Processes that the parameters are spread over, with --sync parameter-server."""
+
+    local_steps: int = setting(8, low=1)
+    """Steps that each shard takes alone between two averages, with --sync local-sgd or diloco."""
+
+    outer_lr: float = setting(0.7, low=0)
+    """Learning rate of diloco's outer step along the averaged difference; 0.7 in the paper."""
+
+    outer_momentum: float = setting(0.9, low=0, high=1)
+    """Nesterov momentum of diloco's outer step; 0.9 in the paper."""
 
     threads: int = setting(0, low=0, high=1024)
     """CPU threads per worker, which the bits depend on. 0: the CPUs of --resources-per-worker, at least 1."""
@@ -184,6 +204,37 @@ def check_together(config: RunConfig) -> None:
     if not (config.steps or config.epochs):
         raise UserError("--steps, --epochs: neither is given; give one of them")
     _check_pairs(config)
+    _check_sync(config)
+
+
+SYNC_SETTINGS = {  # setting -> the values of --sync that it goes with
+    "staleness": ("parameter-server",),
+    "servers": ("parameter-server",),
+    "local_steps": ("local-sgd", "diloco"),
+    "outer_lr": ("diloco",),
+    "outer_momentum": ("diloco",),
+}
+
+
+def _check_sync(config: RunConfig) -> None:
+    """What goes with which --sync."""
+    for name, modes in SYNC_SETTINGS.items():
+        if config.sync not in modes and getattr(config, name) != settings(type(config))[name].default:
+            raise UserError(
+                f"{flag(name)} {getattr(config, name)}: does nothing with --sync {config.sync}; "
+                f"leave it out, or use --sync {' or '.join(modes)}"
+            )
+    if config.sync == "allreduce":
+        return
+    if config.reduce != "fixed":
+        raise UserError(f"--reduce {config.reduce}: goes with --sync allreduce; leave it out")
+    if config.precision == "fp16":
+        raise UserError(f"--precision fp16: --sync {config.sync} does not scale losses; use fp32 or bf16")
+    if config.sync == "parameter-server" and config.loader_processes > 0:
+        raise UserError(
+            f"--loader-processes {config.loader_processes}: --sync parameter-server tells a worker its samples one "
+            "microbatch at a time, and reads them itself; leave it out"
+        )
 
 
 def _check_pairs(config: RunConfig) -> None:

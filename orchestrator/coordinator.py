@@ -28,22 +28,23 @@ log = logging.getLogger("orchestrator.coordinator")
 class Coordinator:
     """State of one run as its workers report it. An asyncio actor: methods never block."""
 
+    members_kind = Membership
+
     def __init__(self, assignment: Assignment) -> None:
         import ray
 
         from orchestrator.prometheus import Exporter
 
         again = ray.get_runtime_context().was_current_actor_reconstructed
-        self._plan = assignment.plan
+        self._plan, config = assignment.plan, assignment.plan.config
         self._host = "127.0.0.1" if assignment.loopback else ray.util.get_node_ip_address()
-        config = self._plan.config
         told = (assignment.description, assignment.started_s, again, Exporter(self._plan))
         self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
         roster = Roster(config.workers.floor, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, again
-        measured = config.balance == "measured" and config.reduce == "fixed"
+        measured = (config.balance, config.reduce) == ("measured", "fixed") and config.sync != "parameter-server"
         balancer = Balancer(self._journal, config.shards, self._plan.total_steps, measured)
-        self._members = Membership(self._journal, roster, balancer, config.stall_limit, config.max_incidents)
+        self._members = self.members_kind(self._journal, roster, balancer, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch = NodeWatch()

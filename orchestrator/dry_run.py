@@ -37,17 +37,18 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
     on = where(nodes, per_worker, config.placement, dict(config.node_labels.items), workers)
     placement = _placement(config, [nodes[number] for number in on], workers)
-    gradients = 4 * parameters * (max(map(live_blocks, placement)) + 1)
+    gradients = _gradients(config, 4 * parameters, state, placement)
     reserved = ", ".join(f"{name}={amount:g}" for name, amount in per_worker.items())
     lines = [
         f"workload      {plan.workload}: {config.model}, {parameters:,} parameters",
         f"data          {data}",
         f"steps         {plan.total_steps} of {config.batch_size} samples ({schedule.steps_per_epoch} an epoch)",
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
+        f"sync          {_sync(plan)}",
         f"workers       {config.workers} asked for; {workers} {note}",
         f"each          {reserved}, {config.threads} thread(s), {config.precision}",
         f"placement     {config.placement}; as Ray is expected to place them:",
-        *_by_node(placement, [nodes[number].name for number in on]),
+        *_by_node(placement, [nodes[number].name for number in on], config.sync != "parameter-server"),
         f"memory        about {_size(state + gradients + forward_bytes)} a worker beside torch's own "
         f"(state {_size(state)}, gradients at most {_size(gradients)}, activations about {_size(forward_bytes)})",
         f"checkpoint    {_size(state)} every {config.checkpoint_every}, {config.keep_checkpoints} kept",
@@ -57,6 +58,20 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         to_toml(config, plan.workload).rstrip(),
     ]
     return "\n".join(lines)
+
+
+def _sync(plan: Plan) -> str:
+    """How workers share what they learn, and what the result depends on."""
+    config = plan.config
+    how = {
+        "allreduce": "gradients of every step",
+        "parameter-server": f"{config.servers} servers, staleness {config.staleness}",
+        "local-sgd": f"average of the shards' parameters every {config.local_steps} steps",
+        "diloco": f"outer step of {config.outer_lr:g} (Nesterov {config.outer_momentum:g}) "
+        f"every {config.local_steps} steps",
+    }[config.sync]
+    depends = "" if plan.deterministic else "; the result depends on timing and on the number of workers"
+    return f"{config.sync}: {how}{depends}"
 
 
 def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
@@ -79,13 +94,26 @@ def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement
     return balance.placement(config.shards, balance.speeds([balance.Pace()] * workers, declared))
 
 
-def _by_node(placement: Placement, names: Sequence[str]) -> list[str]:
-    """A line for each node: its workers and their shards."""
+def _gradients(config: RunConfig, parameters: int, state: int, placement: Placement) -> int:
+    """Bytes of gradients, and of what is summed, on the worker with the most.
+
+    Args:
+        parameters, state: bytes of the parameters alone, and with their optimizer state.
+    """
+    if config.sync == "parameter-server":
+        return 3 * parameters  # autograd's, the flat one, the one on its way
+    blocks = max(map(live_blocks, placement)) + 1
+    return blocks * parameters if config.sync == "allreduce" else (blocks + 2) * state
+
+
+def _by_node(placement: Placement, names: Sequence[str], owned: bool) -> list[str]:
+    """A line for each node: its workers and their shards; `owned`: whether shards belong to workers at all."""
     owners = [(names[rank] if rank < len(names) else "a node to come", rank) for rank in range(placement.workers)]
     lines = []
     for name, group in groupby(owners, key=lambda owner: owner[0]):
         own = [(rank, placement.range_of(rank)) for _, rank in group]
-        lines.append(f"  {name}: " + ", ".join(f"worker {rank}: {r.start}-{r.stop - 1}" for rank, r in own))
+        held = (f"worker {rank}: {f'{r.start}-{r.stop - 1}' if owned else 'any shard'}" for rank, r in own)
+        lines.append(f"  {name}: " + ", ".join(held))
     return lines
 
 

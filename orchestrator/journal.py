@@ -88,6 +88,7 @@ class Journal:
         self._seconds: deque[float] = deque(maxlen=50)
         self._training_s = 0.0
         self.result: dict[str, Any] | None = None
+        self.figures: dict[str, Any] = {}  # more for the result
         config = plan.config
         if again:
             self._recover()
@@ -177,7 +178,7 @@ class Journal:
         if load_s and started.step:
             self.log(CheckpointLoaded(started.step, round(load_s, 3)))
         # A step that rank 0 alone had taken was not committed: the same bits are computed again.
-        lost = max(0, self.recorded - started.step - (1 if survived else 0))
+        lost = max(0, self.recorded - started.step - (self._plan.steps_per_commit if survived else 0))
         if not survived:
             self._folder.cut_metrics(started.step)
             self.recorded = started.step
@@ -289,6 +290,8 @@ class Journal:
             "generations": self.generation,
             "incidents": [dataclasses.asdict(incident) for incident in self.incidents],
             **({"failure": dataclasses.asdict(failure)} if failure else {}),
+            "deterministic": self._plan.deterministic,
+            **self.figures,
         }
         if not self.superseded:
             self._folder.write_result(self.result)

@@ -125,7 +125,10 @@ def _start_coordinator(assignment: Assignment) -> Any:
     import ray
     from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 
-    actor_class: Any = ray.remote(Coordinator).options(
+    kind: type[Coordinator] = Coordinator
+    if assignment.plan.config.sync == "parameter-server":
+        from orchestrator.dispatcher import Dispatcher as kind
+    actor_class: Any = ray.remote(kind).options(
         name=_name(assignment.uri),
         namespace=NAMESPACE,
         num_cpus=0,
@@ -146,7 +149,11 @@ def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float],
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
     from orchestrator.ray_backend import OwnGroupConfig, Trainer
-    from orchestrator.worker import train_worker
+
+    if assignment.plan.config.sync == "parameter-server":
+        from orchestrator.served_worker import train_served_worker as train_worker
+    else:
+        from orchestrator.worker import train_worker
 
     config, name = assignment.plan.config, _name(assignment.uri)
     task = {

@@ -49,6 +49,16 @@ class Plan:
         every = max(1, round(epochs * self.schedule.steps_per_epoch)) if epochs else 0
         return bool(every) and step > 0 and step % every == 0 and step < self.total_steps
 
+    @property
+    def steps_per_commit(self) -> int:
+        """Steps after which the workers have the same parameters again."""
+        return self.config.local_steps if self.config.sync in ("local-sgd", "diloco") else 1
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the result is a function of the configuration: of neither the number of workers nor of timing."""
+        return self.config.reduce == "fixed" and not self.config.staleness.steps
+
     def identity(self) -> str:
         """SHA-256 over what decides the result; a checkpoint is only loaded into a run of the same identity."""
         decisive = {

@@ -1,14 +1,15 @@
 """What a worker notes while it trains: committed steps, checkpoints, evaluations. The loop's observer."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
 from orchestrator.events import CheckpointSaved, Evaluated
 from orchestrator.injector import Saboteur
-from orchestrator.loop import Observer
 from orchestrator.plan import Plan
 from orchestrator.reporter import Reporter
+from orchestrator.rounds import Observer
 from orchestrator.seats import Seat
 from orchestrator.state import TrainingState
 from orchestrator.step import StepTotals
@@ -62,12 +63,33 @@ class Recorder(Observer):
 
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
         """See Observer: every worker keeps the record, rank 0 sends it and starts a checkpoint when one is due."""
-        assert self._seat is not None
         now = time.time()
-        step_s = max(now - self._stepped_s, 1e-9)
-        record = {
-            "step": state.step,
-            "epoch": self._plan.epoch_of(state.step - 1),
+        self.reporter.step(self._record(state.step, totals, lr, now, now - self._stepped_s), hurry=self._first)
+        self._first, self._step = False, state.step
+        if self.leads:
+            self._checkpoint_if_due(state, 1)
+        self._stepped_s = time.time()
+
+    def round_committed(self, state: TrainingState, totals: Sequence[StepTotals], lrs: Sequence[float]) -> None:
+        """See rounds.Observer: a record for each step, with how many its shards had taken alone before it."""
+        now = time.time()
+        step_s = (now - self._stepped_s) / len(totals)
+        for number, (total, lr) in enumerate(zip(totals, lrs, strict=True)):
+            alone = {"staleness_mean": number, "staleness_max": number}
+            step = state.step - len(totals) + number + 1
+            self.reporter.step(self._record(step, total, lr, now, step_s) | alone, hurry=self._first)
+        self._first, self._step = False, state.step
+        if self.leads:
+            self._checkpoint_if_due(state, len(totals))
+        self._stepped_s = time.time()
+
+    def _record(self, step: int, totals: StepTotals, lr: float, now: float, step_s: float) -> dict[str, Any]:
+        """A line of metrics.jsonl."""
+        assert self._seat is not None
+        step_s = max(step_s, 1e-9)
+        return {
+            "step": step,
+            "epoch": self._plan.epoch_of(step - 1),
             "loss": totals.loss,
             "lr": lr,
             "samples": totals.samples,
@@ -86,15 +108,11 @@ class Recorder(Observer):
             "generation": self._seat.generation,
             "time_s": round(now, 3),
         }
-        self.reporter.step(record, hurry=self._first)
-        self._first, self._step = False, state.step
-        if self.leads:
-            self._checkpoint_if_due(state)
-        self._stepped_s = time.time()
 
-    def _checkpoint_if_due(self, state: TrainingState) -> None:
+    def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:
+        """One is due if a multiple of the cadence is among the last `steps` steps."""
         every = self._plan.config.checkpoint_every
-        due = (every.steps and state.step % every.steps == 0) or (
+        due = (every.steps and state.step % every.steps < steps) or (
             every.seconds and time.time() - self._checkpointed_s >= every.seconds
         )
         self.checkpoint_asked |= bool(due)

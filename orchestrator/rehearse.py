@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.command import Parser, refuse
+from orchestrator.config import assemble
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.nodewatch import node_token
@@ -165,6 +166,12 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
         raise UserError("--faults: not given; write a schedule, see orchestrator/faults.py, and give its file")
     if dry:
         raise UserError("--dry-run: a rehearsal has none; use it with python -m orchestrator.run")
+    staleness = assemble(WORKLOADS[workload].config_type(), given).staleness
+    if staleness.steps:
+        raise UserError(
+            f"--staleness {staleness}: the result depends on timing, so there are no equal weights to look for; "
+            "rehearse with --staleness 0"
+        )
     name = given.pop("name", time.strftime("rehearsal-%Y%m%d-%H%M%S"))
     storage, address = given.pop("storage", default_storage()), given.pop("address", "")
     shared = [f"{flag(key)}={value}" for key, value in given.items()]

@@ -113,6 +113,11 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     entry = WORKLOADS[workload]
     config = assemble(entry.config_type(), given)
     config = resolve(entry.absolute_paths(config))
+    if config.sync == "parameter-server" and (odd := next((f for f in faults if f.during != "step"), None)):
+        raise UserError(
+            f'--faults: during = "{odd.during}": with --sync parameter-server workers hand over no state and write no '
+            'checkpoints; use during = "step"'
+        )
     folder = RunFolder(Folder(config.storage).child(config.name))
     config = take_up(config, given, folder, workload)
     finished = folder.result()

@@ -94,6 +94,10 @@ class Schedule:
         stop = self.size if index == self.microbatches - 1 else start + self.microbatch_size
         return epoch, start, stop
 
+    def microbatches_in_step(self, step: int) -> int:
+        """Those with samples: shards 0 to that many - 1."""
+        return min(self.shards, self.microbatches - step % self.steps_per_epoch * self.shards)
+
     def samples_in_step(self, step: int) -> int:
         first = self.places(step, 0)[1]
         return max(self.places(step, v)[2] for v in range(self.shards)) - first

@@ -33,6 +33,7 @@ class TrainingState:
         self.optimizer = optimizer
         self.precision = precision
         self.step = 0
+        self.outer: Tensor | None = None  # the outer momentum of --sync diloco
         self.evaluated_step = -1  # the step after which the held-out split was last evaluated
 
     @property
@@ -48,6 +49,8 @@ class TrainingState:
                     named[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
         for key, number in self.precision.scaler.state_dict().items():
             named[f"scaler.{key}"] = torch.tensor(float(number), dtype=torch.float64)
+        if self.outer is not None:
+            named["outer.momentum"] = self.outer
         return named
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -75,6 +78,8 @@ class TrainingState:
             self.precision.scaler.load_state_dict(
                 {key: kind(tensors[f"scaler.{key}"].item()) for key, kind in kinds.items()}
             )
+        if "outer.momentum" in tensors:
+            self.outer = tensors["outer.momentum"].to(self.parameters[0].device, copy=True)
         self.step = step
 
     def _like_parameter(self, index: int, tensor: Tensor) -> Tensor:

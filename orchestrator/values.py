@@ -35,6 +35,23 @@ class WorkerRange:
 
 
 @dataclass(frozen=True)
+class Staleness:
+    """How many steps a microbatch may be ahead of the oldest unfinished one; `math.inf`: any number."""
+
+    steps: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        word = text.strip()
+        if word != "inf" and not re.fullmatch(r"\d{1,9}", word):
+            raise ValueError("write a number of steps from 0, or inf")
+        return cls(float(word))
+
+    def __str__(self) -> str:
+        return f"{self.steps:g}"
+
+
+@dataclass(frozen=True)
 class Cadence:
     """How often something happens: every `steps` steps, or every `seconds` seconds; the other is 0."""
 

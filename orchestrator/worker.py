@@ -27,7 +27,7 @@ class GivenUpError(RuntimeError):
     """The coordinator has given this worker up, or cannot be reached: another process takes its place."""
 
 
-def train_worker(task: dict[str, Any]) -> str:
+def train_worker(task: dict[str, Any], kind: "type[Worker] | None" = None) -> str:
     """The train function given to TorchTrainer; returns OVER or LEFT.
 
     Args:
@@ -38,7 +38,7 @@ def train_worker(task: dict[str, Any]) -> str:
     import ray
 
     coordinator = ray.get_actor(task["coordinator"], namespace=NAMESPACE)
-    worker = Worker(task, coordinator)
+    worker = (kind or Worker)(task, coordinator)
     try:
         return worker.run()
     except GivenUpError:
@@ -253,7 +253,7 @@ class Worker:
         import ray
 
         from orchestrator.evaluate import evaluate
-        from orchestrator.loop import train
+        from orchestrator.rounds import train
         from orchestrator.state import weights_sha256
 
         plan, state, recorder = self._plan, self._state, self._recorder

@@ -42,7 +42,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.config workloads workloads.summary cluster",
     1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.meter orchestrator.failure",
+    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
     2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
@@ -51,12 +51,13 @@ FLOORS: dict[int, str] = {
     " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
-    " orchestrator.exporter",
+    " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
     " orchestrator.reporter orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry"
-    " orchestrator.lastwords",
+    " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
+    " orchestrator.dispatcher orchestrator.served_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import RunConfig, assemble, build, to_toml
+from orchestrator.config import SYNC_SETTINGS, RunConfig, assemble, build, to_toml
 from orchestrator.errors import UserError
 from orchestrator.resume import resolve, settle_arithmetic, take_up
 from orchestrator.run import main
@@ -48,6 +48,16 @@ def configurations(draw, workload: str) -> RunConfig:
     maximum = draw(st.integers(1, shards))
     chosen["workers"] = f"{draw(st.integers(1, maximum))}:{maximum}"
     fields = {n: f for n, f in settings(config_type).items() if n not in (*chosen, "steps", "epochs")}
+    chosen["sync"] = draw(st.sampled_from(fields.pop("sync").metadata["choices"]))
+    for name, modes in SYNC_SETTINGS.items():
+        field = fields.pop(name)
+        if name == "staleness" and chosen["sync"] in modes:
+            chosen[name] = draw(st.sampled_from(["0", "3", "inf"]))
+        elif chosen["sync"] in modes:
+            chosen[name] = draw(values(name, field, getattr(defaults, name)))
+    if chosen["sync"] != "allreduce":
+        for name in ("reduce", "precision", "loader_processes"):
+            del fields[name]
     for name in draw(st.sets(st.sampled_from(sorted(fields)))):
         chosen[name] = draw(values(name, fields[name], getattr(defaults, name)))
     return build(config_type, chosen)

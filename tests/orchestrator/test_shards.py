@@ -239,3 +239,10 @@ def test_placements_from_counts(counts):
 
 GOLDEN_ORDER = [5, 8, 1, 0, 7, 3, 4, 2, 9, 6]
 GOLDEN_SEED = 752042260404513266
+
+
+@given(size=st.integers(1, 200), shards=st.sampled_from([1, 2, 4, 8]), each=st.integers(1, 9), step=st.integers(0, 60))
+def test_microbatches_of_a_step(size, shards, each, step):
+    schedule = Schedule(size, shards * each, shards)
+    places = [schedule.places(step, shard) for shard in range(shards)]
+    assert schedule.microbatches_in_step(step) == sum(stop > start for _, start, stop in places)

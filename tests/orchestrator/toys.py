@@ -1,7 +1,7 @@
 """A small real workload: images with a convolution, batch normalization, dropout, tied and unused parameters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,15 @@ class Recorder:
     def starts_at(self, step: int) -> "Recorder":
         self._step = step
         return self
+
+
+class RoundRecorder(Recorder):
+    """Takes rounds of local steps as so many steps."""
+
+    def round_committed(self, state: TrainingState, totals: Sequence[StepTotals], lrs: Sequence[float]) -> None:
+        assert len(totals) == len(lrs)
+        for total, lr in zip(totals, lrs, strict=True):
+            self.committed(state, total, lr)
 
 
 @dataclass

@@ -1,0 +1,99 @@
+"""The parameter servers of a run, as the dispatcher sees them: started, put back to a checkpoint, asked and missed."""
+
+import asyncio
+import logging
+from typing import Any
+
+from orchestrator.errors import UserError
+from orchestrator.plan import Plan
+from orchestrator.served import Restored
+from orchestrator.server import Server
+
+SILENT_S = 60.0  # a server that is there but does not answer for so long is lost
+log = logging.getLogger("orchestrator.crew")
+
+
+class Crew:
+    """Actors over the cluster, a node each where there are as many; they reserve nothing.
+
+    Attributes:
+        era: counts how often they were put back.
+        handles: of the actors, in the order of their parameters.
+    """
+
+    def __init__(self, plan: Plan, uri: str) -> None:
+        self._plan, self._uri = plan, uri
+        self.era = 0
+        self.handles: list[Any] = []
+
+    def _start(self, number: int) -> Any:
+        import ray
+
+        actor_class: Any = ray.remote(Server).options(
+            num_cpus=0,
+            scheduling_strategy="SPREAD",
+            label_selector=dict(self._plan.config.node_labels.items) or None,
+            max_restarts=0,
+        )
+        return actor_class.remote(self._plan, self._uri, number, ray.get_runtime_context().current_actor)
+
+    async def stand(self) -> Restored:
+        """Replace the servers that are missing, and put all to the newest checkpoint.
+
+        Raises:
+            UserError: they cannot begin with these settings.
+            RayError: one is lost meanwhile.
+        """
+        if not self.handles:
+            self.handles = [self._start(number) for number in range(self._plan.config.servers)]
+        else:
+            for number in await self.missing():
+                self.end(number)
+                self.handles[number] = self._start(number)
+        self.era += 1
+        first: Restored = await self.handles[0].restore.remote(self.era, None)
+        if not first.problem:
+            others = [handle.restore.remote(self.era, first.step) for handle in self.handles[1:]]
+            await asyncio.gather(*others)
+            return first
+        raise UserError(first.problem)
+
+    async def missing(self) -> list[int]:
+        """Numbers of the servers that do not answer; raises what one says is wrong with it."""
+        import ray
+
+        pings = [asyncio.wait_for(_answer(handle.ping.remote()), SILENT_S) for handle in self.handles]
+        answers = await asyncio.gather(*pings, return_exceptions=True)
+        lost = []
+        for number, answer in enumerate(answers):
+            if isinstance(answer, TimeoutError | ray.exceptions.RayActorError):
+                log.warning("server %d does not answer: %s", number, answer)
+                lost.append(number)
+            elif isinstance(answer, BaseException):
+                raise answer
+        return lost
+
+    def end(self, number: int) -> None:
+        """Kill a server's process."""
+        import ray
+
+        ray.kill(self.handles[number])
+
+    async def commit(self, step: int, count: float) -> None:
+        """All servers have a step's gradients, of so many items: they take the step. Raises RayError."""
+        norms = [handle.sum_up.remote(step, count) for handle in self.handles]
+        clip = norms if self._plan.config.clip_norm else []  # Ray hands the servers what the others answered
+        await asyncio.gather(*[handle.apply.remote(step, *clip) for handle in self.handles])
+
+    def checkpoint(self, step: int) -> None:
+        """Ask for a checkpoint of the parameters as they are now; Server calls the dispatcher's `saved` when it is."""
+        parts = [handle.snapshot.remote() for handle in self.handles]
+        self.handles[0].write.remote(step, *parts)
+
+    async def written(self) -> None:
+        """Until the last checkpoint is whole; raises why it is not."""
+        await self.handles[0].written.remote()
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference

@@ -1,0 +1,147 @@
+"""The dispatcher's care for its servers: they are started, put back when one is lost, and written to checkpoints."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.coordinator import Coordinator
+from orchestrator.crew import Crew
+from orchestrator.crowd import Crowd
+from orchestrator.errors import OrchestratorError
+from orchestrator.events import CheckpointSaved
+from orchestrator.failure import Failure
+from orchestrator.handout import Handout
+from orchestrator.seats import Assignment
+from orchestrator.served import Restored
+
+LOOK_S = 1.0
+
+
+class Keeper(Coordinator):
+    """A coordinator with servers; what is handed out is the dispatcher's."""
+
+    members_kind = Crowd
+    _members: Crowd
+
+    def __init__(self, assignment: Assignment) -> None:
+        super().__init__(assignment)
+        self._crew = Crew(self._plan, assignment.uri)
+        self._handout: Handout | None = None  # None: the servers are not ready
+        self._saving, self._recovering = False, False
+        self._saved_s, self._saved_step, self._servers_lost = time.time(), -1, 0
+
+    def _restart(self, restored: Restored, load_s: float) -> None:
+        """The servers are ready; loading took so many seconds."""
+        raise NotImplementedError
+
+    async def _stand(self) -> None:
+        """Start what servers are missing and put all to the newest checkpoint, until that succeeds."""
+        import ray
+
+        while not self._outcome:
+            started = time.perf_counter()
+            try:
+                restored = await self._crew.stand()
+            except ray.exceptions.RayActorError as error:
+                self._miss_server(str(error).splitlines()[0])
+                continue
+            except OrchestratorError as error:
+                await self.fail(str(error), error.exit_status, str(error))
+                return
+            except ray.exceptions.RayTaskError as error:
+                await self.fail(str(error.cause).splitlines()[0], 1, str(error))
+                return
+            self._restart(restored, time.perf_counter() - started)
+            return
+
+    def _checkpoint_if_due(self, steps: range) -> None:
+        every = self._plan.config.checkpoint_every
+        by_steps = every.steps and any((s + 1) % every.steps == 0 for s in steps)
+        if by_steps or (every.seconds and time.time() - self._saved_s >= every.seconds):
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Ask for one, unless one is being written or there is nothing new."""
+        if self._saving or self._handout is None or self._handout.oldest <= self._saved_step:
+            return
+        self._saving, self._saved_s, self._saved_step = True, time.time(), self._handout.oldest
+        self._crew.checkpoint(self._saved_step)
+
+    async def saved(self, saved: dict[str, Any]) -> None:
+        """The first server has written a checkpoint."""
+        self._saving = False
+        self._journal.log(CheckpointSaved(**saved))
+        self._members.notify()
+
+    async def _last_checkpoint(self) -> bool:
+        """Have what there is written down; False: a server was lost, or it cannot be written."""
+        import ray
+
+        era = self._crew.era
+        try:
+            await self._crew.written()
+            self._saving = False
+            self._checkpoint()
+            await self._crew.written()
+        except ray.exceptions.RayError as error:
+            await self._look_into(error, era)
+            return False
+        return era == self._crew.era
+
+    async def _look_after_servers(self) -> None:
+        while not self._outcome:
+            await asyncio.sleep(LOOK_S)
+            if self._handout is not None:
+                await self._check_servers(self._crew.era)
+
+    async def _look_into(self, error: Exception, era: int) -> None:
+        """What was asked of the servers failed: because one is lost, or the run cannot go on."""
+        await self._check_servers(era)
+        if era == self._crew.era and not self._recovering and not self._outcome:
+            await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
+
+    async def server_missed(self, era: int) -> None:
+        """A worker could not reach a server."""
+        await self._check_servers(era)
+
+    async def _check_servers(self, era: int) -> None:
+        """If a server is lost, put all back to the newest checkpoint."""
+        import ray
+
+        try:
+            lost = await self._crew.missing()
+        except (ray.exceptions.RayError, OrchestratorError) as error:
+            await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
+            return
+        if not lost or era != self._crew.era or self._recovering or self._outcome:
+            return
+        self._handout, self._recovering = None, True
+        self._members.roster.training = False
+        self._miss_server(f"server {', '.join(map(str, lost))}: its process ended or does not answer")
+        self._members.notify()
+        await self._stand()
+
+    def _miss_server(self, detail: str) -> None:
+        self._journal.break_off("server_lost", detail, len(self._members.roster.seated), 0.0)
+        self._servers_lost += 1
+        allowed = self._plan.config.max_incidents
+        if self._servers_lost > allowed:
+            self._end_by_members(f"{self._servers_lost} servers were lost, and --max-incidents allows {allowed}")
+
+    def _end(
+        self,
+        outcome: str,
+        message: str,
+        exit_status: int,
+        sha256: str = "",
+        metrics: Mapping[str, float] | None = None,
+        failure: Failure | None = None,
+    ) -> None:
+        import ray
+
+        super()._end(outcome, message, exit_status, sha256, metrics, failure)
+        for number in range(len(self._crew.handles)):
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._crew.end(number)

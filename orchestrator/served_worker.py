@@ -1,0 +1,222 @@
+"""A worker of --sync parameter-server: pull parameters, compute the microbatch it is given, push the gradient."""
+
+import logging
+import os
+import time
+from typing import Any
+
+from orchestrator.handout import Unit
+from orchestrator.recovery import Member
+from orchestrator.seats import LEFT, OVER, Order
+from orchestrator.served import Done, Job, Posting
+from orchestrator.worker import GivenUpError, Worker, train_worker
+
+log = logging.getLogger("orchestrator.worker")
+
+
+class EraOverError(RuntimeError):
+    """The servers were put back to a checkpoint, or one is lost: what this worker was doing is void."""
+
+
+def train_served_worker(task: dict[str, Any]) -> str:
+    """See train_worker."""
+    return train_worker(task, ServedWorker)
+
+
+class ServedWorker(Worker):
+    """One worker process; it belongs to no generation."""
+
+    def __init__(self, task: dict[str, Any], coordinator: Any) -> None:
+        super().__init__(task, coordinator)
+        self._posting: Posting | None = None
+        self._unit: Unit | None = None
+        self._dragged_at = -1
+        self._versions: list[int] = []
+        self._microbatches: Any = None
+        self._exchange_s = 0.0
+
+    @property
+    def rank(self) -> int:
+        """That of its posting; -1: it has none."""
+        return self._posting.rank if self._posting else -1
+
+    @property
+    def step(self) -> int:
+        return self._unit.step if self._unit else 0
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._microbatches is not None:
+            self._microbatches.close()
+        super().close()
+
+    def run(self) -> str:
+        """From the first line to the last."""
+        import ray
+
+        device_name = "cuda" if ray.get_gpu_ids() else "cpu"
+        self._connect_line()
+        import torch
+
+        from orchestrator.build import build_state, prepare_torch, settle_loader
+        from orchestrator.group import Group
+        from orchestrator.microbatch import Microbatches
+        from orchestrator.server_part import split
+        from workloads.registry import WORKLOADS
+
+        prepare_torch(self._plan.config.threads, same_bits=True)
+        device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
+        self._workload = WORKLOADS[self._plan.workload].build(self._plan.config)
+        self._plan = settle_loader(self._plan, self._workload)
+        self._state = build_state(self._plan, self._workload, device)
+        self._group = Group(0, 1, device, waiting=True, drag=self._saboteur.drag)
+        parts = split(self._plan, self._state)
+        self._microbatches = Microbatches(self._plan, self._workload, self._state, self._group, parts)
+        while True:
+            answer = self._attach(device_name)
+            if isinstance(answer, Order):
+                return self._obey(answer)
+            self._posting, self._versions = answer, [-1] * len(parts)
+            try:
+                return self._obey(self._serve())
+            except EraOverError as error:
+                log.warning("after step %d: %s", self.step, error)
+
+    def _attach(self, device: str) -> Posting | Order:
+        """Ask until a dispatcher answers: it may have been restarted."""
+        import ray
+
+        while True:
+            if self._line_broke:
+                self._connect_line()
+            member = Member(self.id, self._node, os.getpid(), device, 0, self.rank, ("", 0), self._host, self._speed)
+            try:
+                with self._group.others_wait():
+                    answer: Posting | Order = ray.get(self._coordinator.attach.remote(member))
+                return answer
+            except ray.exceptions.RayError:
+                log.exception("the dispatcher was lost; waiting for it to come back")
+                self._line_broke = True
+
+    def _serve(self) -> Order:
+        """Do what comes until there is something else than a job to do; raises EraOverError."""
+        done: Done | None = None
+        while True:
+            job = self._turn(done)
+            if isinstance(job, Order):
+                if job.word == "attach":
+                    raise EraOverError("the dispatcher has begun anew")
+                return job
+            done = None
+            if job.unit is not None:
+                done = self._compute(job, job.unit)
+            elif job.kind == "evaluate":
+                self._evaluate(job)
+            else:
+                self._finish(job)
+
+    def _turn(self, done: Done | None) -> Job | Order:
+        import ray
+
+        assert self._posting is not None
+        with self._group.others_wait():
+            try:
+                answer: Job | Order = ray.get(self._coordinator.turn.remote(self.id, self._posting.era, done))
+                return answer
+            except ray.exceptions.RayError as error:
+                self._line_broke = True
+                raise EraOverError(f"the dispatcher was lost: {error}") from error
+
+    def _compute(self, job: Job, unit: Unit) -> Done:
+        """One microbatch: its samples, the newest parameters, its gradient; returns when all servers have that."""
+        assert self._posting is not None
+        self._unit = unit
+        if unit.step != self._dragged_at:
+            self._dragged_at = unit.step
+            self._saboteur.before_step(self.rank, job.workers, job.step, self._plan.config.shards)
+        started = time.perf_counter()
+        fed = self._microbatches.read(unit)
+        read_s = time.perf_counter() - started
+        self._exchange_s = 0.0
+        self._pull()
+        self._group.step_on()
+        computed = self._microbatches.compute(unit, read_s, fed)
+        statistics = [computed.statistics, *[computed.statistics[:0]] * (len(computed.gradients) - 1)]
+        stale = self._ask(
+            [
+                server.push.remote(self._posting.era, unit, version, gradient, own, computed.samples)
+                for server, version, gradient, own in zip(
+                    self._posting.servers, self._versions, computed.gradients, statistics, strict=True
+                )
+            ]
+        )
+        return Done(
+            unit,
+            computed.loss,
+            computed.count,
+            computed.samples,
+            computed.ledger,
+            max(stale),
+            computed.data_s,
+            computed.compute_s,
+            self._exchange_s,
+        )
+
+    def _pull(self) -> None:
+        """Take over the newest parameters; what has not changed is not sent."""
+        assert self._posting is not None
+        era = self._posting.era
+        pulled = self._ask(
+            [server.pull.remote(era, v) for server, v in zip(self._posting.servers, self._versions, strict=True)]
+        )
+        for number, (version, flat) in enumerate(pulled):
+            self._versions[number] = version
+            if flat is not None:
+                self._microbatches.place(number, flat)
+
+    def _ask(self, references: list[Any]) -> list[Any]:
+        """The servers' answers; raises EraOverError if they are of another era, or one is lost."""
+        import ray
+
+        assert self._posting is not None
+        started = time.perf_counter()
+        with self._group.others_wait():
+            try:
+                answers: list[Any] = ray.get(references)
+            except ray.exceptions.RayActorError as error:
+                ray.get(self._coordinator.server_missed.remote(self._posting.era))
+                raise EraOverError(f"a server was lost: {error}") from error
+        self._exchange_s += time.perf_counter() - started
+        if any(answer is None for answer in answers):
+            raise EraOverError("the servers were put back to a checkpoint")
+        return answers
+
+    def _evaluated(self) -> dict[str, float]:
+        """The held-out metrics of the newest parameters."""
+        from orchestrator.evaluate import evaluate
+
+        assert self._posting is not None
+        self._pull()
+        (buffers,) = self._ask([self._posting.servers[0].buffers.remote(self._posting.era)])
+        self._microbatches.place_buffers(buffers)
+        processes = self._plan.config.loader_processes
+        return evaluate(self._workload, self._state.model, self._state.precision, self._group, processes)
+
+    def _evaluate(self, job: Job) -> None:
+        import ray
+
+        ray.get(self._coordinator.evaluated.remote(job.step, self._evaluated()))
+
+    def _finish(self, job: Job) -> None:
+        import ray
+
+        from orchestrator.state import weights_sha256
+
+        metrics = self._evaluated()
+        self._save_model(self._workload, self._group)
+        ray.get(self._coordinator.finish.remote(self.id, 0, weights_sha256(self._state.model), metrics))
+
+    def _obey(self, order: Order) -> str:
+        if order.word == "excluded":
+            raise GivenUpError("the dispatcher has given this worker up")
+        return LEFT if order.word == "leave" else OVER

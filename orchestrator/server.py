@@ -1,0 +1,94 @@
+"""One parameter server: the Ray actor around a ServerPart, its checkpoints included. One call at a time, in order."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orchestrator.build import prepare_torch
+from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
+from orchestrator.errors import UserError
+from orchestrator.handout import Unit
+from orchestrator.microbatch import Flat
+from orchestrator.plan import Plan
+from orchestrator.served import Restored
+from orchestrator.server_part import ServerPart
+from orchestrator.storage import Folder
+from workloads.registry import WORKLOADS
+
+
+class Server:
+    """See the module. What is said of another era than the server's is void: None is answered."""
+
+    def __init__(self, plan: Plan, uri: str, number: int, dispatcher: Any) -> None:
+        prepare_torch(plan.config.threads, same_bits=True)
+        self._plan, self._number = plan, number
+        self._workload = WORKLOADS[plan.workload].build(plan.config)
+        folder = Folder(uri, patience_s=plan.config.storage_patience).child("checkpoints")
+        self._store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints)
+        self._writer = BackgroundWriter(self._store, lambda saved: dispatcher.saved.remote(saved))
+        self._era = 0
+        self._part: ServerPart
+
+    def restore(self, era: int, step: int | None) -> Restored:
+        """Begin an era with a checkpoint: of `step`, -1 for the initial state; None: the newest whole one."""
+        self._writer.wait()
+        rejected: list[str] = []
+        if step is None:
+            loaded = self._store.load_newest(rejected.append)
+        else:
+            loaded = self._store.load(step) if step >= 0 else None
+        at = loaded.step if loaded else -1
+        try:
+            self._part = ServerPart(
+                self._plan, self._workload, self._number, loaded.tensors if loaded else None, max(0, at)
+            )
+        except UserError as error:
+            return Restored(at, tuple(rejected), str(error))
+        self._era = era
+        return Restored(at, tuple(rejected))
+
+    def ping(self) -> float:
+        """A sign of life; raises what went wrong with the last checkpoint."""
+        if not self._writer.busy:
+            self._writer.wait()
+        return time.time()
+
+    def pull(self, era: int, version: int) -> tuple[int, Flat | None] | None:
+        """See ServerPart."""
+        return self._part.pull(version) if era == self._era else None
+
+    def push(self, era: int, unit: Unit, version: int, gradient: Flat, statistics: Flat, samples: int) -> int | None:
+        """See ServerPart."""
+        return self._part.push(unit, version, gradient, statistics, samples) if era == self._era else None
+
+    def sum_up(self, step: int, count: float) -> Flat:
+        """See ServerPart; the dispatcher, which asks, knows the era."""
+        return self._part.sum_up(step, count)
+
+    def apply(self, step: int, *norms: Flat) -> None:
+        """See ServerPart.
+
+        Args:
+            norms: those of each server; none without clipping.
+        """
+        self._part.apply(step, np.concatenate(norms) if norms else np.empty(0, np.float32))
+
+    def buffers(self, era: int) -> dict[str, NDArray[Any]] | None:
+        """See ServerPart."""
+        return self._part.buffers() if era == self._era else None
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """See ServerPart."""
+        return self._part.snapshot()
+
+    def write(self, step: int, *parts: dict[str, NDArray[Any]]) -> None:
+        """Write the servers' snapshots as checkpoint `step`, in the background."""
+        whole = lambda: {name: torch.tensor(array) for part in parts for name, array in part.items()}  # noqa: E731
+        self._writer.submit(step, whole)
+
+    def written(self) -> None:
+        """Wait for what is being written; raises what went wrong with it."""
+        self._writer.wait()

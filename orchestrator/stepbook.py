@@ -1,0 +1,72 @@
+"""What microbatches that were handed out say of their steps: the records of metrics.jsonl."""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from orchestrator.errors import TrainingError
+from orchestrator.plan import Plan
+from orchestrator.schedule import learning_rate
+from orchestrator.served import Done
+
+
+class StepBook:
+    """Collects what was done until a step is complete."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._open: dict[int, dict[int, Done]] = {}
+        self._updates, self._stale, self._worst = 0, 0, 0
+
+    def clear(self) -> None:
+        """Forget what is not complete: it will be done again."""
+        self._open.clear()
+
+    def add(self, done: Done) -> None:
+        self._open.setdefault(done.unit.step, {})[done.unit.shard] = done
+
+    def count(self, step: int) -> float:
+        """Items of a complete step."""
+        return sum(done.count for done in self._open[step].values())
+
+    def close(self, step: int, step_s: float) -> dict[str, Any]:
+        """The record of a complete step, but for who trained and when; raises TrainingError if its samples are wrong.
+
+        Args:
+            step: as counted by the schedule, from 0.
+            step_s: seconds since the one before was complete.
+        """
+        dones = self._open.pop(step)
+        schedule, shards = self._plan.schedule, self._plan.config.shards
+        samples, expected = sum(done.samples for done in dones.values()), schedule.samples_in_step(step)
+        if samples != expected:
+            raise TrainingError(f"step {step}: {samples} samples were computed where {expected} belong")
+        ledgers = np.asarray([dones[v].ledger if v in dones else 0 for v in range(shards)], np.int64)
+        stale = [done.staleness for done in dones.values()]
+        self._updates, self._stale = self._updates + len(stale), self._stale + sum(stale)
+        self._worst = max(self._worst, *stale)
+        seconds = {
+            "data": sum(done.data_s for done in dones.values()),
+            "compute": sum(done.compute_s for done in dones.values()),
+            "reduce": sum(done.exchange_s for done in dones.values()),
+        }
+        busy_s = sum(seconds.values()) or 1.0
+        step_s = max(step_s, 1e-9)
+        return {
+            "step": step + 1,
+            "epoch": self._plan.epoch_of(step),
+            "loss": sum(dones[v].loss for v in sorted(dones)) / (sum(d.count for d in dones.values()) or 1.0),
+            "lr": learning_rate(self._plan.config, step, self._plan.total_steps),
+            "samples": samples,
+            "ledger": f"{zlib.crc32(ledgers.tobytes()):08x}",
+            "samples_per_s": round(samples / step_s, 3),
+            "step_s": round(step_s, 6),
+            **{f"{part}_share": round(value / busy_s, 4) for part, value in seconds.items()},
+            "staleness_mean": round(sum(stale) / len(stale), 3),
+            "staleness_max": max(stale),
+        }
+
+    def staleness(self) -> dict[str, float]:
+        """Of all updates so far: mean and most."""
+        return {"mean": round(self._stale / max(1, self._updates), 3), "max": self._worst}
