@@ -37,6 +37,12 @@ def exported(run: Path, mode: str, out: Path, rounds: int) -> dict[str, Any]:
     return {key: record[key] for key in ("workload", "quantize", "measured_on", "table")}
 
 
+def keep(report: dict[str, Any], out: Path | None) -> None:
+    """What is known so far: the larger networks take minutes."""
+    if out:
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = paired.parser(__doc__ or "", visits=None)
     parser.add_argument("--runs", nargs="*", default=[], help="FOLDER:QUANTIZE of finished runs [none]")
@@ -51,11 +57,13 @@ def main() -> None:
             run, _, mode = given.rpartition(":")
             out = Path(scratch) / f"out-{len(report['exports'])}"
             report["exports"][Path(run).name] = exported(Path(run), mode, out, settings.rounds)
+            keep(report, settings.out)
         for name in settings.brief:
             workload, config, mode = BRIEF[name]
             run = Path(scratch) / name
             finish(run, workload, config, settings.steps, lr=1e-3)
             report["exports"][name] = exported(run, mode, Path(scratch) / f"out-{name}", settings.rounds)
+            keep(report, settings.out)
     paired.emit(report, settings.out)
 
 
