@@ -42,6 +42,7 @@ def test_the_budget_of_incidents_is_finite(tmp_path: Path) -> None:
     assert f"resume with: {told['resume']}" in done.err
 
 
+@pytest.mark.long  # CI has 40 minutes; a frozen one is in the rehearsal
 def test_a_worker_that_is_stuck_is_replaced_and_its_stack_kept(tmp_path: Path) -> None:
     faults = schedule(tmp_path, 'kind = "slow"\nrank = 1\nstep = 20\nseconds = 1000')
     done = run(*command(tmp_path, "--workers", "2", "--faults", faults, "--stall-limit", "2"))

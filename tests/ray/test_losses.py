@@ -88,6 +88,7 @@ def test_all_workers_lost_at_once(nodes: Any, node_pair: Any, undisturbed: str, 
 
 
 @pytest.mark.skipif(not os.access(MEMORY_GROUPS, os.W_OK), reason=f"{MEMORY_GROUPS} (cgroup v1) cannot be written to")
+@pytest.mark.long  # CI has 40 minutes; a kill of another sender
 def test_the_kernel_kills_a_worker_for_want_of_memory(
     nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_machine_that_comes_late_is_used(nodes: Any, undisturbed: str, tmp_pat
     assert (incident["kind"], incident["workers_after"], incident["steps_lost"]) == ("workers_joined", 2, 0)
 
 
+@pytest.mark.long  # CI has 40 minutes; test_autoscaling.py waits for its minimum too
 def test_fewer_than_the_minimum_wait_and_say_so(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:
     process = start(command(tmp_path, "--address", nodes.address, "--workers", "2:3"))
     wait_for_step(tmp_path / "run", 30)

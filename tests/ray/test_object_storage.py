@@ -86,6 +86,7 @@ def test_a_run_outlives_ten_seconds_without_its_storage(bucket: str, proxy: Prox
     assert json.loads(folder.read("result.json"))["weights_sha256"] == result(tmp_path / "again")["weights_sha256"]
 
 
+@pytest.mark.long  # CI has 40 minutes; ten seconds without storage are in CI
 def test_storage_that_is_gone_for_good_ends_the_run_and_loses_nothing(bucket: str, proxy: Proxy) -> None:
     steps = ["--steps", "1000000", "--checkpoint-every", "50", "--workers", "1", "--storage-patience", "8"]
     process = start(["resnet", *steps, "--storage", address(proxy.port), "--name", "gone"], **KEYS)

@@ -95,6 +95,7 @@ def test_a_killed_worker_is_replaced(number: int, cluster: str, undisturbed: Pat
     assert [r["step"] for r in records(folder)] == list(range(1, result(folder)["steps"] + 1))
 
 
+@pytest.mark.long  # CI has 40 minutes; test_run_folder.py reads it back
 def test_the_stored_configuration_runs_again_as_it_is(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
     stored = ["--config", str(undisturbed / "config.toml"), "--storage", str(tmp_path), "--name", "two"]
     assert_as_undisturbed(run("resnet", *stored), tmp_path / "two", undisturbed)

@@ -60,6 +60,7 @@ def test_another_seed_or_precision_gives_another_hash(cluster: str, tmp_path: Pa
     assert len(set(hashes.values())) == 4
 
 
+@pytest.mark.long  # CI has 40 minutes; the baselines use it
 def test_ordinary_ddp_trains(cluster: str, tmp_path: Path) -> None:
     ddp = ["--reduce", "ddp", "--workers", "3", "--resources-per-worker", "CPU=0.5"]
     side_by_side({name: [name, *WORKLOADS[name], *ddp, *kept_in(tmp_path, name, cluster)] for name in WORKLOADS})
