@@ -57,7 +57,7 @@ class Crowd(Membership):
         seated = member_id in self.roster.seated and not self.over
         if seated:
             held = self.held(member_id)
-            self._placement = Held((held.start, held.stop)) if held else Held((0,))
+            self.placement = Held((held.start, held.stop)) if held else Held((0,))
         super().lose(member_id, kind, detail)
         if seated:
             self.left(member_id)

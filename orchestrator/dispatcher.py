@@ -95,7 +95,8 @@ class Dispatcher(Keeper):
 
     async def turn(self, member_id: str, era: int, done: Done | None) -> Job | Order:
         """A worker has done a microbatch, if any, and asks for more; answers when there is something."""
-        if done is not None and era == self._crew.era and self._handout is not None:
+        late = era != self._crew.era or self._members.excluded(member_id)
+        if done is not None and self._handout is not None and not late:
             if self._handout.finish(member_id, done.unit):
                 self._book.add(done)
             await self._advance()
@@ -136,7 +137,7 @@ class Dispatcher(Keeper):
         """A microbatch is finished, and with it perhaps a step, or several."""
         assert self._handout is not None
         new = range(self._journal.recorded, self._handout.oldest)
-        if not new:
+        if not new or self._committing:
             return
         if self._synchronous:
             self._committing = True

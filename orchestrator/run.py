@@ -132,11 +132,6 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
 
         print(describe(plan, folder, summary.description))
         return 0
-    if config.sync == "parameter-server":
-        raise UserError(
-            "--sync parameter-server: not offered yet, for a run can stall after the loss of a worker; "
-            "use allreduce, local-sgd or diloco, or --dry-run to see its plan"
-        )
     folder.folder.check_writable()
     if folder.folder.read_text(CONFIG) is None:
         folder.folder.write(CONFIG, to_toml(config, workload).encode())

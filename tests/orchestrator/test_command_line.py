@@ -72,7 +72,6 @@ BAD = {
     "sync": (["resnet", "--sync", "gossip"], "parameter-server, local-sgd, diloco"),
     "staleness alone": (["resnet", "--staleness", "2"], "use --sync parameter-server"),
     "staleness word": (["resnet", "--sync", "parameter-server", "--staleness", "some"], "or inf"),
-    "served": (["resnet", "--sync", "parameter-server"], "use allreduce, local-sgd or diloco"),
     "servers alone": (["resnet", "--sync", "local-sgd", "--servers", "3"], "use --sync parameter-server"),
     "local steps alone": (["resnet", "--local-steps", "4"], "use --sync local-sgd or diloco"),
     "outer of local-sgd": (["resnet", "--sync", "local-sgd", "--outer-lr", "1"], "use --sync diloco"),

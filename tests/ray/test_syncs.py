@@ -27,10 +27,6 @@ def servers() -> list[int]:
     return found
 
 
-SERVERS = pytest.mark.skip(reason="--sync parameter-server is refused: a run can stall after the loss of a worker")
-
-
-@SERVERS
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("settings", [RESNET, pytest.param(BERT, marks=pytest.mark.long)], ids=["resnet", "bert"])
 def test_staleness_0_has_the_bits_of_allreduce_whoever_is_lost(
@@ -65,7 +61,6 @@ def test_staleness_0_has_the_bits_of_allreduce_whoever_is_lost(
 
 
 @pytest.mark.timeout(600)
-@SERVERS
 @pytest.mark.parametrize("staleness", ["2", pytest.param("inf", marks=pytest.mark.long)])
 def test_stale_gradients_train_too_and_a_stop_is_resumed(staleness: str, cluster: str, tmp_path: Path) -> None:
     flags = [*SERVED, staleness, "--eval-every", "2", *kept_in(tmp_path, "run", cluster)]
@@ -108,7 +103,7 @@ def test_rounds_have_the_same_bits_when_a_worker_is_lost(cluster: str, tmp_path:
     assert [r["staleness_max"] for r in records(folder)] == [step % 7 for step in range(STEPS)]
 
 
-@SERVERS
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_dispatcher_is_killed(cluster: str, tmp_path: Path) -> None:
     """Its servers end with it: all go back to the newest checkpoint, the workers stay."""
