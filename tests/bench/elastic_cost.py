@@ -11,7 +11,8 @@ compared is the median step. Target: at most 1 % more.
 import json
 import statistics
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import paired
 
 from orchestrator.launch import MALLOC
 
+Measure = Callable[[Namespace, str, int, Path], dict[str, Any]]
 TARGET = paired.Target(1.01, at_least=False)
 
 
@@ -70,20 +72,30 @@ def measure(settings: Namespace, workload: str, workers: int, data: Path) -> dic
     return paired.compare(name, medians["ours"], medians["bare"], TARGET) | {"weights_sha256": hashes.pop()}
 
 
-def main() -> None:
-    parser = paired.parser(__doc__ or "", visits=5)
-    parser.add_argument("--workloads", type=paired.words(("resnet", "bert")), default=["resnet", "bert"])
-    parser.add_argument("--workers", type=paired.words(("1", "2", "3", "4")), default=["1", "2"])
-    parser.add_argument("--steps", type=int, default=60, help="steps per visit, the warm-up included [60]")
-    parser.add_argument("--warm-up", type=int, default=10, help="first steps that are not counted [10]")
-    parser.add_argument("--batch-size", type=int, default=16, help="global batch of either side [16]")
-    settings = parser.parse_args()
-    report = paired.header("elastic_cost", settings)
+def compare_all(benchmark: str, measure: Measure, settings: Namespace) -> None:
+    """All comparisons that were asked for, and their report."""
+    report = paired.header(benchmark, settings)
     with tempfile.TemporaryDirectory(prefix="bench-data-") as scratch:
         data = commands.write_cifar10(Path(scratch))
         chosen = [(workload, int(workers)) for workload in settings.workloads for workers in settings.workers]
         report["comparisons"] = [measure(settings, workload, workers, data) for workload, workers in chosen]
     paired.emit(report, settings.out)
+
+
+def parser(doc: str, visits: int) -> ArgumentParser:
+    """What is measured, on how many workers."""
+    made = paired.parser(doc, visits)
+    made.add_argument("--workloads", type=paired.words(("resnet", "bert")), default=["resnet", "bert"])
+    made.add_argument("--workers", type=paired.words(("1", "2", "3", "4")), default=["1", "2"])
+    made.add_argument("--warm-up", type=int, default=10, help="first steps that are not counted [10]")
+    made.add_argument("--batch-size", type=int, default=16, help="global batch of either side [16]")
+    return made
+
+
+def main() -> None:
+    flags = parser(__doc__ or "", visits=5)
+    flags.add_argument("--steps", type=int, default=60, help="steps per visit, the warm-up included [60]")
+    compare_all("elastic_cost", measure, flags.parse_args())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -108,20 +107,10 @@ def measure(settings: Namespace, workload: str, workers: int, data: Path) -> dic
 
 
 def main() -> None:
-    parser = paired.parser(__doc__ or "", visits=3)
-    parser.add_argument("--workloads", type=paired.words(("resnet", "bert")), default=["resnet", "bert"])
-    parser.add_argument("--workers", type=paired.words(("1", "2", "3", "4")), default=["1", "2"])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two counts of a visit [20]")
-    parser.add_argument("--warm-up", type=int, default=10, help="first steps that are not counted [10]")
-    parser.add_argument("--batch-size", type=int, default=16, help="global batch [16]")
-    settings = parser.parse_args()
-    settings.steps = 1_000_000
-    report = paired.header("elastic_time", settings)
-    with tempfile.TemporaryDirectory(prefix="bench-data-") as scratch:
-        data = commands.write_cifar10(Path(scratch))
-        chosen = [(workload, int(workers)) for workload in settings.workloads for workers in settings.workers]
-        report["comparisons"] = [measure(settings, workload, workers, data) for workload, workers in chosen]
-    paired.emit(report, settings.out)
+    flags = elastic_cost.parser(__doc__ or "", visits=3)
+    flags.add_argument("--seconds", type=float, default=20.0, help="of each of the two counts of a visit [20]")
+    flags.set_defaults(steps=1_000_000)
+    elastic_cost.compare_all("elastic_time", measure, flags.parse_args())
 
 
 if __name__ == "__main__":
