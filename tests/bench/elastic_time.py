@@ -21,7 +21,8 @@ from typing import Any
 import commands
 import elastic_cost
 import paired
-import psutil
+
+from orchestrator.nodewatch import psutil_of_ray
 
 TARGET = paired.Target(0.01, at_least=False)
 SAMPLES_PER_S = 200
@@ -32,12 +33,12 @@ READY_S = 180.0
 
 def threads(pid: int) -> dict[int, float]:
     """Processor seconds of each thread so far."""
-    return {thread.id: thread.user_time + thread.system_time for thread in psutil.Process(pid).threads()}
+    return {thread.id: thread.user_time + thread.system_time for thread in psutil_of_ray().Process(pid).threads()}
 
 
 def accounts(worker: int, coordinator: int, seconds: float) -> dict[str, float]:
     """Processor seconds per second, for a while: the training thread, which takes most, the others, the coordinator."""
-    before, process = threads(worker), psutil.Process(coordinator)
+    before, process = threads(worker), psutil_of_ray().Process(coordinator)
     at_s, told = time.perf_counter(), sum(process.cpu_times()[:2])
     time.sleep(seconds)
     after, wall_s = threads(worker), time.perf_counter() - at_s
