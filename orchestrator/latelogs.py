@@ -1,16 +1,19 @@
 """Logs of a run on object storage, which cannot append: kept here, and written anew and whole by a thread.
 
-So a server that is away for a while stops nobody who has something to say. The thread also reads whose run it is.
+So a server that is away for a while stops nobody who has something to say. A file that has grown large is written less
+often, for each time all of it is sent. The thread also reads whose run it is.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
 from orchestrator.errors import StorageError
 from orchestrator.storage import Folder
 
 EVERY_S = 1.0
+REST = 20.0  # times as long as the last writing took: at most about 5 % of a connection, however long the run
 log = logging.getLogger("orchestrator.latelogs")
 
 
@@ -28,7 +31,7 @@ class LateLogs:
 
     def __init__(self, folder: Folder, names: Sequence[str], owner: str) -> None:
         self._folder, self._owner = folder, owner
-        self._texts = {name: folder.read_text(name) or "" for name in names}
+        self._pieces = {name: [folder.read_text(name) or ""] for name in names}
         self._unwritten: set[str] = set()
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self.owned_by: str | None = None
@@ -37,16 +40,31 @@ class LateLogs:
 
     def text(self, name: str) -> str:
         """The whole file, unwritten parts included."""
-        return self._texts[name]
+        with self._lock:
+            return self._joined(name)
+
+    def _joined(self, name: str) -> str:
+        pieces = self._pieces[name]
+        pieces[:] = ["".join(pieces)]
+        return pieces[0]
 
     def put(self, name: str, text: str) -> None:
         """The file is to hold this."""
         with self._lock:
-            self._texts[name] = text
-            self._unwritten.add(name)
-            if self._thread is None:  # not before: the owner of an earlier command would be read
-                self._thread = threading.Thread(target=self._forever, name="late-logs", daemon=True)
-                self._thread.start()
+            self._pieces[name] = [text]
+            self._note(name)
+
+    def append(self, name: str, text: str) -> None:
+        """The file is to hold this too, at its end."""
+        with self._lock:
+            self._pieces[name].append(text)
+            self._note(name)
+
+    def _note(self, name: str) -> None:
+        self._unwritten.add(name)
+        if self._thread is None:  # not before: the owner of an earlier command would be read
+            self._thread = threading.Thread(target=self._forever, name="late-logs", daemon=True)
+            self._thread.start()
 
     def flush(self) -> None:
         """Write what is not written; raises StorageError where the storage is away for good."""
@@ -54,7 +72,7 @@ class LateLogs:
             if self.problem:  # nobody is asked again who was asked for long enough
                 raise StorageError(self.problem)
             with self._lock:
-                todo = {name: self._texts[name] for name in self._unwritten}
+                todo = {name: self._joined(name) for name in self._unwritten}
                 self._unwritten.clear()
             for name, text in todo.items():
                 try:
@@ -65,10 +83,14 @@ class LateLogs:
                     raise
 
     def _forever(self) -> None:
-        waiting = threading.Event()
+        waiting, due_s = threading.Event(), 0.0
         while not self.problem and not waiting.wait(EVERY_S):
             try:
-                self.flush()
+                began_s = time.monotonic()
+                if began_s >= due_s:
+                    self.flush()
+                    ended_s = time.monotonic()
+                    due_s = ended_s + REST * (ended_s - began_s)
                 self.owned_by = self._folder.read_text(self._owner)
             except StorageError as error:
                 self.problem = str(error)

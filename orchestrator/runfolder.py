@@ -91,7 +91,7 @@ class RunFolder:
 
     def _append(self, name: str, text: str) -> None:
         if self._late:
-            self._late.put(name, self._late.text(name) + text)
+            self._late.append(name, text)
         else:
             self.folder.append(name, text)
 
