@@ -60,7 +60,7 @@ class Journal:
 
     def __init__(
         self, plan: Plan, uri: str, token: str, description: str, started_s: float, again: bool,
-        listener: Listener | None = None,
+        listener: Listener | None = None, closing: bool = False,
     ) -> None:  # fmt: skip
         """Args:
         uri: of the run folder.
@@ -69,6 +69,7 @@ class Journal:
         started_s: when the command was typed, seconds since 1970.
         again: whether an earlier coordinator of the same command was lost.
         listener: hears what is written down.
+        closing: the earlier coordinator does not come back; only the end is to be written.
         """
         self._plan, self._token, self._started_s = plan, token, started_s
         self._listener = listener or Listener()
@@ -92,6 +93,7 @@ class Journal:
         config = plan.config
         if again:
             self._recover()
+            self.log(*([] if closing else [CoordinatorRestarted(self.recorded)]))
             return
         resumed = bool(self._folder.text(EVENTS))
         self._folder.take_ownership(token)
@@ -121,7 +123,6 @@ class Journal:
                 self.fired.add(event["fault"])
         silent_s = time.time() - (taken[-1]["time_s"] if taken else time.time())
         self.break_off("coordinator_lost", "its process ended and was started anew", workers, silent_s)
-        self.log(CoordinatorRestarted(self.recorded))
 
     def log(self, *events: Event) -> None:
         """Append events, unless another command owns the run by now."""

@@ -15,6 +15,7 @@ from orchestrator.plan import Plan
 from orchestrator.recovery import Roster
 from orchestrator.redact import redact
 from orchestrator.runfolder import RunFolder
+from orchestrator.seats import Assignment
 from orchestrator.shards import Placement
 
 READ_S = 10.0  # Ray may have to start a process on the node
@@ -125,6 +126,20 @@ def command_failed(error: Exception, folder: RunFolder, plan: Plan) -> Failure:
     text = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
     kind = kind_of(error) if isinstance(error, OrchestratorError) else "command_failed"
     return what_is_kept(Failure(kind, text), folder, plan)
+
+
+def write_end(assignment: Assignment, folder: RunFolder, found: Failure) -> dict[str, Any] | None:
+    """Write the end of a run whose coordinator does not come back, unless it had, or another command has the run."""
+    try:
+        if (written := folder.result()) or folder.owner() != assignment.token:
+            return written
+        told = (assignment.uri, assignment.token, assignment.description, assignment.started_s)
+        journal = Journal(assignment.plan, *told, again=True, closing=True)
+        journal.end("failed", found.error, "", {}, found)
+        return journal.result
+    except (OrchestratorError, OSError):  # storage may be lost with it
+        log.exception("the run's end cannot be written down")
+        return None
 
 
 async def last_words_on(node: str, pid: int) -> list[str]:

@@ -17,7 +17,7 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
 from orchestrator.failure import Failure
 from orchestrator.faults import Fault
-from orchestrator.lastwords import command_failed
+from orchestrator.lastwords import command_failed, write_end
 from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
@@ -110,7 +110,7 @@ def launch(
     except ray.exceptions.RayError as error:
         message = f"the run's coordinator was lost ({type(error).__name__})"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)
-        return Ending("failed", message, 1, None, lost)
+        return Ending("failed", message, 1, write_end(assignment, folder, lost), lost)
     told = (status.result or {}).get("failure")
     failure = Failure(**told) if told else None
     return Ending(status.outcome, status.message, status.exit_status, status.result, failure)

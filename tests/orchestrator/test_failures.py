@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 from toys import toy_plan
@@ -14,10 +15,12 @@ from orchestrator import run as command
 from orchestrator.connect import Redacted
 from orchestrator.errors import DataError, NonFiniteLossError
 from orchestrator.failure import Failure, Place, kind_of, resume_command, short, story
-from orchestrator.lastwords import at_fault, command_failed, last_words, what_is_kept
+from orchestrator.journal import Journal
+from orchestrator.lastwords import at_fault, command_failed, last_words, what_is_kept, write_end
 from orchestrator.recovery import Member, Roster
 from orchestrator.redact import GONE, redact
 from orchestrator.runfolder import RunFolder
+from orchestrator.seats import Assignment
 from orchestrator.shards import Placement
 from orchestrator.storage import Folder
 
@@ -194,3 +197,22 @@ def test_a_mistake_of_ours_is_a_short_story(monkeypatch, tmp_path, capsys):
     assert told.err.splitlines()[0] == "failed: ZeroDivisionError: ours"
     assert told.err.splitlines()[-1].startswith("resume with: python -m orchestrator.run resnet --storage ")
     assert "Traceback" in (tmp_path / "a" / "logs" / "errors.log").read_text()
+
+
+def test_the_end_of_a_run_whose_coordinator_is_lost_for_good_is_written_down(tmp_path):
+    step = {"loss": 2.0, "samples": 32, "step_s": 0.1, "generation": 1}
+    plan, token, began_s = toy_plan(shards=8), "token", time.time()
+    lost = Journal(plan, str(tmp_path), token, "", began_s, again=False)
+    lost.steps([{"step": number, "time_s": time.time(), **step} for number in (1, 2, 3)])
+    assignment = Assignment(plan, str(tmp_path), token, "", began_s, 1, 1, True)
+    folder, failure = RunFolder(Folder(str(tmp_path))), Failure("coordinator_lost", "gone")
+    told = write_end(assignment, folder, failure)
+    assert told == folder.result()
+    assert (told["status"], told["steps"], told["loss"]) == ("failed", 3, 2.0)
+    assert told["failure"]["error"] == "gone"
+    kinds = [json.loads(line)["event"] for line in folder.text("events.jsonl").splitlines()]
+    assert kinds == ["run_started", "run_ended"]
+    assert write_end(assignment, folder, Failure("coordinator_lost", "later")) == told, "the first end stays"
+    folder.take_ownership("of another command")
+    assert write_end(assignment, folder, failure) is None
+    assert folder.result() is None
