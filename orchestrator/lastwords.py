@@ -99,6 +99,11 @@ async def describe(found: Failure, place: Place, watch: NodeWatch, journal: Jour
 
 def what_is_kept(found: Failure, run: Journal | RunFolder, plan: Plan) -> Failure:
     """The same failure, keys redacted, with the newest step and checkpoint and the command that goes on."""
+    return kept(found, run, resume_command(plan.workload, plan.config.storage, plan.config.name))
+
+
+def kept(found: Failure, run: Journal | RunFolder, resume: str) -> Failure:
+    """See what_is_kept."""
     step, checkpoint = found.step, NONE
     try:
         step = step or (run.recorded if isinstance(run, Journal) else run.last_step())
@@ -112,7 +117,7 @@ def what_is_kept(found: Failure, run: Journal | RunFolder, plan: Plan) -> Failur
         error=redact(found.error.strip().replace("\n", " ")),
         step=step,
         checkpoint_step=checkpoint,
-        resume=resume_command(plan.workload, plan.config.storage, plan.config.name),
+        resume=resume,
     )
 
 

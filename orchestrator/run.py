@@ -139,6 +139,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
 
 
 def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, faults: tuple[Fault, ...]) -> int:
+    from orchestrator.afterword import afterword
     from orchestrator.connect import cluster
     from orchestrator.launch import launch
 
@@ -150,7 +151,8 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, fa
     print(f"{plan.workload} on {description}")
     print(f"run folder: {folder.uri}", flush=True)
     try:
-        with cluster(plan.config.address, log_file) as own:
+        told = (plan.workload, plan.config.storage, plan.config.name)
+        with afterword(*told), cluster(plan.config.address, log_file) as own:
             ending = launch(plan, folder, description, started_s, own, faults)
             return _tell(plan, folder, ending)
     except UserError:

@@ -216,3 +216,20 @@ def test_the_end_of_a_run_whose_coordinator_is_lost_for_good_is_written_down(tmp
     folder.take_ownership("of another command")
     assert write_end(assignment, folder, failure) is None
     assert folder.result() is None
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "os._exit(1)", "sys.exit(1)", "pass"])
+def test_an_end_without_a_word_is_told(end, tmp_path):
+    folder = RunFolder(Folder(str(tmp_path)).child("n"))
+    folder.metrics([{"step": 7}])
+    script = (
+        "import os, sys\nfrom orchestrator.afterword import afterword\n"
+        f"with afterword('resnet', {str(tmp_path)!r}, 'n'):\n    {end}"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    if end.startswith("os"):
+        assert "failed: the command's process ended without a word" in done.stderr
+        assert "after step 7" in done.stderr
+        assert f"resume with: python -m orchestrator.run resnet --storage {tmp_path} --name n" in done.stderr
+    else:
+        assert done.stderr == ""

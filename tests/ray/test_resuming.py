@@ -54,7 +54,9 @@ def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path
     process = start(arguments(tmp_path, "run", "--address", cluster))
     wait_until(lambda: bool(events(folder, "checkpoint_saved")), 90, "a checkpoint")
     os.kill(process.pid, signal.SIGKILL)
-    finish(process)
+    told = finish(process).err
+    assert "ended without a word" in told
+    assert "resume with:" in told
     assert not (folder / "result.json").exists()
     assert_as_undisturbed(run(*arguments(tmp_path, "run", "--address", cluster, "--workers", "3")), folder, undisturbed)
     assert events(folder, "checkpoint_loaded")[0]["step"] >= 8

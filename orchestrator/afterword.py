@@ -1,0 +1,43 @@
+"""Tells how a command ended that cannot: it was killed, or Ray ended its process, the Ray of its machine being lost.
+
+A child of the command waits at a pipe. If the command says farewell, it is silent.
+"""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+FAREWELL = b"farewell\n"
+GONE = "the command's process ended without a word: it was killed, or the Ray of its machine is gone (see logs/ray.log)"
+
+
+@contextlib.contextmanager
+def afterword(workload: str, storage: str, name: str) -> Iterator[None]:
+    """While this lasts, an end without a word is told on stderr: what is kept and the command that goes on."""
+    command = [sys.executable, "-m", "orchestrator.afterword", workload, storage, name]
+    # A session of its own: Ctrl-C is the command's.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):  # somebody has stopped the child
+            child.communicate(FAREWELL)
+
+
+def main(workload: str, storage: str, name: str) -> None:
+    """Wait for the command's end."""
+    if sys.stdin.buffer.read() == FAREWELL:
+        return
+    from orchestrator.failure import Failure, resume_command, story
+    from orchestrator.lastwords import kept
+    from orchestrator.runfolder import RunFolder
+    from orchestrator.storage import Folder
+
+    folder = RunFolder(Folder(storage).child(name))
+    found = kept(Failure("command_lost", GONE), folder, resume_command(workload, storage, name))
+    print("\n".join(["", *story(found, folder.uri)]), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
