@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.settings import flag, parse_value, setting, settings
-from orchestrator.values import Cadence, Pairs, Staleness, WorkerRange
+from orchestrator.values import Cadence, Loggers, Pairs, Staleness, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
@@ -149,6 +149,10 @@ class RunConfig:
 
     balance: str = setting("measured", result=False, choices=("measured", "even"))
     """Shards of each worker: by its measured speed (with --reduce fixed), or as even as can be."""
+
+    log: Loggers = setting(Loggers(), result=False)
+    """Loggers that the run is written to besides its folder: tensorboard, mlflow, wandb, separated by commas; offline
+    in the run folder, unless MLFLOW_TRACKING_URI or WANDB_MODE says otherwise."""
 
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""

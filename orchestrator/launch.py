@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.clerk import clerk
 from orchestrator.cluster_fit import Node, Offer, choose_workers
 from orchestrator.config import RunConfig
 from orchestrator.coordinator import Coordinator
@@ -103,7 +104,7 @@ def launch(
     )
     trainer.start()
     try:
-        with _signals(coordinator) as interrupted:
+        with clerk(str(plan.config.log), folder, assignment.token), _signals(coordinator) as interrupted:
             status = _follow(plan, coordinator, trainer, interrupted)
             # Ray Train takes its workers down; a connection that is closed under it would end this process.
             trainer.join(TEARDOWN_S)

@@ -17,6 +17,7 @@ from orchestrator.config import TOGETHER, assemble, build, to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.failure import resume_command, story
 from orchestrator.faults import Fault, parse_faults
+from orchestrator.logbooks import need
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
 from orchestrator.runfolder import CONFIG, RunFolder
@@ -125,6 +126,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
         print(f"finished already: {folder.uri} ({finished['steps']} steps, weights {finished['weights_sha256'][:12]})")
         print("nothing was changed; give another --name to train again")
         return 0
+    need(config.log.names)
     summary = entry.check_data(config)
     plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint, summary.blocks)
     if dry:

@@ -129,6 +129,22 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return b""
 
+    def since(self, name: str, offset: int, most: int) -> bytes:
+        """At most `most` bytes of a file from `offset` on; b"" where there are none, or no such file."""
+
+        def do() -> bytes:
+            with self._fs.open_input_file(self.path(name)) as file:
+                if offset >= file.size():
+                    return b""
+                file.seek(offset)
+                data: bytes = file.read(most)
+                return data
+
+        try:
+            return self._patiently(do)
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, atomically; folders on the way are made."""
         if not self.is_local:

@@ -91,3 +91,23 @@ class Pairs:
 
     def __str__(self) -> str:
         return ",".join(f"{key}={value}" for key, value in self.items)
+
+
+LOGGERS = ("tensorboard", "mlflow", "wandb")
+
+
+@dataclass(frozen=True)
+class Loggers:
+    """Where a run is logged besides its folder, separated by commas; empty means nowhere."""
+
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        words = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+        if odd := [word for word in words if word not in LOGGERS]:
+            raise ValueError(f"{odd[0]} is not known; write some of {', '.join(LOGGERS)}, separated by commas")
+        return cls(words)
+
+    def __str__(self) -> str:
+        return ",".join(self.names)

@@ -47,7 +47,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
-    " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
+    " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported orchestrator.logbooks"
     " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
@@ -60,7 +60,8 @@ FLOORS: dict[int, str] = {
     " orchestrator.dispatcher orchestrator.served_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
-    " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword",
+    " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword"
+    " orchestrator.track orchestrator.clerk",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name
 LOOP_SIDE = {"orchestrator.feed", "orchestrator.step", "orchestrator.evaluate", "orchestrator.loop"}

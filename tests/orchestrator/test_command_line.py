@@ -92,6 +92,10 @@ BAD = {
     "resources -1": (["resnet", "--resources-per-worker", "CPU=-1"], "CPU=-1"),
     "resources nan": (["resnet", "--resources-per-worker", "CPU=nan"], "CPU=nan"),
     "labels": (["resnet", "--node-labels", "zone"], "KEY=VALUE"),
+    "loggers": (
+        ["resnet", "--log", "tensorboard,visdom"],
+        "visdom is not known; write some of tensorboard, mlflow, wandb",
+    ),
     "name with a slash": (["resnet", "--name", "a/b"], "--name a/b"),
     "name with dots": (["resnet", "--name", ".."], "--name .."),
     "name with a line end": (["resnet", "--name", "a\nb"], "--name"),

@@ -58,12 +58,13 @@ def test_the_laptop_commands(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     Image.new("L", (8, 8)).save(tmp_path / "digit.png")
     plain = [c for c in commands() if c not in ELSEWHERE and not c.startswith(BENCHMARKS)]
-    assert len(plain) == 8
+    assert len(plain) == 9
     for command in plain:
         done = call(command, 240, cwd=tmp_path)
         assert done.status == 0, f"{command}\n{done.out}{done.err}"
     assert result(tmp_path / "runs" / "first")["status"] == "finished"
     assert "<title>first: finished</title>" in (tmp_path / "first.html").read_text()
+    assert list((tmp_path / "runs/first/tensorboard").glob("events.out.tfevents.*"))
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith(BENCHMARKS)])

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from commands import Done, events, finish, kept_in, records, result, run, start, wait_for_step, wait_until
+from logbooks.test_logbooks import losses
 
 STEPS = 60
+LOG = ["--log", "tensorboard"]
 
 
 def arguments(storage: Path, name: str, *extra: str) -> list[str]:
@@ -30,10 +32,10 @@ def assert_as_undisturbed(done: Done, folder: Path, undisturbed: Path) -> None:
 
 
 def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -> None:
-    """By either signal, one after the other; with a Ray of the command's own."""
+    """By either signal, one after the other; with a Ray of the command's own. TensorBoard has every step once."""
     folder, last, stops = tmp_path / "run", 0, []
     for number in (signal.SIGINT, signal.SIGTERM):
-        process = start(arguments(tmp_path, "run", "--checkpoint-every", "600s", "--workers", "2"))
+        process = start(arguments(tmp_path, "run", "--checkpoint-every", "600s", "--workers", "2", *LOG))
         wait_for_step(folder, last + 5)
         # SIGINT to the whole session, as from a terminal.
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
@@ -45,7 +47,10 @@ def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -
         assert before + 5 <= last < STEPS
         stops.append(last)
         assert (folder / "checkpoints" / f"step-{last}" / "manifest.json").exists()
-    assert_as_undisturbed(run(*arguments(tmp_path, "run", "--workers", "1")), folder, undisturbed)
+    done = run(*arguments(tmp_path, "run", "--workers", "1", *LOG))
+    assert_as_undisturbed(done, folder, undisturbed)
+    assert "--log" not in done.err
+    assert losses(folder, "tensorboard") == [(r["step"], pytest.approx(r["loss"])) for r in records(folder)]
     assert [e["step"] for e in events(folder, "checkpoint_loaded")] == stops
 
 

@@ -1,0 +1,287 @@
+"""`python -m orchestrator.track RUN --log tensorboard,mlflow,wandb`: write a run to loggers, from its folder alone.
+
+Training with --log starts this beside itself; it follows the run and costs the training process nothing. By hand it
+does the same for any run, also for one that is over: it ends when the run has.
+Exit status: 0 written; 1 a logger failed; 2 there is no run, or a package is missing.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.clerk import TOLD
+from orchestrator.command import Parser, refuse
+from orchestrator.digest import digest
+from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.history import ALIVE_S
+from orchestrator.logbooks import BOOKS, Logbook, need
+from orchestrator.redact import redact
+from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder
+from orchestrator.storage import Folder, cache_folder
+from orchestrator.values import LOGGERS, Loggers
+
+EVERY_S = 1.0
+BLOCK_BYTES = 4 * 2**20  # of a log, read at once: about ten thousand steps
+UPLOAD_EVERY_S = 60.0
+BEHIND = 10  # nice(2): training goes first
+
+
+class Growing:
+    """New records of a log that is appended to, and sometimes cut and continued (steps are taken again).
+
+    What was read last is looked at again: where it has changed, the log is read from its beginning.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._offset, self._last = 0, b""
+        self.count = 0  # records read since the log's beginning
+
+    def new(self) -> list[dict[str, Any]]:
+        """The next records, at most a block of them; [] where there are none yet."""
+        data = self._folder.since(self._name, self._offset - len(self._last), BLOCK_BYTES)
+        if not data.startswith(self._last):
+            self._offset, self._last, self.count = 0, b"", 0
+            data = self._folder.since(self._name, 0, BLOCK_BYTES)
+        fresh = data[len(self._last) : data.rfind(b"\n") + 1]
+        lines = fresh.splitlines(keepends=True)
+        if lines:
+            self._offset, self._last = self._offset + len(fresh), lines[-1]
+            self.count += len(lines)
+        return [json.loads(line) for line in lines]
+
+
+class Follower:
+    """Takes a run from its folder to loggers; one that fails is left out, and the others go on.
+
+    Args:
+        tell: gets a line for the user.
+    """
+
+    def __init__(self, run: RunFolder, loggers: Sequence[str], root: Path, tell: Callable[[str], None]) -> None:
+        self._run, self._root, self._tell = run, root, tell
+        self._steps, self._events = Growing(run.folder, METRICS), Growing(run.folder, EVENTS)
+        self._books: dict[str, Logbook] = {}
+        self._wanted = list(loggers)
+        self._errors: list[str] = []
+        self.failed: list[str] = []
+        self.newest_s = 0.0
+
+    def once(self) -> bool:
+        """Write what is new; returns whether there was anything."""
+        events = self._events.new()
+        first = self._events.count - len(events) + 1
+        if events and not self._books:
+            self._open(events[0])
+        steps = self._steps.new()
+        self.newest_s = max([self.newest_s, *(record["time_s"] for record in (events + steps)[-1:])])
+        for name in list(self._books):
+            with self._kept_apart(name):
+                book = self._books[name]
+                for number, event in enumerate(events, first):
+                    if number > book.heard:
+                        book.event(number, event)
+                        book.heard = number
+                if new := [record for record in steps if record["step"] > book.newest]:
+                    book.steps(new)
+                    book.newest = new[-1]["step"]
+                if events or steps:
+                    book.flush()
+        return bool(events or steps)
+
+    def _open(self, began: dict[str, Any]) -> None:
+        """Open the loggers; the first event is the run's own: the same name, begun anew, is another run."""
+        config = self._run.config() or {}
+        run_id = digest([config.get("name"), began])[:16]
+        for name in self._wanted:
+            with self._kept_apart(name):
+                self._books[name] = BOOKS[name](self._root, config, run_id, began["time_s"])
+        self._wanted = []
+
+    def close(self, result: dict[str, Any] | None) -> None:
+        """The command is over."""
+        for name in list(self._books):
+            with self._kept_apart(name):
+                self._books[name].close(result)
+        for text in self._errors:
+            self._run.error(text)
+
+    @contextlib.contextmanager
+    def _kept_apart(self, name: str) -> Iterator[None]:
+        """A logger's error is its own."""
+        try:
+            yield
+        except Exception as error:
+            self._books.pop(name, None)
+            self.failed.append(name)
+            text = f"--log {name}: " + "".join(traceback.format_exception(error))
+            if self._run.folder.is_local:
+                self._run.error(text)
+            else:
+                self._errors.append(text)  # that file is the coordinator's, which writes it whole, until it ends
+            reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
+            later = f"python -m orchestrator.track {self._run.uri} --log {name}"
+            self._tell(f"--log {name}: failed ({reason}); see {ERRORS} of the run; later: {later}")
+
+
+class Upload:
+    """Loggers write to a folder of this machine; of a run on object storage it is copied there, now and then."""
+
+    def __init__(self, folder: Folder, loggers: Sequence[str], local: Path) -> None:
+        self._folder, self._local = folder, local
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._next_s = time.monotonic() + UPLOAD_EVERY_S
+        for name in loggers:
+            if name == "mlflow":  # goes on where it was; the others are written anew
+                for file in folder.child(name).names():
+                    if file.endswith(".db"):
+                        (local / name).mkdir(parents=True, exist_ok=True)
+                        (local / name / file).write_bytes(folder.read(f"{name}/{file}"))
+            else:
+                folder.delete(name)
+
+    def send(self, now: bool = False) -> None:
+        """Copy what has changed, if it is time."""
+        began_s = time.monotonic()
+        if not now and began_s < self._next_s:
+            return
+        for file in sorted(self._local.rglob("*")):
+            state = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() and not file.is_symlink() else None
+            if state and self._sent.get(file) != state:
+                self._folder.write(str(file.relative_to(self._local)), file.read_bytes())
+                self._sent[file] = state
+        # A large database is not sent all the time.
+        self._next_s = time.monotonic() + max(UPLOAD_EVERY_S, 10 * (time.monotonic() - began_s))
+
+
+def follow(
+    run: RunFolder,
+    loggers: Sequence[str],
+    tell: Callable[[str], None],
+    over: Callable[[float], bool],
+    wait: Callable[[float], object],
+) -> list[str]:
+    """Write the run to the loggers until it is over, and then what is left.
+
+    Args:
+        tell: gets a line for the user.
+        over: whether nothing will be added; is told when the newest record was written, seconds since 1970.
+        wait: for as many seconds, or less.
+
+    Returns:
+        The loggers that failed.
+    """
+    with contextlib.ExitStack() as stack:
+        local = run.folder.is_local
+        root = Path(run.uri) if local else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="track-")))
+        upload = None if local else Upload(run.folder, loggers, root)
+        follower = Follower(run, loggers, root, tell)
+        while True:
+            last = over(follower.newest_s)  # asked before reading: what was written by then is read
+            if not follower.once():
+                if last:
+                    break
+                wait(EVERY_S)
+            if upload:
+                upload.send()
+        follower.close(run.result())
+        if upload:
+            upload.send(now=True)
+        return follower.failed
+
+
+@contextlib.contextmanager
+def alone(uri: str, wait: bool) -> Iterator[None]:
+    """Nobody else on this machine writes this run's logbooks; raises UserError where somebody does, unless `wait`."""
+    file = cache_folder() / "track" / f"{digest(uri)[:16]}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{uri}: another process is writing it to loggers; let it end") from None
+        yield
+
+
+def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> list[str]:
+    """Follow the run of the command that started this, until that has ended: its end of our stdin is closed."""
+    os.nice(BEHIND)
+    ended = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=listen, name="command", daemon=True).start()
+    # Not before training has begun: importing a logger takes seconds that the start would miss.
+    while run.owner() != token or not run.last_step():
+        if ended.wait(EVERY_S):
+            break
+    if run.owner() != token:
+        return []
+    with alone(run.uri, wait=True):
+        return follow(
+            run,
+            loggers,
+            lambda line: print(f"{TOLD}{line}", flush=True),
+            lambda _: ended.is_set() or run.owner() != token,
+            ended.wait,
+        )
+
+
+def by_hand(run: RunFolder, loggers: Sequence[str]) -> list[str]:
+    """Follow a run until it has ended, or has not written anything for a while."""
+
+    def over(newest_s: float) -> bool:
+        return run.result() is not None or time.time() - newest_s > ALIVE_S
+
+    with alone(run.uri, wait=False):
+        return follow(run, loggers, lambda line: print(line, file=sys.stderr, flush=True), over, time.sleep)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = Parser(
+        prog="python -m orchestrator.track",
+        description="Write a run to loggers, from its folder alone: one that is over, or going on, until it ends.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's folder, such as runs/NAME or s3://bucket/runs/NAME")
+    parser.add_argument("--log", metavar="LOGGERS", help=f"some of {', '.join(LOGGERS)}, separated by commas")
+    parser.add_argument("--owner", help=argparse.SUPPRESS)  # the command that started this
+    try:
+        settings = parser.parse_args(arguments)
+        run = RunFolder(Folder(settings.run, flag="RUN"))
+        config = run.config()
+        if config is None:
+            raise UserError(f"{run.uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")
+        given = settings.log if settings.log is not None else str(config.get("log", ""))
+        try:
+            loggers = Loggers.parse(given).names
+        except ValueError as error:
+            raise UserError(f"--log {given}: {error}") from None
+        if not loggers:
+            raise UserError(f"--log: the run names no logger; give some of {', '.join(LOGGERS)}")
+        need(loggers)
+        failed = beside_a_command(run, loggers, settings.owner) if settings.owner else by_hand(run, loggers)
+    except OrchestratorError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        return 0
+    if not settings.owner and not failed:
+        print(f"written to {', '.join(loggers)}: {run.uri}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
