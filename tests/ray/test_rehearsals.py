@@ -127,6 +127,7 @@ def assert_left_in_time(folder: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_soak_of_random_faults(seed: int, tmp_path: Path) -> None:
     """At random times, and new nodes for lost ones."""
