@@ -66,7 +66,7 @@ def visit(settings: Namespace, workload: str, workers: int, data: Path) -> dict[
     arguments = elastic_cost.settings_of(settings, workload, data)
     with commands.visit() as folder:
         run = folder / "run"
-        kept = ["--storage", str(folder), "--name", "run", "--resources-per-worker", "CPU=1"]
+        kept = ["--storage", str(folder), "--name", "run", "--resources-per-worker", "CPU=1", "--balance", "even"]
         command = ["-m", "orchestrator.run", workload, *arguments, "--workers", str(workers), *kept]
         process = commands.start(command, folder)
         trained = lambda: (run / "metrics.jsonl").exists() and len(commands.records(run / "metrics.jsonl"))  # noqa: E731
@@ -76,15 +76,17 @@ def visit(settings: Namespace, workload: str, workers: int, data: Path) -> dict[
                 raise RuntimeError(f"no {settings.warm_up} steps:\n{commands.said(folder)}")
             events = {event["event"]: event for event in commands.records(run / "events.jsonl")}
             worker, coordinator = events["generation_started"]["pids"][0], events["run_started"]["coordinator_pid"]
-            first = trained()
+            first, since_s = trained(), time.time()
             found = accounts(worker, coordinator, settings.seconds)
             steps = commands.records(run / "metrics.jsonl")[first:]
             spied = in_observer(worker, settings.seconds, folder)
         finally:
             process.terminate()
             process.wait()
-        if "incident" in {event["event"] for event in commands.records(run / "events.jsonl")}:
-            raise RuntimeError("something happened")
+        ended_s = since_s + 2 * settings.seconds
+        later = [event for event in commands.records(run / "events.jsonl") if since_s < event["time_s"] < ended_s]
+        if happened := [event for event in later if event["event"] == "incident"]:
+            raise RuntimeError(f"something happened: {happened}")
     aside = found["other_threads"] + found["coordinator"] / workers
     share = spied["in_observer"] / spied["samples"] + aside / found["training_thread"]
     return {"share": share, "step_s": statistics.median(r["step_s"] for r in steps), **found, **spied}
