@@ -105,6 +105,8 @@ def _cache(threads: int, device: torch.device) -> Iterator[str]:
     inductor.cpp.vec_isa_ok = True  # the CPU decides, not a probe that a busy machine may fail
     inductor.deterministic = True  # a GPU's kernels are not chosen by timing
     torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     machine = _machine(device)
     # Torch's own keys say nothing of the CPU, and a cache folder may be shared.
     folder = folder / re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-")
