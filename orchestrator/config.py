@@ -111,6 +111,10 @@ class RunConfig:
     threads: int = setting(0, low=0, high=1024)
     """CPU threads per worker, which the bits depend on. 0: the CPUs of --resources-per-worker, at least 1."""
 
+    compile: bool = setting(False)
+    """Whether forward and backward are compiled (torch.compile; needs a C++ compiler on every node), true or false; the
+    result then also depends on the kind of CPU or GPU, and on that compiler."""
+
     loader_processes: int = setting(-1, result=False, low=-1, high=256)
     """Processes per worker that decode and augment ahead. 0: none, in the training process. -1: by kind of data."""
 
@@ -209,6 +213,7 @@ def check_together(config: RunConfig) -> None:
         raise UserError("--steps, --epochs: neither is given; give one of them")
     _check_pairs(config)
     _check_sync(config)
+    _check_compile(config)
 
 
 SYNC_SETTINGS = {  # setting -> the values of --sync that it goes with
@@ -239,6 +244,14 @@ def _check_sync(config: RunConfig) -> None:
             f"--loader-processes {config.loader_processes}: --sync parameter-server tells a worker its samples one "
             "microbatch at a time, and reads them itself; leave it out"
         )
+
+
+def _check_compile(config: RunConfig) -> None:
+    """What --compile goes with."""
+    if config.compile and config.reduce != "fixed":
+        raise UserError(f"--compile true: goes with --reduce fixed, not {config.reduce}; leave one of them out")
+    if config.compile and config.sync == "parameter-server":
+        raise UserError("--compile true: goes with --sync allreduce, local-sgd or diloco; leave one of them out")
 
 
 def _check_pairs(config: RunConfig) -> None:

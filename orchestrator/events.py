@@ -30,8 +30,28 @@ class PhaseBegan:
 
 
 @dataclass(frozen=True)
+class ModelCompiled:
+    """A worker has compiled the model, and will ask for a seat (--compile).
+
+    Attributes:
+        machine: what compiled bits depend on: the CPU's vector unit and the compiler, or the GPU.
+        compile_s: seconds, waiting for another worker of the machine included.
+        cached: whether all of it was there from an earlier time.
+    """
+
+    node: str
+    pid: int
+    machine: str
+    compile_s: float
+    cached: bool
+
+
+@dataclass(frozen=True)
 class GenerationStarted:
-    """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id."""
+    """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id.
+
+    `device`: its kind, and where the model is compiled, ModelCompiled's `machine`, both of rank 0.
+    """
 
     generation: int
     step: int
@@ -196,6 +216,7 @@ class RunEnded:
 Event = (
     RunStarted
     | PhaseBegan
+    | ModelCompiled
     | GenerationStarted
     | CheckpointSaved
     | CheckpointRejected

@@ -158,7 +158,7 @@ class Rounds:
             self._data_s += time.perf_counter() - waiting_since
             torch.manual_seed(derive_seed("step", plan.config.seed, step, shard))
             with self._state.precision.autocast():
-                sums = self._workload.sums(self._state.model, batch)
+                sums = self._workload.sums(self._state.trained, batch)
             nominal = self._workload.nominal_count(end - start)
             for parameter in self._state.parameters:
                 parameter.grad = None

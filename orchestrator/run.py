@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator import toolchain
 from orchestrator.command import Parser, refuse
 from orchestrator.config import TOGETHER, assemble, build, to_toml
 from orchestrator.errors import OrchestratorError, UserError
@@ -127,6 +128,8 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
         print("nothing was changed; give another --name to train again")
         return 0
     need(config.log.names)
+    if config.compile and (problem := toolchain.problem()):
+        raise UserError(f"--compile true: {problem}")
     summary = entry.check_data(config)
     plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint, summary.blocks)
     if dry:

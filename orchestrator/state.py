@@ -30,6 +30,7 @@ class TrainingState:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision) -> None:
         self.model = model
+        self.trained = model  # what a step calls: the model, or the model compiled
         self.optimizer = optimizer
         self.precision = precision
         self.step = 0

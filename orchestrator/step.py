@@ -142,7 +142,7 @@ class ShardedGradients:
         indices, batch = next(self._feed)
         self._data_s += time.perf_counter() - waiting_since
         with self._state.precision.autocast():
-            sums = self._workload.sums(self._state.model, batch)
+            sums = self._workload.sums(self._state.trained, batch)
         extra = torch.zeros_like(self._reducer.extra)
         row = extra[shard * len(ROW) : (shard + 1) * len(ROW)]
         row[0], row[1] = sums.loss.detach(), sums.count

@@ -59,8 +59,7 @@ class Worker:
         import ray
 
         self._plan: Plan = task["plan"]
-        self._task = task
-        self._coordinator = coordinator
+        self._task, self._coordinator = task, coordinator
         context = ray.get_runtime_context()
         self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
         self._speed = declared_speed(context.get_node_labels() or {})
@@ -69,9 +68,8 @@ class Worker:
         self._group: Any = None
         self._ended = 0  # newest generation that the coordinator has ended
         self._line: Line | None = None
-        self._line_broke = False
+        self._line_broke, self._why = False, ""  # why the last generation ended, as this worker saw it
         self._saboteur = Saboteur(task["faults"], self._may_fire)
-        self._why = ""  # the last generation ended, as this worker saw it
         self._state: Any = None
         self._recorder: Any = None
         self._served: Any = None
@@ -105,6 +103,7 @@ class Worker:
         import torch
 
         from orchestrator.build import build_state, prepare_torch, settle_loader
+        from orchestrator.compiled import compile_for
         from orchestrator.recorder import Recorder
         from workloads.registry import WORKLOADS
 
@@ -114,8 +113,9 @@ class Worker:
         self._plan = settle_loader(self._plan, workload)
         self._state, has_state = build_state(self._plan, workload, device), False
         self._recorder = Recorder(self._plan, self._task["uri"], self._coordinator, self._saboteur)
+        kind = compile_for(self._plan, workload, self._state, device, self._node, self._coordinator.report.remote)
         while True:
-            answer = self._ask_for_seat(device_name, self._state.step if has_state else -1)
+            answer = self._ask_for_seat(kind, self._state.step if has_state else -1)
             if isinstance(answer, Order):
                 return self._obey(answer)
             over, has_state = self._sit(answer, workload, device, has_state)

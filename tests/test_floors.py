@@ -47,11 +47,13 @@ FLOORS: dict[int, str] = {
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
-    " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported orchestrator.logbooks"
-    " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
+    " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
+    " orchestrator.logbooks workloads.workload workloads.preparation workloads.exporting workloads.predicting"
+    " orchestrator.redact orchestrator.toolchain",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
-    " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds",
+    " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
+    " orchestrator.compiled",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"

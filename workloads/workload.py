@@ -63,6 +63,11 @@ class Workload(Protocol):
         """The training split (augmented, masked) or the held-out split (not augmented; masked by a fixed seed)."""
         ...
 
+    @property
+    def varying_inputs(self) -> tuple[int, ...]:
+        """Places of the model's inputs whose first dimension is not the number of samples, for --compile."""
+        ...
+
     def nominal_count(self, samples: int) -> float:
         """The expected `Sums.count` of so many samples: the loss is divided by it before the backward pass."""
         ...

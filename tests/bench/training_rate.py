@@ -9,6 +9,9 @@ resnet50 (224x224, from JPEG files of 400x300) and BERT-base; 1 and 2 workers of
 batch. A round visits every --reduce and, after each, the script; the rate is that of the steps after the warm-up.
 BERT's script comes in two variants, its head at every place (what model(input_ids, labels=labels) does) and at masked
 places only (what ours does): either is compared.
+With --compile ours is compiled (its seconds of compiling are not in the rate); --against eager compares it with ours
+as it is without: python tests/bench/training_rate.py --workloads bert-mini --workers 1 --reduce fixed --compile
+--against eager.
 The libraries are visited with --against script,library; they need `pip install accelerate`.
 Targets, ratio of ours to the script: --reduce fixed >= 0.95, ddp >= 1.0.
 """
@@ -29,8 +32,10 @@ TARGETS = {"fixed": paired.Target(0.95, at_least=True), "ddp": paired.Target(1.0
 WORKLOADS = {"resnet18": "resnet", "resnet50": "resnet", "bert-mini": "bert", "bert-base": "bert"}
 HEADS = {name: ("full", "masked") if kind == "bert" else ("full",) for name, kind in WORKLOADS.items()}
 LIBRARY = "library"
+EAGER = "eager"  # ours without --compile
 NAMES = {
     **{(name, "full"): "script" for name, kind in WORKLOADS.items() if kind == "resnet"},
+    **{(name, EAGER): "not compiled" for name in WORKLOADS},
     **{(name, LIBRARY): "Trainer" if kind == "bert" else "accelerate" for name, kind in WORKLOADS.items()},
 }
 NEVER = "1000000"  # steps between checkpoints: their cost is checkpoint_stall.py's subject
@@ -49,12 +54,14 @@ DIFFERENCES = {
 }
 
 
-def ours(settings: Namespace, workload: str, workers: int, reduce: str, data: Path) -> list[float]:
+def ours(
+    settings: Namespace, workload: str, workers: int, reduce: str, data: Path, compiled: bool = False
+) -> list[float]:
     """Seconds per step of one visit to our command line."""
     arguments = [
         "--workers", str(workers), "--reduce", reduce, "--shards", str(settings.shards), "--precision", "fp32",
         "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), "--checkpoint-every", NEVER,
-        "--resources-per-worker", "CPU=1", "--threads", "1",
+        "--resources-per-worker", "CPU=1", "--threads", "1", "--compile", str(compiled).lower(),
     ]  # fmt: skip
     if WORKLOADS[workload] == "resnet":
         kind = "cifar10" if workload == "resnet18" else "imagefolder"
@@ -85,7 +92,9 @@ def script(settings: Namespace, workload: str, workers: int, head: str, data: Pa
 def baselines(settings: Namespace, workload: str) -> list[str]:
     """What ours is compared with: the script's heads, the library."""
     heads = [head for head in HEADS[workload] if head in settings.heads or len(HEADS[workload]) == 1]
-    return (heads if "script" in settings.against else []) + ([LIBRARY] if LIBRARY in settings.against else [])
+    return (heads if "script" in settings.against else []) + [
+        other for other in (LIBRARY, EAGER) if other in settings.against
+    ]
 
 
 def sides(settings: Namespace, workload: str, workers: int, data: Path) -> dict[str, Callable[[], list[float]]]:
@@ -94,10 +103,12 @@ def sides(settings: Namespace, workload: str, workers: int, data: Path) -> dict[
     order: dict[str, Callable[[], list[float]]] = {}
     for i in range(max(len(settings.reduce), len(heads))):
         if i < len(settings.reduce):
-            order[settings.reduce[i]] = partial(ours, settings, workload, workers, settings.reduce[i], data)
+            reduce = settings.reduce[i]
+            order[reduce] = partial(ours, settings, workload, workers, reduce, data, compiled=settings.compile)
         # With fewer variants of the script than of ours it is visited again: each of ours has its own neighbour.
         head, again = heads[i % len(heads)], i // len(heads)
-        order[f"script {head} {again}"] = partial(script, settings, workload, workers, head, data)
+        other = partial(script, head=head) if head != EAGER else partial(ours, reduce=settings.reduce[0])
+        order[f"script {head} {again}"] = partial(other, settings, workload, workers, data=data)
     return order
 
 
@@ -128,7 +139,7 @@ def measure(settings: Namespace, workload: str, workers: int, data: Path) -> lis
             compared["ratio_by_median_step"] = round(_median_step(settings, against, found[reduce]), 4)
             compared["differences"] = [
                 *DIFFERENCES["both"], *DIFFERENCES[WORKLOADS[workload]], *DIFFERENCES.get(reduce, [])
-            ]  # fmt: skip
+            ] if head != EAGER else ["ours: --compile true; the other side: the same command without"]  # fmt: skip
             comparisons.append(compared)
     return comparisons
 
@@ -148,7 +159,8 @@ def main() -> None:
     parser.add_argument(
         "--baseline-head", dest="heads", type=paired.words(("full", "masked")), default=["full", "masked"]
     )
-    parser.add_argument("--against", type=paired.words(("script", LIBRARY)), default=["script"])
+    parser.add_argument("--against", type=paired.words(("script", LIBRARY, EAGER)), default=["script"])
+    parser.add_argument("--compile", action="store_true", help="ours is compiled, with --reduce fixed")
     parser.add_argument("--steps", type=int, default=13, help="steps per visit, the warm-up included [13]")
     parser.add_argument("--warm-up", type=int, default=3, help="first steps that are not counted [3]")
     parser.add_argument("--batch-size", type=int, default=128, help="global batch of either side [128]")

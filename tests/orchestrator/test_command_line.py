@@ -78,6 +78,9 @@ BAD = {
     "ddp and diloco": (["resnet", "--sync", "diloco", "--reduce", "ddp"], "--reduce ddp: goes with --sync allreduce"),
     "fp16 served": (["resnet", "--sync", "parameter-server", "--precision", "fp16"], "use fp32 or bf16"),
     "loaders served": (["resnet", "--sync", "parameter-server", "--loader-processes", "2"], "--loader-processes 2"),
+    "compile word": (["resnet", "--compile", "maybe"], "--compile maybe: write true or false"),
+    "compile and ddp": (["resnet", "--compile", "true", "--reduce", "ddp"], "--compile true: goes with --reduce fixed"),
+    "compile served": (["resnet", "--compile", "true", "--sync", "parameter-server"], "goes with --sync allreduce"),
     "model": (["resnet", "--model", "vgg16"], "resnet50"),
     "placement": (["resnet", "--placement", "anywhere"], "strict-spread"),
     "cadence": (["resnet", "--checkpoint-every", "often"], "--checkpoint-every often"),
@@ -109,6 +112,15 @@ BAD = {
     "bert workers": (["bert", "--steps", "2", "--workers", "x"], "--workers x"),
     "unknown storage": (["resnet", "--storage", "gopher://x/y"], "--storage gopher://x/y"),
 }
+
+
+def test_compiling_without_a_compiler(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    assert main(["resnet", "--compile", "true", "--storage", str(tmp_path / "runs")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--compile true: the C++ compiler /nonexistent/g++ cannot be run" in line
+    assert line.endswith("install one (apt install g++ libpython3-dev), name it in CXX, or leave --compile out")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("case", BAD)

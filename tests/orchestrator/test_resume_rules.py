@@ -26,6 +26,8 @@ def values(name: str, field, default) -> st.SearchStrategy:
     meta = field.metadata
     if meta["choices"]:
         return st.sampled_from(meta["choices"])
+    if isinstance(default, bool):
+        return st.booleans()
     if isinstance(default, float):
         high = meta["high"] if meta["high"] is not None else 1e300
         return st.floats(meta["low"], high, allow_subnormal=False)
@@ -60,6 +62,8 @@ def configurations(draw, workload: str) -> RunConfig:
             del fields[name]
     for name in draw(st.sets(st.sampled_from(sorted(fields)))):
         chosen[name] = draw(values(name, fields[name], getattr(defaults, name)))
+    if chosen.get("reduce") == "ddp" or chosen["sync"] == "parameter-server":
+        chosen.pop("compile", None)
     return build(config_type, chosen)
 
 

@@ -109,6 +109,7 @@ class ToyWorkload:
     """See workloads.workload.Workload."""
 
     decodes = False
+    varying_inputs = ()
 
     def __init__(self, config: ToyConfig) -> None:
         self.config = config

@@ -94,6 +94,11 @@ class BertWorkload:
             return BertSamples(self._prepared.train, self._masking, self._config.seed, sep_id)
         return BertSamples(self._prepared.heldout, self._masking, None, sep_id)
 
+    @property
+    def varying_inputs(self) -> tuple[int, ...]:
+        """The masked places, of which sequences have more or fewer."""
+        return (1,)
+
     def nominal_count(self, samples: int) -> float:
         """Masked tokens expected in so many training sequences."""
         return samples * max(1.0, self._config.mask_rate * self._prepared.maskable)

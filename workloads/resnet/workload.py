@@ -130,6 +130,11 @@ class ResnetWorkload:
         """The training split, augmented, or the held-out split as it is."""
         return ImageSamples(self._open(split), split, self.config)
 
+    @property
+    def varying_inputs(self) -> tuple[int, ...]:
+        """None: images alone."""
+        return ()
+
     def nominal_count(self, samples: int) -> float:
         """Every image counts once."""
         return samples

@@ -1,0 +1,152 @@
+"""--compile: the model's forward and backward compiled by torch, before a worker takes its first seat.
+
+The same bits for any number of workers: every worker compiles one graph, from the run's first microbatch, with shapes
+that are fixed but for those that the workload declares as varying. What has another shape (the last microbatch of an
+epoch) is computed without the compiler: that depends on the samples alone, not on who has seen which before. A graph
+that would have to be compiled anew is refused. Compiled code differs with the CPU's vector unit and the C++ compiler,
+the `machine`: bits are promised for one kind of it.
+"""
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator import toolchain
+from orchestrator.batchnorm import RunningStatistics
+from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.events import Event, ModelCompiled
+from orchestrator.feed import batches
+from orchestrator.plan import Plan
+from orchestrator.state import TrainingState
+from orchestrator.storage import cache_folder
+from workloads.workload import Workload
+
+Report = Callable[[list[dict[str, Any]], list[Event]], object]
+LEAST = 2  # torch gives sizes of 0 and 1 graphs of their own, whatever was marked as varying
+
+
+class CompiledModel(nn.Module):
+    """A model that is compiled at its first microbatch of `samples`, and called as it is for others.
+
+    Args:
+        varying: places of the inputs whose first dimension is not the number of samples.
+    """
+
+    def __init__(self, model: nn.Module, samples: int, varying: tuple[int, ...]) -> None:
+        super().__init__()
+        self._model, self._samples, self._varying = model, samples, varying
+        self._compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        self.ready = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Raises RuntimeError where a whole microbatch needs another graph than the first one."""
+        if len(inputs[0]) != self._samples or any(len(inputs[place]) < LEAST for place in self._varying):
+            output: Tensor = self._model(*inputs)
+        elif self.ready:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                output = self._compiled(*inputs)
+        else:
+            for place in self._varying:
+                torch._dynamo.mark_dynamic(inputs[place], 0)
+            output = self._compiled(*inputs)
+            self.ready = True
+        return output
+
+
+def compile_for(
+    plan: Plan, workload: Workload, state: TrainingState, device: torch.device, node: str, report: Report
+) -> str:
+    """Compile what the run trains, if it is to be compiled; returns what its bits depend on: the device, the machine.
+
+    Args:
+        report: takes records of steps (none) and events (one).
+
+    Raises:
+        TrainingError: this machine cannot compile it.
+        DataError: the first microbatch cannot be read.
+    """
+    if not plan.config.compile:
+        return device.type
+    if problem := toolchain.problem():
+        raise TrainingError(f"--compile true: node {node}: {problem}")
+    started = time.monotonic()
+    with _cache(plan.config.threads, device) as machine:
+        try:
+            state.trained = _first_microbatch(plan, workload, state, device)
+        except OrchestratorError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
+        missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+    report([], [ModelCompiled(node, os.getpid(), machine, round(time.monotonic() - started, 3), not missed)])
+    return f"{device.type}, {machine}"
+
+
+@contextmanager
+def _cache(threads: int, device: torch.device) -> Iterator[str]:
+    """Torch's compiler set up to keep all it makes in the cache folder of this machine, whose description this gives.
+
+    Workers of one machine take turns: the first compiles, the others find it done.
+    """
+    folder = cache_folder() / "compiled"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    import torch._dynamo
+    import torch._inductor.config as inductor
+
+    inductor.compile_threads = threads
+    inductor.cpp.vec_isa_ok = True  # the CPU decides, not a probe that a busy machine may fail
+    inductor.deterministic = True  # a GPU's kernels are not chosen by timing
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    machine = _machine(device)
+    # Torch's own keys say nothing of the CPU, and a cache folder may be shared.
+    folder = folder / re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    with (folder / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield machine
+
+
+def _machine(device: torch.device) -> str:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{pick_vec_isa()}, {toolchain.version()}"
+
+
+def _first_microbatch(plan: Plan, workload: Workload, state: TrainingState, device: torch.device) -> nn.Module:
+    """Forward and backward of the run's first microbatch, as in a step; leaves the state as it was."""
+    schedule, buffers = plan.schedule, [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    request = schedule.indices(plan.config.seed, 0, 0)
+    indices, batch = next(batches(workload.samples("train"), [request], 0, device))
+    model = CompiledModel(state.model, len(indices), workload.varying_inputs)
+    # Its momentum is a constant of the graph.
+    statistics = RunningStatistics(state.model) if plan.config.sync == "allreduce" else None
+    state.model.train()
+    try:
+        with state.precision.autocast():
+            sums = workload.sums(model, batch)
+        state.precision.scaler.scale(sums.loss / workload.nominal_count(len(indices))).backward()
+    finally:
+        if statistics:
+            statistics.close()
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
+        for parameter in state.parameters:
+            parameter.grad = None
+    if not model.ready:
+        raise TrainingError(
+            "--compile true: this run's microbatches are too small; leave it out, or use fewer --shards"
+        )
+    return model
