@@ -30,6 +30,14 @@ class PhaseBegan:
 
 
 @dataclass(frozen=True)
+class PrecisionChosen:
+    """--precision auto was settled; `seconds` of forward and backward of a microbatch in each."""
+
+    precision: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class GenerationStarted:
     """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id."""
 
@@ -196,6 +204,7 @@ class RunEnded:
 Event = (
     RunStarted
     | PhaseBegan
+    | PrecisionChosen
     | GenerationStarted
     | CheckpointSaved
     | CheckpointRejected

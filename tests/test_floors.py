@@ -51,7 +51,8 @@ FLOORS: dict[int, str] = {
     " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
-    " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds",
+    " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
+    " orchestrator.trial",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
