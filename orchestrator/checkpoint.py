@@ -44,7 +44,7 @@ class CheckpointStore:
         self, folder: Folder, identity: str, keep: int, halfway: Callable[[int], None] = lambda step: None
     ) -> None:
         self._folder = folder
-        self._identity = identity
+        self.identity = identity
         self._keep = keep
         self._halfway = halfway
 
@@ -64,7 +64,7 @@ class CheckpointStore:
         manifest = {
             "format": FORMAT,
             "step": step,
-            "identity": self._identity,
+            "identity": self.identity,
             "files": {STATE: {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}},
         }
         self._folder.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
@@ -91,7 +91,7 @@ class CheckpointStore:
             raise CheckpointError(f"{where}: {MANIFEST} or {STATE} unreadable ({error!r})") from None
         if len(state) != size or hashlib.sha256(state).hexdigest() != sha256:
             raise CheckpointError(f"{where}: corrupted ({STATE} does not match its checksum)")
-        if identity != self._identity:
+        if identity != self.identity:
             raise CheckpointError(f"{where}: of another configuration or other data")
         try:
             return Loaded(step, load(state))

@@ -50,7 +50,8 @@ class RunConfig:
     """Seed of everything random: initial weights, sample order, augmentation, dropout, masking."""
 
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
-    """Arithmetic of forward and backward; fp16 scales the loss dynamically. auto: what the device is fastest in."""
+    """Arithmetic of forward and backward; fp16 scales the loss dynamically. auto: measured when the run
+    starts, fp32 unless another takes at most 0.7 of its time, and kept in config.toml: resuming does not measure."""
 
     data: str = setting("")
     """Training data, as KIND or KIND:PATH."""

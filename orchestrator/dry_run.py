@@ -46,18 +46,22 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
         f"sync          {_sync(plan)}",
         f"workers       {config.workers} asked for; {workers} {note}",
-        f"each          {reserved}, {config.threads} thread(s), {config.precision}",
+        f"each          {reserved}, {config.threads} thread(s), {_precision(config)}",
         f"placement     {config.placement}; as Ray is expected to place them:",
         *_by_node(placement, [nodes[number].name for number in on], config.sync != "parameter-server"),
         f"memory        about {_size(state + gradients + forward_bytes)} a worker beside torch's own "
         f"(state {_size(state)}, gradients at most {_size(gradients)}, activations about {_size(forward_bytes)})",
         f"checkpoint    {_size(state)} every {config.checkpoint_every}, {config.keep_checkpoints} kept",
         f"run folder    {folder.uri}",
-        f"identity      {plan.identity()[:16]}",
+        f"identity      {plan.identity()[:16] if config.precision != 'auto' else 'when the precision is measured'}",
         "",
         to_toml(config, plan.workload).rstrip(),
     ]
     return "\n".join(lines)
+
+
+def _precision(config: RunConfig) -> str:
+    return config.precision if config.precision != "auto" else "precision measured at the start"
 
 
 def _sync(plan: Plan) -> str:

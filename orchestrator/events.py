@@ -47,6 +47,14 @@ class ModelCompiled:
 
 
 @dataclass(frozen=True)
+class PrecisionChosen:
+    """--precision auto was settled; `seconds` of forward and backward of a microbatch in each."""
+
+    precision: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
 class GenerationStarted:
     """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id.
 
@@ -217,6 +225,7 @@ Event = (
     RunStarted
     | PhaseBegan
     | ModelCompiled
+    | PrecisionChosen
     | GenerationStarted
     | CheckpointSaved
     | CheckpointRejected

@@ -5,15 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
-from orchestrator.events import CheckpointSaved, Evaluated
+from orchestrator.events import CheckpointSaved, Evaluated, PrecisionChosen
+from orchestrator.group import Group
 from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
+from orchestrator.precision import Precision
 from orchestrator.reporter import Reporter
 from orchestrator.rounds import Observer
+from orchestrator.runfolder import RunFolder
 from orchestrator.seats import Seat
 from orchestrator.state import TrainingState
 from orchestrator.step import StepTotals
 from orchestrator.storage import Folder
+from orchestrator.trial import choose, measure
+from workloads.workload import Workload
 
 
 class Recorder(Observer):
@@ -21,8 +26,10 @@ class Recorder(Observer):
 
     def __init__(self, plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> None:
         self._plan, self._saboteur = plan, saboteur
-        folder = Folder(uri, patience_s=plan.config.storage_patience).child("checkpoints")
+        self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience))
+        self._open = plan.config.precision == "auto"
         halfway = lambda step: self.sabotage("checkpoint", step)  # noqa: E731
+        folder = self._folder.folder.child("checkpoints")
         self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, halfway)
         self.reporter = Reporter(coordinator)
         self._writer = BackgroundWriter(self.store, lambda saved: self.reporter.event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
@@ -43,6 +50,31 @@ class Recorder(Observer):
             self._checkpointed_s = time.time()
         self._seat, self.pause = seat, False
         self.reporter.take_over(seat.rank == 0, seat.recorded)
+
+    def settle_precision(self, workload: Workload, state: TrainingState, group: Group) -> Plan:
+        """The plan without --precision auto; every worker of a generation calls it before it takes the state over.
+
+        What rank 0 has, else what config.toml has, else what it measures now: that is written there first, so that
+        it is measured once in a run's life, and a checkpoint never is of another precision than config.toml.
+        """
+        if not self._open:
+            return self._plan
+        kind = self._plan.config.precision
+        if group.rank == 0 and kind == "auto":
+            with group.others_wait():
+                kind = self._folder.precision()
+            if kind == "auto":
+                seconds = measure(self._plan, workload, state.model, group)
+                kind = choose(seconds)
+                self.reporter.event(PrecisionChosen(kind, {k: round(s, 6) for k, s in seconds.items()}))
+                with group.others_wait():
+                    self._folder.settle_precision(kind)
+        kind = group.broadcast_object(kind)
+        if kind != self._plan.config.precision:
+            self._plan = self._plan.with_config(precision=kind)
+            self.store.identity = self._plan.identity()
+            state.precision = Precision(kind, group.device.type)
+        return self._plan
 
     def begin(self, step: int) -> None:
         """The first step of a generation is about to be taken, with `step` done."""

@@ -183,6 +183,8 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
             ("undisturbed", "disturbed"), folders, ([], ["--faults", mine.faults]), strict=True
         ):
             train(workload, [*shared, "--storage", storage, "--name", f"{name}-{kind}", *extra], where, folder)
+            if given.get("precision", "auto") == "auto":  # near a tie, the second run could measure otherwise
+                shared.append(f"--precision={folder.precision()}")
     found = problems(faults, folders[0], folders[1])
     print(f"\n{table(faults, folders[1])}\n\n{_verdict(folders[0], folders[1], found)}", flush=True)
     return 1 if found else 0

@@ -36,19 +36,16 @@ def default_storage() -> str:
 
 
 def settle_arithmetic(config: C, gpu: bool) -> C:
-    """The same settings without "auto" in what the bits depend on: precision and threads."""
+    """The same settings with the threads that the bits depend on.
+
+    The precision may stay "auto", which the first workers settle (recorder.py). Parameter servers are started with the
+    same plan, and --compile comes before workers meet: with these it is bf16 on GPUs, and fp32 elsewhere.
+    """
     cpus = config.resources_per_worker.numbers().get("CPU", 1.0)
-    threads = config.threads or max(1, int(cpus))
-    precision = config.precision if config.precision != "auto" else ("bf16" if gpu or _has_amx() else "fp32")
-    return dataclasses.replace(config, threads=threads, precision=precision)
-
-
-def _has_amx() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware tiles; without, bf16 was slower than fp32 here."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    precision = config.precision
+    if precision == "auto" and (config.compile or config.sync == "parameter-server"):
+        precision = "bf16" if gpu else "fp32"
+    return dataclasses.replace(config, threads=config.threads or max(1, int(cpus)), precision=precision)
 
 
 def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: str) -> C:

@@ -14,6 +14,7 @@ from orchestrator.redact import redact
 from orchestrator.storage import Folder
 
 CONFIG, EVENTS, METRICS, RESULT = "config.toml", "events.jsonl", "metrics.jsonl", "result.json"
+AUTO = "auto"
 OWNER, ERRORS = "logs/owner", "logs/errors.log"
 
 LAST_BYTES = 8192  # of metrics.jsonl: several records
@@ -48,6 +49,15 @@ class RunFolder:
             return tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
+
+    def precision(self) -> str:
+        """That of config.toml; "auto" where it is not settled yet."""
+        return str((self.config() or {}).get("precision", AUTO))
+
+    def settle_precision(self, kind: str) -> None:
+        """Put it into config.toml in the place of "auto"."""
+        text = self.folder.read_text(CONFIG) or ""
+        self.folder.write(CONFIG, text.replace(f'\nprecision = "{AUTO}"\n', f'\nprecision = "{kind}"\n').encode())
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while there is none."""

@@ -206,6 +206,7 @@ class Worker:
             if self._ended >= seat.generation:
                 group.abort()
             group.connect(self._store_of(seat), seat.generation, self._task["group_timeout_s"])
+            self._plan = self._recorder.settle_precision(workload, self._state, group)
             self._restore(group, seat)
             has_state = True
             return self._train(workload, group, seat), True
@@ -232,8 +233,7 @@ class Worker:
         """All get the state of rank 0, which loads the newest whole checkpoint if nobody has any."""
         import ray
 
-        started = time.perf_counter()
-        load_s, rejected = 0.0, list[str]()
+        started, load_s, rejected = time.perf_counter(), 0.0, list[str]()
         if seat.step < 0 and seat.rank == 0:
             loaded = self._recorder.store.load_newest(rejected.append)
             if loaded:

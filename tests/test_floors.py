@@ -53,7 +53,7 @@ FLOORS: dict[int, str] = {
     3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
-    " orchestrator.compiled",
+    " orchestrator.compiled orchestrator.trial",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"

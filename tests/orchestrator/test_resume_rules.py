@@ -149,12 +149,23 @@ def test_the_same_value_again_and_auto_are_fine(tmp_path):
     assert (config.precision, config.threads) == ("bf16", 2)
 
 
-def test_auto_is_settled_before_it_is_stored(tmp_path):
+def test_threads_are_settled_before_they_are_stored_and_the_precision_by_the_workers(tmp_path):
     stored = started(tmp_path, steps="40", resources_per_worker="CPU=2").config()
-    assert stored["precision"] in ("fp32", "bf16")
+    assert stored["precision"] == "auto"
     assert stored["threads"] == 2
     assert settle_arithmetic(build(RunConfig, {"steps": 1, "resources_per_worker": "CPU=0.5"}), False).threads == 1
-    assert settle_arithmetic(build(RunConfig, {"steps": 1}), True).precision == "bf16"
+    served = build(RunConfig, {"steps": 1, "sync": "parameter-server"})
+    assert [settle_arithmetic(served, gpu).precision for gpu in (False, True)] == ["fp32", "bf16"]
+
+
+def test_a_resumed_run_has_the_precision_that_was_measured(tmp_path):
+    folder = started(tmp_path, steps="40")
+    assert again(folder, tmp_path).precision == "auto", "it was stopped before its workers were there"
+    folder.settle_precision("bf16")
+    assert again(folder, tmp_path).precision == "bf16"
+    assert again(folder, tmp_path, precision="auto").precision == "bf16"
+    with pytest.raises(UserError, match="started with bf16"):
+        again(folder, tmp_path, precision="fp32")
 
 
 def test_another_workload_under_the_name_is_refused(tmp_path):

@@ -33,6 +33,9 @@ def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
     assert found["metrics"]["accuracy"] >= 0.98
     assert found["steps"] == len(records(folder)) == 360
     assert found["samples"] == sum(r["samples"] for r in records(folder)) == 30 * 1437
+    (measured,) = events(folder, "precision_chosen")
+    assert measured["seconds"].keys() == {"fp32", "bf16"}
+    assert f'\nprecision = "{measured["precision"]}"\n' in (folder / "config.toml").read_text()
     assert str(folder) in done.out
     assert "next:" in done.out
     assert not CONTROL.search(done.out + done.err)
