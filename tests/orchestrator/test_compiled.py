@@ -85,6 +85,11 @@ def compiled_state(plan: Plan, cache: str) -> tuple[TrainingState, list]:
     return state, events
 
 
+def report(group: Group, plan: Plan, cache: str):
+    """What a worker reports when it has compiled."""
+    return compiled_state(plan, cache)[1][0]
+
+
 def run_net(group: Group, plan: Plan, cache: str, placement: Placement | None = None):
     """(weights, losses) of a whole run."""
     state, recorder = compiled_state(plan, cache)[0], RoundRecorder()
@@ -95,7 +100,11 @@ def run_net(group: Group, plan: Plan, cache: str, placement: Placement | None = 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("compiled"))
+    """A cache folder with what the toy model needs, as an earlier run leaves it."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    (told,) = run_distributed(report, 1, net_plan(), folder)
+    assert not told.cached
+    return folder
 
 
 def test_the_weights_do_not_depend_on_the_workers(cache):
