@@ -99,6 +99,13 @@ def loss_chart(histories: Sequence[History]) -> Any:
     return chart
 
 
+def taken(history: History, name: str) -> tuple[Floats, Floats]:
+    """(steps, values) of a held-out metric; of a step that was evaluated again, the last value."""
+    found = {e["step"]: e["metrics"][name] for e in history.of_kind("evaluated") if name in e["metrics"]}
+    steps = sorted(found)
+    return np.array(steps, float), np.array([found[step] for step in steps], float)
+
+
 def metric_charts(histories: Sequence[History]) -> dict[str, Any]:
     """A chart for each held-out metric that one of the runs took more than once."""
     names = {name: None for history in histories for event in history.of_kind("evaluated") for name in event["metrics"]}
@@ -106,10 +113,8 @@ def metric_charts(histories: Sequence[History]) -> dict[str, Any]:
     for name in names:
         chart, most = figure(name.replace("_", " ")), 0
         for i, history in enumerate(histories):
-            taken = {e["step"]: e["metrics"][name] for e in history.of_kind("evaluated") if name in e["metrics"]}
-            most = max(most, len(taken))
-            steps = np.array(sorted(taken), float)
-            values = np.array([taken[int(step)] for step in steps], float)
+            steps, values = taken(history, name)
+            most = max(most, len(steps))
             chart.add_scatter(
                 x=rounded(steps), y=rounded(values), mode="lines+markers", name=history.name, line={"color": colour(i)}
             )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator import spoken
 from orchestrator.charts import (
     loss_chart,
     metric_charts,
@@ -36,11 +37,11 @@ def section(title: str, **content: Any) -> dict[str, Any]:
     return {"title": title, "id": identifier, "charts": [], "tables": [], "text": "", "note": ""} | content
 
 
-def chart(identifier: str, caption: str, drawn: Any) -> dict[str, str]:
-    """A chart and what it shows, in words."""
+def chart(identifier: str, caption: str, spoken: str, drawn: Any) -> dict[str, str]:
+    """A chart, what it shows in words, and in numbers for a screen reader."""
     content = json.loads(drawn.to_json())
     content["layout"].pop("template", None)
-    return {"id": identifier, "caption": caption, "json": json.dumps(content).replace("</", "<\\/")}
+    return {"id": identifier, "caption": caption, "spoken": spoken, "json": json.dumps(content).replace("</", "<\\/")}
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Any]], folded: bool = False) -> dict[str, Any]:
@@ -92,10 +93,12 @@ def training_section(histories: Sequence[History]) -> dict[str, Any]:
         return section("Training", note="No step has been committed yet.")
     incidents = f"; {len(first.incidents)} incidents are marked" if first.incidents else ""
     told = f"Training loss by step: from {losses[0]:.4f} to {losses[-1]:.4f}{incidents}."
-    charts = [chart("loss", told, loss_chart(histories))]
+    charts = [chart("loss", told, spoken.column(histories, "loss"), loss_chart(histories))]
     for name, drawn in metric_charts(histories).items():
-        charts.append(chart(f"metric-{name}", f"Held-out {name.replace('_', ' ')} by step.", drawn))
-    charts.append(chart("rate", "Samples per second by step.", rate_chart(histories)))
+        caption = f"Held-out {name.replace('_', ' ')} by step."
+        charts.append(chart(f"metric-{name}", caption, spoken.metric(histories, name), drawn))
+    rate = spoken.column(histories, "samples_per_s")
+    charts.append(chart("rate", "Samples per second by step.", rate, rate_chart(histories)))
     evaluated = first.of_kind("evaluated")
     names = list(dict.fromkeys(name for event in evaluated for name in event["metrics"]))
     rows = [[event["step"], *(round(event["metrics"].get(n, float("nan")), 5) for n in names)] for event in evaluated]
@@ -117,7 +120,10 @@ def workers_section(history: History) -> dict[str, Any]:
     heads = ["generation", "began (UTC)", "step", "workers", "shards of each worker"]
     return section(
         "Workers",
-        charts=[chart("workers", workers, workers_chart(history)), chart("shards", held, shards_chart(history))],
+        charts=[
+            chart("workers", workers, spoken.workers(history), workers_chart(history)),
+            chart("shards", held, spoken.shards(history), shards_chart(history)),
+        ],
         tables=[table("Generations", heads, rows, folded=True)],
     )
 
@@ -166,7 +172,8 @@ def time_section(history: History) -> dict[str, Any]:
     goodput = (history.result or {}).get("goodput", useful_s / wall_s if wall_s else 0.0)
     told = f"Parts of a step, over the run. In all: {shares_told(history)}."
     note = f"Goodput, the share of wall time that went into steps that count: {goodput:.1%}."
-    return section("Where the time goes", charts=[chart("shares", told, shares_chart(history))], note=note)
+    drawn = chart("shares", told, spoken.shares(history), shares_chart(history))
+    return section("Where the time goes", charts=[drawn], note=note)
 
 
 def comparison_section(histories: Sequence[History]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ FLOORS: dict[int, str] = {
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
-    " orchestrator.reporter orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry"
+    " orchestrator.reporter orchestrator.charts orchestrator.spoken orchestrator.liveview orchestrator.checkup"
+    " workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
     " orchestrator.dispatcher orchestrator.served_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"

@@ -18,6 +18,7 @@ from orchestrator.history import ALIVE_S, read_history, thin, training_shares
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here; apt-get install chromium")
+SPOKEN_KINDS = ("worker killed", "node lost", "node drained")
 PHONE, DESK = {"width": 390, "height": 800}, {"width": 1280, "height": 900}
 
 
@@ -60,7 +61,6 @@ def test_a_finished_run_in_a_browser(browser, tmp_path):
     assert charts.count() == 7
     for i in range(charts.count()):
         assert charts.nth(i).locator("svg.main-svg").count(), "a chart was not drawn"
-        assert len(charts.nth(i).get_attribute("aria-label")) > 20
     marks = tab.locator("#loss .scatterlayer path.point")
     assert marks.count() == len(written.incidents)
     rows = tab.locator("section[aria-labelledby=incidents] tbody tr")
@@ -110,6 +110,51 @@ def test_by_keyboard_and_on_paper(browser, tmp_path):
     tab.emulate_media(media="print")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not tab.locator("nav").is_visible()
+
+
+def heard(tab: Any) -> list[dict[str, Any]]:
+    """What Chromium tells a screen reader, in order: role, name, whether the keyboard gets there."""
+    found = tab.context.new_cdp_session(tab).send("Accessibility.getFullAXTree")["nodes"]
+    return [
+        {
+            "role": node["role"]["value"],
+            "name": node.get("name", {}).get("value", "").strip(),
+            "focusable": any(p["name"] == "focusable" and p["value"]["value"] for p in node.get("properties", [])),
+        }
+        for node in found
+        if not node["ignored"]
+    ]
+
+
+@needs_browser
+def test_as_a_screen_reader_has_it(browser, tmp_path):
+    """Curves in numbers with their incidents, nothing drawn, and a name for all that can be reached."""
+    written = write_run(tmp_path / "night", status="failed")  # the page with the most on it
+    write_run(tmp_path / "other", incidents=0)
+    tab = opened(browser, build(written.folder, "--compare", str(tmp_path / "other")))
+    nodes = heard(tab)
+    assert not [node for node in nodes if node["focusable"] and not node["name"]]
+    buttons = [node["name"] for node in nodes if node["role"] == "button"]
+    assert buttons == ["Zoom", "Pan", "Reset axes", "Download plot as a PNG"] * 7
+    assert not {node["role"] for node in nodes} & {"image", "SvgRoot", "graphics-document"}, "a drawing is read out"
+    figures = [node["name"] for node in nodes if node["role"] == "figure"]
+    assert len(figures) == 7
+    assert all(len(name) > 20 for name in figures)
+    toolbars = [node["name"] for node in nodes if node["role"] == "toolbar"]
+    assert toolbars == figures
+    said = [node["name"] for node in nodes if node["role"] == "StaticText"]
+    losses = [json.loads(line)["loss"] for line in (written.folder / "metrics.jsonl").read_text().splitlines()]
+    least, most = int(np.argmin(losses)), int(np.argmax(losses))
+    (of_loss,) = [text for text in said if text.startswith(f"night: first {losses[0]:.5g} at step 1, ")]
+    assert f"last {losses[-1]:.5g} at step 200" in of_loss
+    assert f"least {losses[least]:.5g} at step {least + 1}, greatest {losses[most]:.5g} at step {most + 1}." in of_loss
+    assert " other: first " in of_loss
+    marked = ", ".join(f"{kind} at step {step}" for kind, step in zip(SPOKEN_KINDS, written.incidents, strict=True))
+    assert of_loss.endswith(f"Incidents marked: {marked}.")
+    assert any("last 0.9 at step 200" in text for text in said), "held-out accuracy"
+    assert any(text.startswith("Workers: 4 from 2026-05-28 20:26:41 UTC, step 0; 3 from ") for text in said)
+    assert any("4 workers with 2 to 2 shards each." in text for text in said)
+    assert any(text.startswith("data: first 0.05 at step 1, last 0.05 at step 200") for text in said)
 
 
 @needs_browser
