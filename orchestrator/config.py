@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from orchestrator.errors import UserError
 from orchestrator.settings import flag, parse_value, setting, settings
-from orchestrator.values import Cadence, Pairs, Staleness, WorkerRange
+from orchestrator.values import Cadence, Pairs, Parallel, Staleness, WorkerRange
 
 C = TypeVar("C", bound="RunConfig")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
@@ -87,6 +87,13 @@ class RunConfig:
 
     reduce: str = setting("fixed", choices=("fixed", "ddp"))
     """Gradient reduction: fixed (the same bits for any number of workers) or ddp (DistributedDataParallel)."""
+
+    parallel: Parallel = setting(Parallel(), result=False)
+    """How the model is held: ddp (whole by every worker), fsdp (its parameters spread over all), hsdp=N (over groups of
+    N), tensor=N (layers split among N), pipeline=N (layers dealt out to N). Last bits may differ but with pipeline."""
+
+    pipeline_schedule: str = setting("1f1b", result=False, choices=("gpipe", "1f1b"))
+    """Order of a pipeline's microbatches: all forward then all backward (gpipe), or in turns, with less memory."""
 
     sync: str = setting("allreduce", choices=("allreduce", "parameter-server", "local-sgd", "diloco"))
     """How workers share what they learn: gradients every step (allreduce), through parameter servers, or parameters
@@ -181,7 +188,8 @@ def assemble(config_type: type[C], given: Mapping[str, Any]) -> C:
         values["steps"] = None
     config = config_type(**values)
     if "workers" not in values:
-        config = dataclasses.replace(config, workers=WorkerRange(1, config.shards))
+        size = max(1, config.parallel.size)
+        config = dataclasses.replace(config, workers=WorkerRange(size, max(size, config.shards // size * size)))
     return config
 
 
@@ -191,10 +199,11 @@ def check_together(config: RunConfig) -> None:
     if shards & (shards - 1):
         below = 1 << (shards.bit_length() - 1)
         raise UserError(f"--shards {shards}: not a power of two; use {below} or {2 * below}")
-    if workers.maximum > shards:
-        enough = 1 << (workers.maximum - 1).bit_length()
+    together = config.parallel.size if config.parallel.kind in ("tensor", "pipeline") else 1  # who share a shard
+    if workers.maximum > shards * together:
+        enough = 1 << (-(-workers.maximum // together) - 1).bit_length()
         raise UserError(
-            f"--workers {workers}: more workers than shards ({shards}); use at most {shards} workers, "
+            f"--workers {workers}: more workers than shards ({shards}); use at most {shards * together} workers, "
             f"or --shards {enough}"
         )
     if batch % shards:
@@ -205,6 +214,7 @@ def check_together(config: RunConfig) -> None:
         raise UserError("--steps, --epochs: neither is given; give one of them")
     _check_pairs(config)
     _check_sync(config)
+    _check_parallel(config)
 
 
 SYNC_SETTINGS = {  # setting -> the values of --sync that it goes with
@@ -235,6 +245,24 @@ def _check_sync(config: RunConfig) -> None:
             f"--loader-processes {config.loader_processes}: --sync parameter-server tells a worker its samples one "
             "microbatch at a time, and reads them itself; leave it out"
         )
+
+
+def _check_parallel(config: RunConfig) -> None:
+    """What goes with a model in parts."""
+    parallel, workers, size = config.parallel, config.workers, config.parallel.size
+    if not parallel.splits:
+        return
+    for name, allowed in (("sync", "allreduce"), ("reduce", "fixed")):
+        if getattr(config, name) != allowed:
+            given = f"{flag(name)} {getattr(config, name)}"
+            raise UserError(f"{given}: goes with --parallel ddp; with {parallel} use {flag(name)} {allowed}")
+    if config.precision == "fp16":
+        raise UserError(f"--precision fp16: a loss scale is not split with --parallel {parallel}; use fp32 or bf16")
+    if size and (workers.minimum % size or workers.maximum % size):
+        lower = max(size, workers.maximum - workers.maximum % size)
+        raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
+    if parallel.kind == "hsdp" and (size & (size - 1) or size > config.shards):
+        raise UserError(f"--parallel {parallel}: N shares {config.shards} shards; use a power of two up to as many")
 
 
 def _check_pairs(config: RunConfig) -> None:

@@ -40,16 +40,18 @@ IMPURE |= {
 FLOORS: dict[int, str] = {
     0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
     " orchestrator.config workloads workloads.summary cluster",
-    1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
+    1: "orchestrator.layout"
+    " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
-    2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
+    2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
     " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
-    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
+    3: "orchestrator.split_build orchestrator.split_step"
+    " orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
