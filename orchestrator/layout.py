@@ -6,6 +6,7 @@ different groups with the same part hold the same: gradients are summed among th
 
 from dataclasses import dataclass
 
+from orchestrator.shards import Placement, even_placement
 from orchestrator.values import Parallel
 
 
@@ -64,3 +65,15 @@ def units_of(parallel: Parallel, layout: Layout, shards: int) -> tuple[int, int]
         return shards, 1
     rounds = -(-shards // layout.size)
     return 1 << (rounds - 1).bit_length(), layout.size
+
+
+def group_placement(parallel: Parallel, layout: Layout, shards: int) -> Placement:
+    """Shards of each replica group, as even as can be."""
+    each = layout.size if parallel.kind == "hsdp" else 1
+    return Placement(tuple(bound * each for bound in even_placement(shards // each, layout.groups).bounds))
+
+
+def unit_placement(parallel: Parallel, layout: Layout, placement: Placement) -> Placement:
+    """The same in units_of."""
+    units, each = units_of(parallel, layout, placement.shards)
+    return Placement((*(bound // each for bound in placement.bounds[:-1]), units))

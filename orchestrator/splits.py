@@ -18,7 +18,7 @@ from orchestrator.group import Group
 from orchestrator.layout import Layout
 from orchestrator.optimizer import build_optimizer, parameter_groups
 from orchestrator.precision import Precision
-from orchestrator.state import TrainingState
+from orchestrator.state import TrainingState, sha256_of
 
 Described = list[tuple[str, torch.Size, torch.dtype]]
 
@@ -114,9 +114,9 @@ class SplitState(TrainingState):
             yield name, whole_like(value, parameter)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state, on part 0; every worker of the replica group calls it."""
+        """The whole state, on the first and the last worker of the replica group; all of it call it."""
         named: dict[str, Tensor] = {}
-        keeps = self.seating.part == 0
+        keeps = self.carries
         with self.seating.inside.others_wait():
             for name, tensor in self.whole_weights():
                 if keeps:
@@ -126,11 +126,16 @@ class SplitState(TrainingState):
                     named[name] = tensor.cpu()
         return named
 
+    @property
+    def carries(self) -> bool:
+        """Whether this worker takes the whole state along from a step boundary: two of a group, for one may leave."""
+        return self.seating.part in (0, self.seating.layout.size - 1)
+
     def pieces(self) -> dict[str, Tensor]:
-        """Copies of what this worker holds, by the names of a snapshot."""
+        """What this worker holds, by the names of a snapshot."""
         kept = {f"model.{name}": local(t) for name, t in self._weights().items()}
         kept |= {name: value for name, value, _ in self._optimizer_entries()}
-        return {name: t.detach().clone() for name, t in kept.items()}
+        return {name: t.detach() for name, t in kept.items()}
 
     @torch.no_grad()
     def load_pieces(self, pieces: Mapping[str, Tensor], step: int) -> None:
@@ -158,6 +163,12 @@ class SplitState(TrainingState):
                     parameter = self.held[self.numbers.index(number)]
                     cut[name] = piece_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
         self.load_pieces(cut, step)
+        self.handing = dict(tensors)
+
+    def sha256(self) -> str:
+        """See sha256_of, of the whole model; every worker of the replica group calls it."""
+        with self.seating.inside.others_wait():
+            return sha256_of(self.whole_weights())
 
     def handed_over(self, group: Group) -> dict[str, Tensor]:
         """See TrainingState: what was taken along, else what the first replica group holds."""
@@ -203,12 +214,6 @@ class SplitState(TrainingState):
                 gradient = local(gradient.redistribute(placements=parameter.placements))
             if gradient is not None:
                 yield place, gradient
-
-    def bytes_held(self) -> int:
-        """Of parameters, their gradients and the optimizer's state."""
-        pieces = self.parameters
-        state = [t for entry in self.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in (*pieces, *pieces, *state))
 
 
 def parameter_order(config: RunConfig, model: nn.Module) -> list[str]:

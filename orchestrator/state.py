@@ -1,6 +1,7 @@
 """Training state: what a checkpoint holds and a joiner receives. It never mentions the number of workers."""
 
 import hashlib
+import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -28,6 +29,14 @@ def sha256_of(weights: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(_bytes_of(tensor.detach().cpu()).numpy().data)
     return digest.hexdigest()
+
+
+def memory_bytes(state: "TrainingState") -> dict[str, int]:
+    """What this worker needs: `state`, its parameters with gradients and optimizer state; `peak_rss`, all there was."""
+    pieces = [p for p in state.parameters for _ in range(2)]
+    kept = [t for entry in state.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"state": sum(t.numel() * t.element_size() for t in (*pieces, *kept)), "peak_rss": peak_kb * 1024}
 
 
 class TrainingState:

@@ -1,6 +1,7 @@
 """Values that are written as one word on the command line: 1:8, 60s, GPU=1,CPU=8."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Self
@@ -95,6 +96,15 @@ class Cadence:
 
     def __str__(self) -> str:
         return f"{Decimal(repr(self.seconds)):f}s" if self.seconds else str(self.steps)
+
+
+Figures = Mapping[str, float]  # by name
+NONE: Figures = {}
+
+
+def keep_largest(known: dict[str, float], new: Figures) -> None:
+    """Leave the larger of each figure in `known`."""
+    known |= {name: max(known.get(name, 0), count) for name, count in new.items()}
 
 
 @dataclass(frozen=True)

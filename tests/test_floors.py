@@ -40,7 +40,7 @@ IMPURE |= {
 FLOORS: dict[int, str] = {
     0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
     " orchestrator.config workloads workloads.summary cluster",
-    1: "orchestrator.layout"
+    1: "orchestrator.layout orchestrator.replicas"
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
@@ -59,7 +59,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
     " orchestrator.reporter orchestrator.charts orchestrator.liveview orchestrator.checkup workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
-    " orchestrator.dispatcher orchestrator.served_worker",
+    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress",
