@@ -53,8 +53,8 @@ class Coordinator:
         self._listening: asyncio.Future[int] | None = None
         self._finished, self._phase = dict[str, str](), "starting workers"
         self._noted: PhaseBegan | None = None
-        self._outcome, self._message, self._exit_status, self._failing = "", "", 0, False
-        self._told, self._written = set[int](), asyncio.Event()
+        self._outcome, self._message, self._exit_status = "", "", 0
+        self._failing, self._told, self._written = False, set[int](), asyncio.Event()
 
     async def enlist(self, member_id: str) -> tuple[str, int, str] | None:
         """Where a worker's channel goes: host, port, secret. None: the run is over, or the worker was given up."""
@@ -189,10 +189,10 @@ class Coordinator:
         self._members.seat()
 
     async def finish(
-        self, member_id: str, generation: int, sha256: str, metrics: Figures, memory: Figures = NONE
+        self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NONE
     ) -> bool:
         """A worker is done; answers whether the run is over. If not, another was lost before: it has to come back."""
-        keep_largest(self._journal.figures.setdefault("memory_bytes", {}), memory)
+        keep_largest(self._journal.figures.setdefault("memory_bytes", {}), size)
         roster, changed = self._members.roster, self._members.changed
         current = lambda: generation == roster.generation and roster.training  # noqa: E731
         if not self._outcome and current():

@@ -226,7 +226,7 @@ class Dispatcher(Keeper):
         self._members.notify()
 
     async def finish(
-        self, member_id: str, generation: int, sha256: str, metrics: Figures, memory: Figures = NONE
+        self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NONE
     ) -> bool:
         """The model is saved; see Coordinator."""
         if self._finisher == member_id:
