@@ -11,9 +11,13 @@ from orchestrator import balance
 from orchestrator.channel import Beat
 from orchestrator.events import Rebalanced, StragglerFound
 from orchestrator.journal import Journal
+from orchestrator.layout import group_placement, layout_of
+from orchestrator.plan import Plan
 from orchestrator.recovery import Member
 from orchestrator.shards import Placement, even_placement
+from orchestrator.values import Parallel
 
+WHOLE = Parallel()
 MOVE_COST_S = 0.5  # until one was measured
 SETTLE_STEPS = 5  # of a generation before it is judged: caches are cold
 EVERY_S = 1.0  # with thousands of workers each look takes tens of milliseconds
@@ -24,7 +28,10 @@ LEAVE_AFTER_S = 20.0  # a straggler that the run is better off without is given 
 class Balancer:
     """Measured paces of a run's workers, and the placements that they call for."""
 
-    def __init__(self, journal: Journal, shards: int, total_steps: int, enabled: bool) -> None:
+    def __init__(
+        self, journal: Journal, shards: int, total_steps: int, enabled: bool, parallel: Parallel = WHOLE
+    ) -> None:
+        self._parallel = parallel
         self._journal, self._shards, self._total_steps, self._enabled = journal, shards, total_steps, enabled
         self._paces: dict[str, balance.Pace] = {}
         self._slow_since: dict[str, float] = {}
@@ -32,6 +39,14 @@ class Balancer:
         self._wanted_since = 0.0
         self._begun_at = 0
         self._looked_s = 0.0
+
+    @classmethod
+    def of(cls, journal: Journal, plan: Plan) -> "Balancer":
+        """For a run of this plan."""
+        config = plan.config
+        fixed = (config.balance, config.reduce) == ("measured", "fixed") and config.sync != "parameter-server"
+        enabled = fixed and not config.parallel.splits
+        return cls(journal, config.shards, plan.total_steps, enabled, config.parallel)
 
     def heard(self, member_id: str, before: Beat, beat: Beat) -> None:
         """A beat of a worker after another one; one of an earlier generation may still be on its way."""
@@ -53,6 +68,8 @@ class Balancer:
     def placement(self, order: Sequence[Member]) -> Placement:
         """Shards for the members of the next generation, in rank order."""
         self._begun_at, self._wanted_since = self._journal.recorded, 0.0
+        if self._parallel.splits:
+            return group_placement(self._parallel, layout_of(self._parallel, len(order)), self._shards)
         if not self._enabled:
             return even_placement(self._shards, len(order))
         chosen = balance.placement(self._shards, balance.speeds(self._of(order), [m.speed for m in order]))

@@ -120,7 +120,8 @@ def choose_workers(
     wanted = config.workers
     if fits >= wanted.minimum:
         now = capacity([node.now() for node in nodes], per_worker, config.placement, labels)
-        return max(wanted.minimum, min(wanted.maximum, now))
+        most, size = min(wanted.maximum, now), max(1, config.parallel.size)
+        return max(wanted.minimum, most - most % size)
     offered = offer.nodes if offer else ()
     could = capacity([*nodes, *offered], per_worker, config.placement, labels)
     if offer and (could >= wanted.minimum or not offer.known):

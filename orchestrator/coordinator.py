@@ -18,8 +18,10 @@ from orchestrator.journal import Journal
 from orchestrator.lastwords import at_fault, describe, last_loss, what_is_kept
 from orchestrator.membership import Membership
 from orchestrator.nodewatch import NodeWatch, end_process
-from orchestrator.recovery import Member, Roster
+from orchestrator.recovery import Member
+from orchestrator.replicas import roster_of
 from orchestrator.seats import Assignment, Order, Seat, Status
+from orchestrator.values import NONE, Figures, keep_largest
 
 LAST_CHECKPOINT_S = 5.0  # Ray Train gives workers as long, once the run is over
 log = logging.getLogger("orchestrator.coordinator")
@@ -40,19 +42,16 @@ class Coordinator:
         self._host = "127.0.0.1" if assignment.loopback else ray.util.get_node_ip_address()
         told = (assignment.description, assignment.started_s, again, Exporter(self._plan))
         self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
-        roster = Roster(config.workers.floor, assignment.maximum, assignment.expected)
+        roster = roster_of(config, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, again
-        measured = (config.balance, config.reduce) == ("measured", "fixed") and config.sync != "parameter-server"
-        balancer = Balancer(self._journal, config.shards, self._plan.total_steps, measured)
-        self._members = self.members_kind(self._journal, roster, balancer, config.stall_limit, config.max_incidents)
+        parts = (self._journal, roster, Balancer.of(self._journal, self._plan))
+        self._members = self.members_kind(*parts, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
         self._members.kill = lambda member: self._members.start(self._end_process(member))
-        self._watch = NodeWatch()
-        self._faults = Schedule(assignment.faults)
+        self._watch, self._faults = NodeWatch(), Schedule(assignment.faults)
         self._faults.fired |= self._journal.fired
         self._listening: asyncio.Future[int] | None = None
-        self._finished: dict[str, str] = {}
-        self._phase = "starting workers"
+        self._finished, self._phase = dict[str, str](), "starting workers"
         self._noted: PhaseBegan | None = None
         self._outcome, self._message, self._exit_status = "", "", 0
         self._failing, self._told, self._written = False, set[int](), asyncio.Event()
@@ -79,13 +78,12 @@ class Coordinator:
         if seat.generation != roster.generation or not roster.training:
             return
         seated = roster.by_rank
-        ranges = [[r.start, r.stop] for r in seat.placement]
-        nodes, pids = [m.node for m in seated], [m.pid for m in seated]
-        started = GenerationStarted(seat.generation, step, len(seated), ranges, nodes, pids, seated[0].device)
+        ranges = [[r.start, r.stop] for r in seat.placement for _ in range(seat.size)]
+        where = (ranges, [m.node for m in seated], [m.pid for m in seated], seated[0].device)
+        started = GenerationStarted(seat.generation, step, len(seated), *where)
         self._journal.generation_begins(started, load_s, restore_s, bad)
         self._members.begun = True
-        self._finished = {}
-        self._phase = "training"
+        self._finished, self._phase = {}, "training"
         self._faults.begun_s = self._faults.begun_s or time.time()
         if self._members.stopping:
             self._members.pause()
@@ -189,8 +187,9 @@ class Coordinator:
         self._members.pause()
         self._members.seat()
 
-    async def finish(self, member_id: str, generation: int, sha256: str, metrics: dict[str, float]) -> bool:
+    async def finish(self, member_id: str, generation: int, sha256: str, metrics: Figures, mem: Figures = NONE) -> bool:
         """A worker is done; answers whether the run is over. If not, another was lost before: it has to come back."""
+        keep_largest(self._journal.figures.setdefault("memory_bytes", {}), mem)
         roster, changed = self._members.roster, self._members.changed
         current = lambda: generation == roster.generation and roster.training  # noqa: E731
         if not self._outcome and current():

@@ -15,6 +15,7 @@ from orchestrator.recovery import Member
 from orchestrator.seats import Assignment, Order, Status
 from orchestrator.served import Done, Job, Posting, Restored
 from orchestrator.stepbook import StepBook
+from orchestrator.values import NONE, Figures
 
 
 class Dispatcher(Keeper):
@@ -225,9 +226,11 @@ class Dispatcher(Keeper):
         self._evaluator = ""
         self._members.notify()
 
-    async def finish(self, member_id: str, generation: int, sha256: str, metrics: dict[str, float]) -> bool:
+    async def finish(
+        self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NONE
+    ) -> bool:
         """The model is saved; see Coordinator."""
         if self._finisher == member_id:
-            self._journal.log(Evaluated(self._plan.total_steps, metrics))
+            self._journal.log(Evaluated(self._plan.total_steps, dict(metrics)))
             self._end("finished", "", 0, sha256, metrics)
         return bool(self._outcome)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.assembly import assemble
 from orchestrator.command import Parser, refuse
-from orchestrator.config import RunConfig, assemble
+from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.exported import ABOUT, PACKAGES, need
 from orchestrator.runfolder import CONFIG, RunFolder

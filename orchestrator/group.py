@@ -18,6 +18,7 @@ from orchestrator.stopwatch import Stopwatch
 
 REACH_S = 5.0  # it listens before anyone is sent to it
 CONNECT_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT = datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
 LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe")  # what DistributedDataParallel raises
 
 
@@ -70,6 +71,9 @@ class Group:
     _over: threading.Event = field(default_factory=threading.Event)
     _foreign: frozenset[str] = frozenset()
     _servers: set[Address] = field(default_factory=set)
+    _process_group: dist.ProcessGroup | None = None  # None: that of all workers
+    _store: dist.Store | None = None
+    _timeout: datetime.timedelta = datetime.timedelta()
 
     def connect(self, store: dist.TCPStore | None, generation: int, timeout_s: float) -> "Group":
         """Build the process group of `generation`; blocks until all members are there.
@@ -99,16 +103,44 @@ class Group:
                 timeout=datetime.timedelta(seconds=min(timeout_s, CONNECT_TIMEOUT_S)),
                 device_id=self.device if cuda else None,
             )
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s))
-            if not cuda:
-                self._learn_servers(named)
+            self._store, self._timeout = named, datetime.timedelta(seconds=timeout_s)
+            dist.distributed_c10d._set_pg_timeout(self._timeout)
+            self._learn_servers("all")
         return self
 
-    def _learn_servers(self, store: dist.Store) -> None:
+    def among(self, partition: list[list[int]]) -> "Group":
+        """The workers of this group beside which this one stands in `partition`; every worker calls it alike.
+
+        Raises:
+            PeerLostError: a member is lost, or `abort` was called meanwhile.
+        """
+        mine = next(ranks for ranks in partition if self.rank in ranks)
+        found: dist.ProcessGroup | None = None
+        if self.world > 1:
+            with self._peers():
+                made = [dist.new_group(ranks, timeout=min(self._timeout, CONNECT_TIMEOUT)) for ranks in partition]
+                found = made[partition.index(mine)]
+                dist.distributed_c10d._set_pg_timeout(self._timeout, found)
+                self._learn_servers(str(partition))
+        return _Part(
+            mine.index(self.rank), len(mine), self.device, clock=self.clock, _over=self._over, _process_group=found,
+            whole=self,
+        )  # fmt: skip
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """For what torch does by itself."""
+        assert self._process_group is not None
+        return self._process_group
+
+    def _learn_servers(self, groups: str) -> None:
         """Where gloo's connections between these workers are answered; what is not known cannot be shut down."""
+        store = self._store
+        if self.device.type == "cuda" or store is None:
+            return
         mine = [c.local for inode, c in connections().items() if c.peer is None and inode not in self._foreign]
-        store.set(f"answers-{self.rank}", ",".join(f"{host} {port}" for host, port in mine))
-        for text in store.multi_get([f"answers-{rank}" for rank in range(self.world)]):
+        store.set(f"answers-{groups}-{self.rank}", ",".join(f"{host} {port}" for host, port in mine))
+        for text in store.multi_get([f"answers-{groups}-{rank}" for rank in range(self.world)]):
             for item in filter(None, text.decode().split(",")):
                 host, port = item.split(" ")
                 self._servers.add((host, int(port)))
@@ -173,20 +205,20 @@ class Group:
         """Overwrite `tensor` with that of rank `source`."""
         if self.world > 1:
             with self._peers():
-                dist.broadcast(tensor, source)
+                dist.broadcast(tensor, group=self._process_group, group_src=source)
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the sum over workers; exact only where at most one adds a non-zero."""
         if self.world > 1:
             with self._peers():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self._process_group)
 
     def broadcast_object(self, value: Any) -> Any:
         """The `value` that rank 0 gave."""
         values = [value]
         if self.world > 1:
             with self._peers():
-                dist.broadcast_object_list(values, 0, device=self.device)
+                dist.broadcast_object_list(values, group=self._process_group, group_src=0, device=self.device)
         return values[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -194,7 +226,7 @@ class Group:
         values = [value] * self.world
         if self.world > 1:
             with self._peers():
-                dist.all_gather_object(values, value)
+                dist.all_gather_object(values, value, group=self._process_group)
         return values
 
     def start_barrier(self) -> dist.Work:
@@ -208,19 +240,35 @@ class Group:
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""
         with self._peers():
-            return dist.all_reduce(tensor, async_op=True)  # type: ignore[no-any-return]
+            return dist.all_reduce(tensor, group=self._process_group, async_op=True)  # type: ignore[no-any-return]
 
     def start_exchange(self, received: Tensor, sent: Tensor, receive: list[int], send: list[int]) -> dist.Work:
         """Begin an all-to-all of stretches of flat tensors, of these lengths by rank."""
         with self._peers():
-            return dist.all_to_all_single(received, sent, receive, send, async_op=True)  # type: ignore[no-any-return]
+            group = self._process_group
+            return dist.all_to_all_single(received, sent, receive, send, group, async_op=True)  # type: ignore[no-any-return]
 
     def start_gather(self, gathered: Tensor, own: Tensor) -> dist.Work:
         """Begin to collect every rank's `own` in `gathered`, by rank."""
         with self._peers():
-            return dist.all_gather_single(gathered, own, async_op=True)  # type: ignore[no-any-return]
+            return dist.all_gather_single(gathered, own, self._process_group, async_op=True)  # type: ignore[no-any-return]
 
     def wait(self, work: dist.Work) -> None:
         """Until a started collective is done."""
         with self._peers():
             work.wait()
+
+
+@dataclass
+class _Part(Group):
+    """Some workers of a generation; signs of life are those of `whole`, and so is its end."""
+
+    whole: Group | None = None
+
+    def step_on(self, pieces: int = 1) -> None:
+        assert self.whole is not None
+        self.whole.step_on(pieces)
+
+    def others_wait(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        assert self.whole is not None
+        return self.whole.others_wait()

@@ -67,7 +67,7 @@ def tell_failure(coordinator: Any, member_id: str, place: Place, error: Exceptio
 def at_fault(place: Place, roster: Roster, placement: Placement) -> Place:
     """Where an error belongs that every worker has found: with who holds the shard."""
     holders = [rank for rank, held in enumerate(placement) if place.shards and place.shards[0] in held]
-    member = next((m for m in roster.seated.values() if m.rank in holders), None)
+    member = next((m for m in roster.seated.values() if m.rank // roster.size in holders), None)
     return Place(member.rank, member.node, member.pid, place.step) if member else place
 
 

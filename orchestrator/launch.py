@@ -153,6 +153,8 @@ def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float],
 
     if assignment.plan.config.sync == "parameter-server":
         from orchestrator.served_worker import train_served_worker as train_worker
+    elif assignment.plan.config.parallel.splits:
+        from orchestrator.split_worker import train_split_worker as train_worker
     else:
         from orchestrator.worker import train_worker
 

@@ -75,7 +75,7 @@ def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: fl
     if gradient_scale != 1.0:
         multiply_gradients(state, gradient_scale)
     if clip_norm:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+        norm = state.gradient_norm()
         factor = clip_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
         if factor < 1.0:
             multiply_gradients(state, factor)
@@ -100,4 +100,8 @@ def gradient_source(
     processes = plan.config.loader_processes
     if plan.config.reduce == "ddp":
         return DdpGradients(plan, workload, state, group, processes)
+    if state.split:
+        from orchestrator.split_step import split_gradients  # its imports of torch.distributed take a second
+
+        return split_gradients(plan, workload, state, placement, processes)
     return ShardedGradients(plan, workload, state, group, placement, processes)

@@ -17,6 +17,7 @@ from orchestrator.channel import PING_S, Beat, Desk
 from orchestrator.events import WorkerLeft
 from orchestrator.journal import Journal
 from orchestrator.recovery import Member, Roster, Suspicion, silence_limit_s, stall_limit_s
+from orchestrator.replicas import must_share
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
 
@@ -163,11 +164,10 @@ class Membership:
     def _give_seats(self, order: list[Member]) -> None:
         first, now, generation = order[0], time.time(), self.roster.generation
         self.placement = self._balancer.placement(order)
-        share = any(m.step != first.step for m in order)
+        share, size = must_share(order, self.roster.size), self.roster.size
         for rank, member in enumerate(order):
-            recorded = self._journal.recorded
-            seat = Seat(generation, rank, self.placement, first.store, first.step, share, recorded)
-            self._answers[member.id] = seat
+            where = (generation, rank, self.placement, first.store, first.step, share, self._journal.recorded, size)
+            self._answers[member.id] = Seat(*where)
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
         self._pausing, self.begun = "", False
@@ -179,8 +179,8 @@ class Membership:
             if self.excluded(self._last):
                 self.end_run("the worker that wrote down the state of the stop was lost; earlier checkpoints are kept")
             return
-        there = sorted(self.roster.ready.values(), key=lambda m: (-m.step, m.rank))
-        if not there or there[0].step < 0:
+        there = sorted(self.roster.ready.values(), key=lambda m: (-m.step, not m.holds.all, m.rank))
+        if not there or there[0].step < 0 or not there[0].holds.all:
             self.end_run("")
             return
         self._last = there[0].id
@@ -218,8 +218,7 @@ class Membership:
         self._excluded.add(member_id)
         self.desk.hang_up(member_id)
         self._balancer.forget(member_id)
-        now, pulse = time.time(), self._pulses.pop(member_id, None)
-        member = self.roster.seated.get(member_id)
+        now, pulse, member = time.time(), self._pulses.pop(member_id, None), self.roster.seated.get(member_id)
         if member is None:
             self.roster.lose(member_id)
             return
@@ -237,7 +236,8 @@ class Membership:
         if kind == "worker_killed" and in_step:
             seconds = self._journal.step_seconds()
             slack = 1 + int(REPORTS_LATE_S / min(seconds)) if seconds else 1
-            reason = self._suspicion.died(self._journal.best, slack, self.placement.range_of(member.rank))
+            shards = self.placement.range_of(member.rank // self.roster.size)
+            reason = self._suspicion.died(self._journal.best, slack, shards)
         if self._failures > self._max_incidents:
             reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
         if reason:

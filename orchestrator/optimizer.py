@@ -1,6 +1,7 @@
 """Optimizers, by configuration."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
 
     AdamW is Loshchilov and Hutter's of 2019.
     """
-    groups = list(_groups(config, model))
+    groups = list(parameter_groups(config, model))
     if config.optimizer in ("sgd", "nesterov"):
         # Without any momentum the two are one, and torch refuses to call it Nesterov's.
         nesterov = config.optimizer == "nesterov" and config.momentum > 0
@@ -26,7 +27,8 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
     return kind(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
 
 
-def _groups(config: RunConfig, model: nn.Module) -> Iterable[dict[str, object]]:
+def parameter_groups(config: RunConfig, model: nn.Module) -> Iterable[dict[str, Any]]:
+    """The parameters in the order in which the optimizer numbers them, with their weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.decay == "all":
         yield {"params": parameters, "weight_decay": config.weight_decay}

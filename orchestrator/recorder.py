@@ -1,8 +1,12 @@
 """What a worker notes while it trains: committed steps, checkpoints, evaluations. The loop's observer."""
 
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
 from orchestrator.events import CheckpointSaved, Evaluated, PrecisionChosen
@@ -84,13 +88,13 @@ class Recorder(Observer):
     def sabotage(self, moment: str, step: int) -> None:
         """Do what a rehearsal has for this worker at a moment other than a step's begin."""
         if self._seat is not None:
-            self._saboteur.at(moment, self._seat.rank, self._seat.placement.workers, step)
+            self._saboteur.at(moment, self._seat.rank, self._seat.workers, step)
 
     def stop_wanted(self) -> bool:
         """See Observer; a step is about to begin."""
         if self._seat is not None:
-            placement = self._seat.placement
-            self._saboteur.before_step(self._seat.rank, placement.workers, self._step, placement.shards)
+            seat = self._seat
+            self._saboteur.before_step(seat.rank, seat.workers, self._step, seat.placement.shards)
         return self.pause
 
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
@@ -98,8 +102,7 @@ class Recorder(Observer):
         now = time.time()
         self.reporter.step(self._record(state.step, totals, lr, now, now - self._stepped_s), hurry=self._first)
         self._first, self._step = False, state.step
-        if self.leads:
-            self._checkpoint_if_due(state, 1)
+        self._checkpoint_if_due(state, 1)
         self._stepped_s = time.time()
 
     def round_committed(self, state: TrainingState, totals: Sequence[StepTotals], lrs: Sequence[float]) -> None:
@@ -111,8 +114,7 @@ class Recorder(Observer):
             step = state.step - len(totals) + number + 1
             self.reporter.step(self._record(step, total, lr, now, step_s) | alone, hurry=self._first)
         self._first, self._step = False, state.step
-        if self.leads:
-            self._checkpoint_if_due(state, len(totals))
+        self._checkpoint_if_due(state, len(totals))
         self._stepped_s = time.time()
 
     def _record(self, step: int, totals: StepTotals, lr: float, now: float, step_s: float) -> dict[str, Any]:
@@ -136,22 +138,27 @@ class Recorder(Observer):
                     ("reduce", totals.reduce_s),
                 )
             },
-            "workers": self._seat.placement.workers,
+            "workers": self._seat.workers,
             "generation": self._seat.generation,
             "time_s": round(now, 3),
         }
 
     def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:
-        """One is due if a multiple of the cadence is among the last `steps` steps."""
+        """One is due if a multiple of the cadence is among the last `steps` steps; rank 0 writes it."""
+        if self.leads and self._is_due(state, steps):
+            self._writer.submit(state.step, state.snapshot)
+
+    def _is_due(self, state: TrainingState, steps: int) -> bool:
         every = self._plan.config.checkpoint_every
         due = (every.steps and state.step % every.steps < steps) or (
             every.seconds and time.time() - self._checkpointed_s >= every.seconds
         )
         self.checkpoint_asked |= bool(due)
-        if self.checkpoint_asked and not self._writer.busy:  # with slow storage the next one waits, not training
-            self.checkpoint_asked = False
-            self._checkpointed_s = time.time()
-            self._writer.submit(state.step, state.snapshot)
+        if not self.checkpoint_asked or self._writer.busy:  # with slow storage the next one waits, not training
+            return False
+        self.checkpoint_asked = False
+        self._checkpointed_s = time.time()
+        return True
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """See Observer."""
@@ -168,3 +175,47 @@ class Recorder(Observer):
     def close(self) -> None:
         """Send what is left."""
         self.reporter.close()
+
+
+class SplitRecorder(Recorder):
+    """The first replica group puts the state together for a checkpoint; rank 0 says when, and writes it."""
+
+    group: Any = None  # inside the first replica group; None elsewhere
+
+    def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:
+        if self.group is None:
+            return
+        if self.group.broadcast_object(self.leads and self._is_due(state, steps)):
+            self._write(state)
+
+    def _write(self, state: TrainingState) -> None:
+        snapshot = state.snapshot()
+        if self.leads:
+            self._writer.submit(state.step, lambda: snapshot)
+
+    def checkpoint_now(self, state: TrainingState, lead: bool) -> None:
+        """See Recorder; every worker of the first replica group calls it."""
+        if self.group is not None and self.group.broadcast_object(state.step > self._writer.newest_step):
+            self._write(state)
+        self._writer.wait()
+        self.reporter.flush()
+
+    def write_taken_along(self, step: int, snapshot: dict[str, Any]) -> None:
+        """A whole state that is in this worker's hands."""
+        if step > self._writer.newest_step:
+            self._writer.submit(step, lambda: snapshot)
+        self._writer.wait()
+        self.reporter.flush()
+
+
+def recorder_for(plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> Recorder:
+    """The recorder of the run's --parallel."""
+    kind = SplitRecorder if plan.config.parallel.splits else Recorder
+    return kind(plan, uri, coordinator, saboteur)
+
+
+def save_trained(plan: Plan, uri: str, workload: Workload, model: nn.Module) -> None:
+    """Write the trained model into the run folder at `uri`."""
+    with tempfile.TemporaryDirectory() as folder:
+        workload.save(model, Path(folder))
+        RunFolder(Folder(uri, patience_s=plan.config.storage_patience)).save_model(Path(folder))

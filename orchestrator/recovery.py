@@ -21,6 +21,20 @@ FLAPS, FLAP_WINDOW_S, LEFT_OUT_S = 3, 600.0, 60.0
 
 
 @dataclass(frozen=True)
+class Holding:
+    """Which of how many parts of the state a member has; `whole`: it took all of them along from a step boundary."""
+
+    part: int = 0
+    parts: int = 1
+    whole: bool = False
+
+    @property
+    def all(self) -> bool:
+        """Whether that is the whole state."""
+        return self.whole or self.parts == 1
+
+
+@dataclass(frozen=True)
 class Member:
     """A worker process as it asks for a seat.
 
@@ -31,6 +45,7 @@ class Member:
         store: host and port of the TCPStore that it serves.
         host: address of its machine, which stays when a node comes back under another id.
         speed: of its machine, as declared: how many times that of others; 0: nothing is said of it.
+        holds: what its state is.
     """
 
     id: str
@@ -42,6 +57,7 @@ class Member:
     store: tuple[str, int]
     host: str = ""
     speed: float = 0.0
+    holds: Holding = Holding()
 
     @property
     def home(self) -> str:
@@ -58,6 +74,7 @@ class Roster:
         maximum: workers beyond which nobody is seated.
         expected: workers that the first generation waits for.
         gather: whether workers with state are expected too, for an earlier coordinator was lost.
+        size: workers of a replica group in this generation.
     """
 
     minimum: int
@@ -65,6 +82,7 @@ class Roster:
     expected: int
     generation: int = 0
     gather: bool = False
+    size: int = 1
     ready: dict[str, Member] = field(default_factory=dict)
     seated: dict[str, Member] = field(default_factory=dict)
     training: bool = False

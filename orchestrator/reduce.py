@@ -85,6 +85,10 @@ class TreeReducer:
         """The started shard's extra vector, [extra_numel]."""
         self._push(len(self._slots) - 1, vector)
 
+    def add_gradient(self, i: int, gradient: Tensor) -> None:
+        """The started shard's gradient of parameter `i`, where no hook of it sees the backward pass."""
+        self._push(i, gradient)
+
     def end_shard(self) -> None:
         """After the backward pass: parameters that the shard did not use get a zero gradient."""
         self._shards_done += 1

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.assembly import assemble
 from orchestrator.command import Parser, refuse
-from orchestrator.config import assemble
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.nodewatch import node_token

@@ -41,6 +41,12 @@ class Reporter:
             if not speaks:
                 self._events = []
 
+    def forget(self) -> None:
+        """The steps that were taken are void: the run goes on from a checkpoint."""
+        with self._lock:
+            self._kept.clear()
+            self._records = []
+
     def step(self, record: dict[str, Any], hurry: bool) -> None:
         """A committed step; `hurry` sends it at once."""
         with self._lock:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.config import RunConfig, assemble, check_together
+from orchestrator.assembly import assemble, check_together
+from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.runfolder import RunFolder
 from orchestrator.settings import flag, settings
@@ -39,11 +40,12 @@ def settle_arithmetic(config: C, gpu: bool) -> C:
     """The same settings with the threads that the bits depend on.
 
     The precision may stay "auto", which the first workers settle (recorder.py). Parameter servers are started with the
-    same plan, and --compile comes before workers meet: with these it is bf16 on GPUs, and fp32 elsewhere.
+    same plan, --compile comes before workers meet, and a part of a model is not tried alone: with these it is bf16 on
+    GPUs, and fp32 elsewhere.
     """
     cpus = config.resources_per_worker.numbers().get("CPU", 1.0)
     precision = config.precision
-    if precision == "auto" and (config.compile or config.sync == "parameter-server"):
+    if precision == "auto" and (config.compile or config.parallel.splits or config.sync == "parameter-server"):
         precision = "bf16" if gpu else "fp32"
     return dataclasses.replace(config, threads=config.threads or max(1, int(cpus)), precision=precision)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import toolchain
+from orchestrator.assembly import TOGETHER, assemble, build
 from orchestrator.command import Parser, refuse
-from orchestrator.config import TOGETHER, assemble, build, to_toml
+from orchestrator.config import to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.failure import resume_command, story
 from orchestrator.faults import Fault, parse_faults

@@ -46,6 +46,7 @@ class Seat:
         step: committed steps of rank 0's state; -1: nobody has any, rank 0 loads a checkpoint.
         share: whether rank 0 hands its state to the others.
         recorded: the newest step that the run folder knows of.
+        size: workers of a replica group; the placement deals the shards out to groups.
     """
 
     generation: int
@@ -55,6 +56,11 @@ class Seat:
     step: int
     share: bool
     recorded: int
+    size: int = 1
+
+    @property
+    def workers(self) -> int:
+        return self.placement.workers * self.size
 
 
 @dataclass(frozen=True)

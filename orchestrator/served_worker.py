@@ -210,10 +210,12 @@ class ServedWorker(Worker):
     def _finish(self, job: Job) -> None:
         import ray
 
+        from orchestrator.recorder import save_trained
         from orchestrator.state import weights_sha256
 
         metrics = self._evaluated()
-        self._save_model(self._workload, self._group)
+        with self._group.others_wait():
+            save_trained(self._plan, self._task["uri"], self._workload, self._state.model)
         ray.get(self._coordinator.finish.remote(self.id, 0, weights_sha256(self._state.model), metrics))
 
     def _obey(self, order: Order) -> str:

@@ -1,7 +1,8 @@
 """Training state: what a checkpoint holds and a joiner receives. It never mentions the number of workers."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,39 @@ MESSAGE_BYTES = 32 * 2**20
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over parameters and buffers in state_dict order.
+    """SHA-256 over parameters and buffers in state_dict order; see sha256_of."""
+    return sha256_of(model.state_dict().items())
+
+
+def sha256_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over named tensors in this order.
 
     Each as its name, its dtype ("torch.float32"), its shape ("(64, 3, 3, 3)") in UTF-8 and its raw bytes in
     row-major order, without separators.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(_bytes_of(tensor.detach().cpu()).numpy().data)
     return digest.hexdigest()
 
 
+def memory_bytes(state: "TrainingState") -> dict[str, int]:
+    """What this worker needs: `state`, its parameters with gradients and optimizer state; `peak_rss`, all there was."""
+    pieces = [p for p in state.parameters for _ in range(2)]
+    kept = [t for entry in state.optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]
+    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"state": sum(t.numel() * t.element_size() for t in (*pieces, *kept)), "peak_rss": peak_kb * 1024}
+
+
 class TrainingState:
-    """Model, optimizer, loss scale and the number of committed steps."""
+    """Model, optimizer, loss scale and the number of committed steps.
+
+    Attributes:
+        split: whether this is only a part of them (splits.SplitState).
+    """
+
+    split = False
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision) -> None:
         self.model = model
@@ -36,6 +56,19 @@ class TrainingState:
         self.step = 0
         self.outer: Tensor | None = None  # the outer momentum of --sync diloco
         self.evaluated_step = -1  # the step after which the held-out split was last evaluated
+
+    @property
+    def own(self) -> nn.Module:
+        """The modules that this worker computes."""
+        return self.model
+
+    def gradient_norm(self) -> Tensor:
+        """Of all parameters together."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def handed_over(self, group: Group) -> dict[str, Tensor]:
+        """On rank 0, what it hands to the others."""
+        return self.tensors() if group.rank == 0 else {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -96,7 +129,7 @@ class TrainingState:
         Args:
             halfway: called with the number of steps before the middle one of the messages.
         """
-        tensors = self.tensors() if group.rank == 0 else {}
+        tensors = self.handed_over(group)
         described = [(name, t.shape, t.dtype) for name, t in tensors.items()]
         described, step, evaluated = group.broadcast_object((described, self.step, self.evaluated_step))
         if not step:

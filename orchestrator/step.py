@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.errors import NonFiniteLossError, TrainingError
-from orchestrator.feed import Request, batches
+from orchestrator.feed import Fed, Request, batches
 from orchestrator.group import Group
 from orchestrator.plan import Plan
 from orchestrator.reduce import TreeReducer
@@ -89,7 +89,7 @@ class ShardedGradients:
     ) -> None:
         self._plan, self._workload, self._state, self._group = plan, workload, state, group
         self._own = placement.range_of(group.rank)
-        self._statistics = RunningStatistics(state.model)
+        self._statistics = RunningStatistics(state.own)
         self._rows = plan.config.shards * len(ROW)
         self._reducer = TreeReducer(state.parameters, self._rows + self._statistics.numel, group)
         self._reducer.place(placement)
@@ -107,7 +107,7 @@ class ShardedGradients:
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any shard's loss is not finite."""
-        schedule, seed = self._plan.schedule, self._plan.config.seed
+        schedule = self._plan.schedule
         self._samples = schedule.samples_in_step(step)
         nominal = self._workload.nominal_count(self._samples)
         self._state.model.train()
@@ -116,18 +116,11 @@ class ShardedGradients:
         self._reducer.start_step()
         self._group.clock.start(self._group.device)
         started = time.perf_counter()
-        for shard in self._own:
-            self._group.step_on()
-            self._reducer.start_shard(shard)
-            _, start, end = schedule.places(step, shard)
-            if end > start:
-                torch.manual_seed(derive_seed("step", seed, step, shard))
-                self._one_shard(shard, end - start, nominal, stop)
-            self._reducer.end_shard()
+        self._pass(step, nominal, stop)
         self._group.clock.stop(len(self._own))
         computed = time.perf_counter()
         self._reducer.finish(own=self._state.precision.scaler.is_enabled())  # it unscales them in place
-        rows = self._reducer.extra[: self._rows].view(-1, len(ROW)).double().cpu()
+        rows = self._all_rows().view(-1, len(ROW)).double().cpu()
         compute_s, reduce_s = computed - started - self._data_s, time.perf_counter() - computed
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
@@ -137,20 +130,44 @@ class ShardedGradients:
         seconds = (self._data_s, compute_s, reduce_s)
         return StepTotals(loss, self._samples, nominal / count, stopping, ledger, *seconds)
 
+    def _pass(self, step: int, nominal: float, stop: bool) -> None:
+        """Forward and backward of all own shards."""
+        for shard in self._own:
+            self._group.step_on()
+            self._reducer.start_shard(shard)
+            _, start, end = self._plan.schedule.places(step, shard)
+            if end > start:
+                torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
+                self._one_shard(shard, end - start, nominal, stop)
+            self._reducer.end_shard()
+
+    def _all_rows(self) -> Tensor:
+        """What all shards report, fp32 [shards * ROW]."""
+        return self._reducer.extra[: self._rows]
+
     def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
-        waiting_since = time.perf_counter()
-        indices, batch = next(self._feed)
-        self._data_s += time.perf_counter() - waiting_since
+        indices, batch = self._fed()
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.trained, batch)
+        self._reducer.add_extra(self._extra(shard, sums, indices, samples, stop))
+        self._state.precision.scaler.scale(sums.loss / nominal).backward()
+
+    def _fed(self) -> Fed:
+        waiting_since = time.perf_counter()
+        fed = next(self._feed)
+        self._data_s += time.perf_counter() - waiting_since
+        return fed
+
+    def _extra(self, shard: int, sums: Sums | None, indices: NDArray[np.int64], samples: int, stop: bool) -> Tensor:
+        """What a shard reports, with the statistics of its forward pass; its loss is 0 without `sums`."""
         extra = torch.zeros_like(self._reducer.extra)
         row = extra[shard * len(ROW) : (shard + 1) * len(ROW)]
-        row[0], row[1] = sums.loss.detach(), sums.count
+        if sums is not None:
+            row[0], row[1] = sums.loss.detach(), sums.count
         row[2], row[3], row[4] = float(stop), len(indices), ledger_of(indices)
         if self._statistics.numel:
             extra[self._rows :] = self._statistics.of_last_forward(samples)
-        self._reducer.add_extra(extra)
-        self._state.precision.scaler.scale(sums.loss / nominal).backward()
+        return extra
 
     def _check_finite(self, step: int, losses: Tensor) -> None:
         bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()

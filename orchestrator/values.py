@@ -1,6 +1,7 @@
 """Values that are written as one word on the command line: 1:8, 60s, GPU=1,CPU=8."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Self
@@ -52,6 +53,34 @@ class Staleness:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How a model is held: whole by every worker (ddp), or in parts by replica groups of `size` workers.
+
+    Attributes:
+        kind: ddp, fsdp, hsdp, tensor or pipeline.
+        size: workers of a replica group; 1 for ddp, 0 for fsdp: all there are.
+    """
+
+    kind: str = "ddp"
+    size: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        match = re.fullmatch(r"(ddp|fsdp)|(hsdp|tensor|pipeline)=(\d{1,4})", text.strip())
+        if not match or (match[3] and int(match[3]) < 2):
+            raise ValueError("write ddp, fsdp, hsdp=N, tensor=N or pipeline=N, N from 2")
+        return cls(match[1], 1 if match[1] == "ddp" else 0) if match[1] else cls(match[2], int(match[3]))
+
+    @property
+    def splits(self) -> bool:
+        """Whether a worker holds only a part of the model."""
+        return self.kind != "ddp"
+
+    def __str__(self) -> str:
+        return self.kind if self.size < 2 else f"{self.kind}={self.size}"
+
+
+@dataclass(frozen=True)
 class Cadence:
     """How often something happens: every `steps` steps, or every `seconds` seconds; the other is 0."""
 
@@ -67,6 +96,15 @@ class Cadence:
 
     def __str__(self) -> str:
         return f"{Decimal(repr(self.seconds)):f}s" if self.seconds else str(self.steps)
+
+
+Figures = Mapping[str, float]  # by name
+NONE: Figures = {}
+
+
+def keep_largest(known: dict[str, float], new: Figures) -> None:
+    """Leave the larger of each figure in `known`."""
+    known |= {name: max(known.get(name, 0), count) for name, count in new.items()}
 
 
 @dataclass(frozen=True)

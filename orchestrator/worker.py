@@ -2,10 +2,8 @@
 
 import logging
 import os
-import tempfile
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 from orchestrator.channel import Beat, Line
@@ -16,7 +14,7 @@ from orchestrator.injector import Saboteur
 from orchestrator.lastwords import tell_failure
 from orchestrator.nodewatch import all_stacks, interface_of
 from orchestrator.plan import Plan
-from orchestrator.recovery import Member
+from orchestrator.recovery import Holding, Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
 
 log = logging.getLogger("orchestrator.worker")
@@ -73,6 +71,7 @@ class Worker:
         self._state: Any = None
         self._recorder: Any = None
         self._served: Any = None
+        self._holds = Holding()
 
     @property
     def rank(self) -> int:
@@ -102,25 +101,31 @@ class Worker:
         self._connect_line()
         import torch
 
-        from orchestrator.build import build_state, prepare_torch, settle_loader
-        from orchestrator.compiled import compile_for
-        from orchestrator.recorder import Recorder
+        from orchestrator.build import prepare_torch, settle_loader
+        from orchestrator.recorder import recorder_for
         from workloads.registry import WORKLOADS
 
         prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
         device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
         workload = WORKLOADS[self._plan.workload].build(self._plan.config)
         self._plan = settle_loader(self._plan, workload)
-        self._state, has_state = build_state(self._plan, workload, device), False
-        self._recorder = Recorder(self._plan, self._task["uri"], self._coordinator, self._saboteur)
-        kind = compile_for(self._plan, workload, self._state, device, self._node, self._coordinator.report.remote)
+        self._recorder = recorder_for(self._plan, self._task["uri"], self._coordinator, self._saboteur)
+        kind, has_state = self._new_state(workload, device), False
         while True:
-            answer = self._ask_for_seat(kind, self._state.step if has_state else -1)
+            answer = self._ask_for_seat(kind, self.step if has_state else -1)
             if isinstance(answer, Order):
                 return self._obey(answer)
             over, has_state = self._sit(answer, workload, device, has_state)
             if over:
                 return OVER
+
+    def _new_state(self, workload: Any, device: Any) -> str:
+        """Build what is trained; returns what its bits depend on."""
+        from orchestrator.build import build_state
+        from orchestrator.compiled import compile_for
+
+        self._state = build_state(self._plan, workload, device)
+        return compile_for(self._plan, workload, self._state, device, self._node, self._coordinator.report.remote)
 
     def _connect_line(self) -> None:
         """Join the coordinator's wire; waits for a coordinator that is being restarted."""
@@ -176,7 +181,8 @@ class Worker:
             if self._line_broke:
                 self._connect_line()
             store = self._serve_store().address
-            member = Member(self.id, self._node, os.getpid(), device, step, self.rank, store, self._host, self._speed)
+            here = (store, self._host, self._speed, self._holds)
+            member = Member(self.id, self._node, os.getpid(), device, step, self.rank, *here)
             try:
                 answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))
                 return answer
@@ -201,7 +207,7 @@ class Worker:
 
         self._seat, self._why = seat, ""
         self._recorder.take_seat(seat)
-        self._group = group = Group(seat.rank, seat.placement.workers, device, drag=self._saboteur.drag)
+        self._group = group = Group(seat.rank, seat.workers, device, drag=self._saboteur.drag)
         try:
             if self._ended >= seat.generation:
                 group.abort()
@@ -225,7 +231,7 @@ class Worker:
     def _store_of(self, seat: Seat) -> Any:
         from orchestrator.group import reach_store
 
-        if seat.placement.workers == 1:
+        if seat.workers == 1:
             return None
         return self._serve_store().store if seat.rank == 0 else reach_store(seat.store)
 
@@ -253,8 +259,9 @@ class Worker:
         import ray
 
         from orchestrator.evaluate import evaluate
+        from orchestrator.recorder import save_trained
         from orchestrator.rounds import train
-        from orchestrator.state import weights_sha256
+        from orchestrator.state import memory_bytes, weights_sha256
 
         plan, state, recorder = self._plan, self._state, self._recorder
         try:
@@ -271,18 +278,11 @@ class Worker:
         metrics = evaluate(workload, state.model, state.precision, group, plan.config.loader_processes)
         recorder.evaluated(state.step, metrics)
         if recorder.leads:
-            self._save_model(workload, group)
+            with group.others_wait():
+                save_trained(plan, self._task["uri"], workload, state.model)
         recorder.reporter.flush()
-        arguments = (self.id, seat.generation, weights_sha256(state.model), metrics)
+        arguments = (self.id, seat.generation, weights_sha256(state.model), metrics, memory_bytes(state))
         return bool(ray.get(self._coordinator.finish.remote(*arguments)))
-
-    def _save_model(self, workload: Any, group: Any) -> None:
-        from orchestrator.runfolder import RunFolder
-        from orchestrator.storage import Folder
-
-        with tempfile.TemporaryDirectory() as folder, group.others_wait():
-            workload.save(self._state.model, Path(folder))
-            RunFolder(Folder(self._task["uri"], patience_s=self._plan.config.storage_patience)).save_model(Path(folder))
 
     def _obey(self, order: Order) -> str:
         """Not a seat: the end of the run, or of this worker's part in it."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.config import assemble
+from orchestrator.assembly import assemble
 from orchestrator.prepare import COMPRESSION, Job, parser, write_part
 from orchestrator.tables import Manifest
 from workloads.registry import WORKLOADS

@@ -39,18 +39,19 @@ IMPURE |= {
 
 FLOORS: dict[int, str] = {
     0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
-    " orchestrator.config workloads workloads.summary cluster",
-    1: "orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
+    " orchestrator.config orchestrator.assembly workloads workloads.summary cluster",
+    1: "orchestrator.layout orchestrator.replicas"
+    " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
-    2: "orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
+    2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
     " orchestrator.logbooks workloads.workload workloads.preparation workloads.exporting workloads.predicting"
-    " orchestrator.redact orchestrator.toolchain",
-    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
+    " orchestrator.redact orchestrator.toolchain orchestrator.feed orchestrator.step orchestrator.evaluate"
+    " orchestrator.loop orchestrator.build orchestrator.split_build orchestrator.split_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
     " orchestrator.compiled orchestrator.trial",
@@ -60,7 +61,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.reporter orchestrator.charts orchestrator.spoken orchestrator.liveview orchestrator.checkup"
     " workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
-    " orchestrator.dispatcher orchestrator.served_worker",
+    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword"

@@ -6,7 +6,7 @@ The loop never sees images or tokens, and a workload never sees workers, shards 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,14 @@ class Workload(Protocol):
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Forward pass and loss of one microbatch; model.training says whether it is training."""
+        ...
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The modules whose parameters are worth gathering one after the other where a model is spread over workers."""
+        ...
+
+    def tensor_plan(self, model: nn.Module, part: int, parts: int) -> dict[str, Any]:
+        """How the parameters of each layer are split among `parts` workers, by torch's parallelize_module."""
         ...
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:

@@ -14,8 +14,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from orchestrator.assembly import assemble
 from orchestrator.build import build_state, prepare_torch, settle_loader
-from orchestrator.config import assemble
 from orchestrator.group import Group
 from orchestrator.loop import Observer, train
 from orchestrator.plan import Plan

@@ -31,8 +31,8 @@ def rate(batches, size):
 
 def ours(kind, data):
     """As a worker asks for them, without processes that decode ahead."""
+    from orchestrator.assembly import assemble
     from orchestrator.blocks import BlockOrder
-    from orchestrator.config import assemble
     from orchestrator.shards import sample_order
     from workloads.registry import WORKLOADS
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from toys import Recorder
 
+from orchestrator.assembly import build
 from orchestrator.build import build_state, prepare_torch
 from orchestrator.compiled import compile_for
-from orchestrator.config import build
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group
 from orchestrator.loop import train

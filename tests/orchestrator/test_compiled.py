@@ -16,10 +16,10 @@ from torch import nn
 from toys import RoundRecorder, ToyConfig, ToyWorkload, toy_plan
 
 from orchestrator import toolchain
+from orchestrator.assembly import build
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.build import build_state
 from orchestrator.compiled import compile_for
-from orchestrator.config import build
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.group import Group
 from orchestrator.plan import Plan

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import errors
+from orchestrator.assembly import build
 from orchestrator.cluster_fit import Node, capacity, choose_workers, declared_speed, matches, where
-from orchestrator.config import RunConfig, build
+from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.events import CheckpointSaved, RunEnded, record
 from orchestrator.plan import Plan

@@ -9,7 +9,8 @@ from distributed import run_distributed
 from toys import Outcome, ToyWorkload, run_toy, toy_plan, toy_state
 
 import orchestrator.recorder
-from orchestrator.config import build, to_toml
+from orchestrator.assembly import build
+from orchestrator.config import to_toml
 from orchestrator.events import Event, PrecisionChosen, record
 from orchestrator.group import Group
 from orchestrator.injector import Saboteur

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import SYNC_SETTINGS, RunConfig, assemble, build, to_toml
+from orchestrator.assembly import SYNC_SETTINGS, assemble, build
+from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import UserError
 from orchestrator.resume import resolve, settle_arithmetic, take_up
 from orchestrator.run import main

@@ -9,8 +9,8 @@ import torch
 from toys import RoundRecorder
 
 from orchestrator import rounds
+from orchestrator.assembly import build
 from orchestrator.build import build_state
-from orchestrator.config import build
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group
 from orchestrator.handout import Counted, Handout, Unit

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.config import RunConfig, build
+from orchestrator.assembly import build
+from orchestrator.config import RunConfig
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import workloads.resnet
-from orchestrator.config import build as build_config
+from orchestrator.assembly import build as build_config
 from orchestrator.settings import help_texts, settings
 from workloads.resnet import data
 from workloads.resnet.config import ResnetConfig

@@ -8,6 +8,8 @@ B = microbatch, T = tokens, D = width, H = heads, F = width inside the feed-forw
 microbatch, V = vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +43,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, size: Architecture, dropout: float) -> None:
         super().__init__()
-        self.heads = size.heads
+        self.heads, self.head_size = size.heads, size.hidden_size // size.heads
+        self.part = (0, 1)  # which of how many equal parts of the heads are here
         self.dropout = dropout
         self.query = nn.Linear(size.hidden_size, size.hidden_size)
         self.key = nn.Linear(size.hidden_size, size.hidden_size)
@@ -49,13 +52,27 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, allowed_B1TT: Tensor | None) -> Tensor:
         query_BHTd, key_BHTd, value_BHTd = (
-            linear(hidden_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            linear(hidden_BTD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for linear in (self.query, self.key, self.value)
         )
         dropout = self.dropout if self.training else 0.0
+        if dropout and self.part[1] > 1:
+            return self._drop_as_a_whole(query_BHTd, key_BHTd, value_BHTd, allowed_B1TT)
         mixed_BHTd = F.scaled_dot_product_attention(
             query_BHTd, key_BHTd, value_BHTd, attn_mask=allowed_B1TT, dropout_p=dropout
         )
+        return mixed_BHTd.transpose(1, 2).flatten(2)
+
+    def _drop_as_a_whole(
+        self, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTd: Tensor, allowed_B1TT: Tensor | None
+    ) -> Tensor:
+        """The same where some heads are elsewhere: dropout draws for all of them, as it does on one worker."""
+        scores_BHTT = query_BHTd @ key_BHTd.transpose(-2, -1) * self.head_size**-0.5
+        if allowed_B1TT is not None:
+            scores_BHTT = scores_BHTT.masked_fill(~allowed_B1TT, float("-inf"))
+        every_BHTT = scores_BHTT.new_ones(()).expand(len(scores_BHTT), self.heads, *scores_BHTT.shape[2:])
+        kept_BHTT = F.dropout(every_BHTT, self.dropout).chunk(self.part[1], dim=1)[self.part[0]]
+        mixed_BHTd: Tensor = (scores_BHTT.softmax(-1) * kept_BHTT) @ value_BHTd
         return mixed_BHTd.transpose(1, 2).flatten(2)
 
 
@@ -177,6 +194,21 @@ def build(config: BertConfig, vocab_size: int, pad_id: int) -> Bert:
     the output layer is tied to the token embeddings.
     """
     return Bert(config.architecture(), vocab_size, config.sequence_length, config.dropout, pad_id)
+
+
+def tensor_plan(model: Bert, part: int, parts: int) -> dict[str, Any]:
+    """What is split among `parts` workers: heads and feed-forward width by columns, what follows them by rows."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel  # a second, for those who split
+
+    plan: dict[str, Any] = {}
+    for number, layer in enumerate(model.bert.encoder["layer"].children()):
+        layer.get_submodule("attention.self").part = (part, parts)  # type: ignore[assignment]
+        name = f"bert.encoder.layer.{number}"
+        for linear in ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense"):
+            plan[f"{name}.{linear}"] = ColwiseParallel()
+        for linear in ("attention.output.dense", "output.dense"):
+            plan[f"{name}.{linear}"] = RowwiseParallel()
+    return plan
 
 
 def loss_sum(logits_KV: Tensor, labels_K: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +111,16 @@ class BertWorkload:
         logits_KV = model(batch["input_ids"], batch["masked"], *documents)
         count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
         return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of the encoder."""
+        assert isinstance(model, bert.Bert)
+        return list(model.bert.encoder["layer"].children())
+
+    def tensor_plan(self, model: nn.Module, part: int, parts: int) -> dict[str, Any]:
+        """Heads, and the width inside the feed-forward blocks, are split: Shoeybi et al. 2019, arXiv:1909.08053."""
+        assert isinstance(model, bert.Bert)
+        return bert.tensor_plan(model, part, parts)
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Held-out loss in nats, its exponential, the share predicted right, and the training text's entropy.

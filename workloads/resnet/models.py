@@ -98,6 +98,14 @@ def build(name: str, classes: int, channels: int, image_size: int) -> nn.Module:
     return _channels_last(model)
 
 
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a network of the CIFAR or the ImageNet family, in order."""
+    stages = (
+        getattr(network, name, ()) for name in ("stage1", "stage2", "stage3", "layer1", "layer2", "layer3", "layer4")
+    )
+    return [block for stage in stages for block in stage]
+
+
 def _channels_last(network: nn.Module) -> nn.Module:
     # Convolutions take the layout of their weights, whatever that of the images.
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

@@ -152,6 +152,14 @@ class ResnetWorkload:
             others["correct_top5"] = hits_m5.sum()
         return Sums(loss, torch.tensor(len(labels_m), device=labels_m.device), others)
 
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The residual blocks."""
+        return models.blocks(model)
+
+    def tensor_plan(self, model: nn.Module, part: int, parts: int) -> dict[str, Any]:
+        """Refused where the run's settings are checked."""
+        raise NotImplementedError("convolutions are not split within a layer")
+
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """accuracy and top5_accuracy (beyond 10 classes) as shares of 1; cross_entropy as a mean."""
         count = totals["count"]

@@ -1,0 +1,74 @@
+"""From a whole model to a worker's part of it: fully_shard, parallelize_module, stages of a pipeline."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DeviceMesh
+from torch.distributed.tensor.parallel import parallelize_module
+
+from orchestrator.group import Group
+from orchestrator.layout import layout_of
+from orchestrator.plan import Plan
+from orchestrator.precision import Precision
+from orchestrator.shards import derive_seed
+from orchestrator.splits import SplitState, parameter_order, seating
+from orchestrator.state import TrainingState
+from workloads.workload import Workload
+
+
+def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
+    """A worker's part of the model as a new run has it; every worker of `group` calls it."""
+    config, device = plan.config, group.device
+    layout = layout_of(config.parallel, group.world)
+    torch.manual_seed(derive_seed("weights", config.seed))
+    model = workload.build_model().to(device)
+    at, order = seating(group, layout), parameter_order(config, model)
+    precision = Precision(config.precision, device.type)
+    if config.parallel.kind == "tensor":
+        mesh = mesh_of(at.inside)
+        parallelize_module(model, mesh, workload.tensor_plan(model, at.part, layout.size))
+    else:
+        spread(model, workload, at.inside)
+    return SplitState(config, model, model, order, precision, at)
+
+
+def mesh_of(group: Group) -> DeviceMesh:
+    """The workers of a replica group, as torch's parallel modules take them."""
+    return DeviceMesh.from_group(group.process_group, group.device.type)
+
+
+def spread(model: nn.Module, workload: Workload, inside: Group) -> None:
+    """Spread the parameters of `model` over a group, a layer at a time; gradients are added in the tree's order."""
+    # fully_shard takes contiguous parameters only.
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    mesh = mesh_of(inside)
+    for module in (*workload.layers(model), model):
+        found: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        found.set_custom_reduce_scatter(TreeScatter())
+        found.set_gradient_divide_factor(1.0)
+        found.set_force_sum_reduction_for_comms(True)
+
+
+def tree_sum(rows: list[Tensor]) -> Tensor:
+    """Neighbours are added until one is left."""
+    while len(rows) > 1:
+        pairs = [torch.add(left, right) for left, right in zip(rows[::2], rows[1::2], strict=False)]
+        rows = pairs + rows[len(pairs) * 2 :]
+    return rows[0]
+
+
+class TreeScatter:
+    """Each worker gets its chunk of every gradient and adds them in the tree's order; the sum, not the mean."""
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        output_tensor.copy_(tree_sum(list(received.view(group.size(), -1))).view_as(output_tensor))

@@ -1,0 +1,98 @@
+"""One step's gradients where a worker holds a part of the model.
+
+tensor: the workers of a replica group compute the same shards together. fsdp, hsdp: side by side, each a shard of its
+own. pipeline: one behind the other. The sums go through the tree as ever, among the workers that hold the same part.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from orchestrator.feed import Request
+from orchestrator.layout import units_of
+from orchestrator.plan import Plan
+from orchestrator.shards import Placement, derive_seed
+from orchestrator.split_build import tree_sum
+from orchestrator.splits import SplitState
+from orchestrator.state import TrainingState
+from orchestrator.step import ShardedGradients, StepTotals
+from workloads.workload import Workload
+
+
+class TogetherGradients(ShardedGradients):
+    """tensor: every worker of a replica group goes through all its shards; torch exchanges what they need."""
+
+    def __init__(self, plan: Plan, workload: Workload, state: SplitState, placement: Placement, processes: int) -> None:
+        self._part = state
+        super().__init__(plan, workload, state, state.seating.across, placement, processes)
+
+    def compute(self, step: int, stop: bool) -> StepTotals:
+        """See GradientSource; one that asks to stop speaks for its replica group."""
+        asked = torch.tensor(float(stop), device=self._group.device)
+        self._part.seating.inside.sum(asked)
+        return super().compute(step, bool(asked > 0))
+
+    def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
+        with self._group.others_wait():
+            super()._one_shard(shard, samples, nominal, stop)
+        self._take()
+
+    def _take(self) -> None:
+        for place, gradient in self._part.take_gradients():
+            self._reducer.add_gradient(place, gradient)
+
+
+class SideBySideGradients(TogetherGradients):
+    """fsdp, hsdp: as many shards at a time as a replica group has workers; what is placed are such units."""
+
+    def _requests(self, step: int) -> Iterator[Request]:
+        schedule, seed = self._plan.schedule, self._plan.config.seed
+        for later in range(step, self._plan.total_steps):
+            for unit in self._own:
+                shard, _ = self._mine(later, unit)
+                if shard >= 0:
+                    yield schedule.indices(seed, later, shard)
+
+    def _mine(self, step: int, unit: int) -> tuple[int, bool]:
+        """(the shard that this worker computes in a unit, -1 for none; whether it counts)."""
+        _, each = units_of(self._plan.config.parallel, self._part.seating.layout, self._plan.config.shards)
+        first, mine = unit * each, unit * each + self._part.seating.part
+        filled = self._plan.schedule.microbatches_in_step(step)
+        if first >= filled:
+            return -1, False
+        # Torch's exchange needs all workers: one without a shard computes another's, for nothing.
+        return (mine, True) if mine < filled else (first, False)
+
+    def _pass(self, step: int, nominal: float, stop: bool) -> None:
+        for unit in self._own:
+            self._group.step_on()
+            self._reducer.start_shard(unit)
+            shard, counts = self._mine(step, unit)
+            if shard >= 0:
+                torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
+                with self._group.others_wait():
+                    self._one_of_unit(shard, counts, nominal, stop)
+                self._take()
+            self._reducer.end_shard()
+
+    def _one_of_unit(self, shard: int, counts: bool, nominal: float, stop: bool) -> None:
+        indices, batch = self._fed()
+        with self._state.precision.autocast():
+            sums = self._workload.sums(self._state.model, batch)
+        extra = self._extra(shard, sums, indices, len(indices), stop)
+        if not counts:
+            extra.zero_()
+        inside = self._part.seating.inside
+        rows = torch.empty(inside.world, extra.numel(), device=extra.device)
+        inside.wait(inside.start_gather(rows.view(-1), extra))
+        self._reducer.add_extra(tree_sum(list(rows)))
+        (sums.loss / nominal * float(counts)).backward()
+
+
+def split_gradients(
+    plan: Plan, workload: Workload, state: TrainingState, placement: Placement, processes: int
+) -> TogetherGradients:
+    """The gradients of the run's --parallel."""
+    assert isinstance(state, SplitState)
+    kind = SideBySideGradients if plan.config.parallel.kind in ("fsdp", "hsdp") else TogetherGradients
+    return kind(plan, workload, state, placement, processes)

@@ -1,0 +1,153 @@
+"""A worker that holds a part of the model (--parallel other than ddp).
+
+Torch's parallel modules belong to one process group: every generation builds the model anew and takes over what this
+worker held, if it has the same part again. At a step boundary two workers of each replica group take the whole state
+along, so that any regrouping can begin with it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import NonFiniteLossError
+from orchestrator.layout import Layout, layout_of, unit_placement
+from orchestrator.recovery import Holding
+from orchestrator.seats import OVER, Order, Seat
+from orchestrator.worker import Worker, train_worker
+
+
+def train_split_worker(task: dict[str, Any]) -> str:
+    """See train_worker."""
+    return train_worker(task, SplitWorker)
+
+
+@dataclass
+class Kept:
+    """What a worker takes from one generation to the next: its pieces, and the whole state if it carries that."""
+
+    step: int
+    holds: Holding
+    pieces: dict[str, Any]
+    whole: dict[str, Any]
+
+
+class SplitWorker(Worker):
+    """One worker process; see Worker."""
+
+    def __init__(self, task: dict[str, Any], coordinator: Any) -> None:
+        super().__init__(task, coordinator)
+        self._kept: Kept | None = None
+        self._restored = False
+        self._whole: dict[str, Any] = {}
+
+    def _new_state(self, workload: Any, device: Any) -> str:
+        return str(device.type)  # every generation makes its own
+
+    @property
+    def step(self) -> int:
+        return self._kept.step if self._kept is not None and not self._restored else super().step
+
+    def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
+        """See Worker; what this worker holds at the end is kept."""
+        self._restored, self._whole, self._workload = False, {}, workload
+        try:
+            over, _ = super()._sit(seat, workload, device, has_state)
+            return over, self._restored or has_state
+        finally:
+            if self._restored:
+                self._keep(seat)
+
+    def _keep(self, seat: Seat) -> None:
+        state = self._state
+        holds = Holding(seat.rank % seat.size, seat.size, bool(self._whole))
+        pieces = state.pieces() if state.split else state.tensors()
+        self._kept = Kept(state.step, holds, pieces, self._whole)
+        self._holds = holds
+
+    def _restore(self, group: Any, seat: Seat) -> None:
+        """See Worker; first builds this worker's part of the model, and fills it with what it held."""
+        from orchestrator.build import build_state
+        from orchestrator.split_build import build_part
+
+        kept = self._kept if seat.step >= 0 else None
+        if seat.step < 0:
+            self._recorder.reporter.forget()  # steps after the checkpoint are taken anew
+        layout = layout_of(self._plan.config.parallel, group.world)
+        self._state = None
+        whole = build_state(self._plan, self._workload, group.device) if layout.size == 1 else None
+        state: Any = whole or build_part(self._plan, self._workload, group)
+        self._state = state
+        self._recorder.group = state.seating.inside if state.split and seat.rank < layout.size else None
+        if kept is not None and kept.step == seat.step:
+            self._take_over(kept, Holding(seat.rank % layout.size, layout.size))
+        super()._restore(group, seat)
+        if state.split:
+            state.handing = {}
+        self._kept, self._restored = None, True
+
+    def _take_over(self, kept: Kept, now: Holding) -> None:
+        state = self._state
+        if (kept.holds.part, kept.holds.parts) != (now.part, now.parts):
+            if kept.whole:
+                state.load(kept.whole, kept.step)
+        elif state.split:
+            state.load_pieces(kept.pieces, kept.step)
+            state.handing = kept.whole
+        else:
+            state.load(kept.pieces, kept.step)
+
+    def _train(self, workload: Any, group: Any, seat: Seat) -> bool:
+        """See Worker; what concerns the whole state is done by whole replica groups."""
+        import ray
+
+        from orchestrator.evaluate import evaluate
+        from orchestrator.rounds import train
+        from orchestrator.state import memory_bytes
+
+        plan, state, recorder = self._plan, self._state, self._recorder
+        if not state.split:
+            return super()._train(workload, group, seat)
+        placement = unit_placement(plan.config.parallel, Layout(seat.workers, seat.size), seat.placement)
+        try:
+            finished = train(plan, workload, state, group, placement, recorder)
+        except NonFiniteLossError:  # found by all at the same step
+            recorder.checkpoint_now(state, recorder.leads)
+            raise
+        if not finished:
+            self._whole = state.snapshot()
+            return False
+        memory = memory_bytes(state)
+        recorder.checkpoint_now(state, recorder.leads)
+        metrics = evaluate(workload, state.model, state.precision, state.seating.across, plan.config.loader_processes)
+        recorder.evaluated(state.step, metrics)
+        if seat.rank < seat.size:
+            self._save_parts(workload, group)
+        recorder.reporter.flush()
+        arguments = (self.id, seat.generation, state.sha256(), metrics, memory)
+        return bool(ray.get(self._coordinator.finish.remote(*arguments)))
+
+    def _save_parts(self, workload: Any, group: Any) -> None:
+        """Put the model together, which rank 0 saves."""
+        from orchestrator.recorder import save_trained
+
+        weights = {name: t.detach().cpu().clone() for name, t in self._state.whole_weights() if self._recorder.leads}
+        if not self._recorder.leads:
+            return
+        model = workload.build_model()
+        model.load_state_dict(weights)
+        with group.others_wait():
+            save_trained(self._plan, self._task["uri"], workload, model)
+
+    def _obey(self, order: Order) -> str:
+        """See Worker; the state of a stop is the whole one that was taken along."""
+        import ray
+
+        kept = self._kept
+        if order.word != "stop" or kept is None or kept.holds.parts == 1:
+            return super()._obey(order)
+        from orchestrator.state import sha256_of
+
+        self._recorder.write_taken_along(kept.step if order.lead else -1, kept.whole)
+        if order.lead:
+            weights = ((name.removeprefix("model."), t) for name, t in kept.whole.items() if name.startswith("model."))
+            ray.get(self._coordinator.stopped.remote(kept.step, sha256_of(weights)))
+        return OVER
