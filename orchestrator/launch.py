@@ -26,7 +26,7 @@ from orchestrator.redact import redact
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import NAMESPACE, Assignment, Status
 
-POLL_S = 0.2
+POLL_S = 0.5
 GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
 TEARDOWN_S = 20.0
 COORDINATOR_BACK_S = 60.0
