@@ -34,6 +34,7 @@ def values(name: str, field, default) -> st.SearchStrategy:
     return {
         "node_labels": st.sampled_from(["", "zone=a", "zone=!a,spot=yes"]),
         "resources_per_worker": st.sampled_from(["", "CPU=0.5", "GPU=1,CPU=8"]),
+        "log": st.sampled_from(["", "wandb", "tensorboard,mlflow"]),
         "checkpoint_every": st.integers(1, 10**9).map(str) | st.floats(0.001, 1e9).map(lambda s: f"{s:f}s"),
     }.get(name, TEXT)
 
