@@ -72,7 +72,7 @@ def _end(
         process.wait()
         print(f"--log {loggers}: not done within {patience_s:g} s; {later}", file=sys.stderr, flush=True)
         return
-    if status not in (0, 1):  # 1: a logger failed, and it has said so
+    if status:
         with contextlib.suppress(OSError):
             folder.error(f"--log {loggers}: the process ended with {status}\n" + "".join(said))
         print(f"--log {loggers}: its process was lost ({status}); see {ERRORS}; {later}", file=sys.stderr, flush=True)

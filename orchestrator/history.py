@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,9 @@ def read_history(uri: str) -> History:
     if config is None:
         raise UserError(f"{uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")
     events = lines(folder.text(EVENTS) or "")
-    return History(uri, config, folder.result(), events, _columns(folder.text(METRICS) or ""), time.time())
+    return History(
+        uri, config, folder.result(), events, _columns(folder.folder.tail(METRICS, sys.maxsize)), time.time()
+    )
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -107,8 +110,8 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _columns(text: str) -> dict[str, Floats]:
-    whole = text[: text.rfind("\n") + 1].encode()
+def _columns(data: bytes) -> dict[str, Floats]:
+    whole = data[: data.rfind(b"\n") + 1]
     if not whole:
         return {}
     options = pyarrow.json.ReadOptions(block_size=max(2**20, min(len(whole), 2**26)))

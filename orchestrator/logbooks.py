@@ -116,7 +116,7 @@ class TensorBoard(Logbook):
         folder = root / "tensorboard"
         for earlier in folder.glob("events.out.tfevents.*"):
             earlier.unlink()
-        self._writer = EventFileWriter(str(folder))
+        self._writer = EventFileWriter(str(folder), max_queue_size=1000)
         self._step, self._time_s = 0, started_s
         self._add(hparams_pb(plain(config), run_id, int(started_s)))
 

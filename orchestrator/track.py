@@ -33,6 +33,7 @@ from orchestrator.values import LOGGERS, Loggers
 EVERY_S = 1.0
 BLOCK_BYTES = 4 * 2**20  # of a log, read at once: about ten thousand steps
 UPLOAD_EVERY_S = 60.0
+PATIENCE_S = 600.0
 BEHIND = 10  # nice(2): training goes first
 
 
@@ -213,7 +214,7 @@ def alone(uri: str, wait: bool) -> Iterator[None]:
         yield
 
 
-def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> list[str]:
+def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> None:
     """Follow the run of the command that started this, until that has ended: its end of our stdin is closed."""
     os.nice(BEHIND)
     ended = threading.Event()
@@ -228,9 +229,9 @@ def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> list
         if ended.wait(EVERY_S):
             break
     if run.owner() != token:
-        return []
+        return
     with alone(run.uri, wait=True):
-        return follow(
+        follow(
             run,
             loggers,
             lambda line: print(f"{TOLD}{line}", flush=True),
@@ -261,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--owner", help=argparse.SUPPRESS)  # the command that started this
     try:
         settings = parser.parse_args(arguments)
-        run = RunFolder(Folder(settings.run, flag="RUN"))
+        # Training goes on while its storage is away, and so does this beside it; a person is told at once.
+        run = RunFolder(Folder(settings.run, flag="RUN", patience_s=PATIENCE_S if settings.owner else 0.0))
         config = run.config()
         if config is None:
             raise UserError(f"{run.uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")
@@ -273,12 +275,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not loggers:
             raise UserError(f"--log: the run names no logger; give some of {', '.join(LOGGERS)}")
         need(loggers)
-        failed = beside_a_command(run, loggers, settings.owner) if settings.owner else by_hand(run, loggers)
+        if settings.owner:
+            beside_a_command(run, loggers, settings.owner)
+            return 0  # a logger that failed was told of; anything else is for the command to tell
+        failed = by_hand(run, loggers)
     except OrchestratorError as error:
         return refuse(error)
     except KeyboardInterrupt:
         return 0
-    if not settings.owner and not failed:
+    if not failed:
         print(f"written to {', '.join(loggers)}: {run.uri}")
     return 1 if failed else 0
 

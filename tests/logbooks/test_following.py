@@ -92,6 +92,19 @@ def test_a_follower_that_is_lost_costs_a_line(tmp_path, capfd, monkeypatch):
     assert said.startswith("--log tensorboard: its process was lost (-9); see logs/errors.log; the rest: python -m")
 
 
+def test_a_follower_with_a_bug_costs_a_line_too(tmp_path, capfd):
+    """Here it meets a record that it does not know."""
+    folder = write_run(tmp_path / "run", steps=20).folder
+    with (folder / METRICS).open("a") as file:
+        file.write("[21]\n")
+    with clerk.clerk("tensorboard", owned(folder), "mine"):
+        pass
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("--log tensorboard: its process was lost (1); see logs/errors.log")
+    assert "Traceback" in (folder / "logs" / "errors.log").read_text()
+
+
 def test_a_follower_ends_with_a_command_that_is_killed(tmp_path):
     """Its stdin closes, whoever closes it; the run has no result then."""
     folder = write_run(tmp_path / "run", steps=20, status="").folder

@@ -170,7 +170,7 @@ def test_runs_side_by_side(browser, tmp_path):
 
 
 def test_a_million_steps_and_five_hundred_incidents(tmp_path):
-    """Small enough to send; drawn in a browser by the benchmark tests/bench/report.py, which times it too."""
+    """Small enough to send; drawn in a browser by the benchmark tests/bench/report_page.py, which times it too."""
     written = write_run(tmp_path / "long", 1_000_000, 500, shards=64, step_s=0.05)
     page = build(written.folder)
     assert page.stat().st_size < 8e6
