@@ -104,6 +104,8 @@ def _cache(threads: int, device: torch.device) -> Iterator[str]:
     inductor.compile_threads = threads
     inductor.cpp.vec_isa_ok = True  # the CPU decides, not a probe that a busy machine may fail
     inductor.deterministic = True  # a GPU's kernels are not chosen by timing
+    # Generated code draws number by number on a CPU: BERT-mini's forward pass took 0.40 s with it, 0.28 without.
+    inductor.fallback_random = device.type == "cpu"
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
