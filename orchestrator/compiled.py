@@ -77,15 +77,15 @@ def compile_for(
     if problem := toolchain.problem():
         raise TrainingError(f"--compile true: node {node}: {problem}")
     started = time.monotonic()
-    with _cache(plan.config.threads, device) as machine:
-        try:
+    try:
+        with _cache(plan.config.threads, device) as machine:
             state.trained = _first_microbatch(plan, workload, state, device)
-        except OrchestratorError:
-            raise
-        except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
-        missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+    except OrchestratorError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
+    missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
     report([], [ModelCompiled(node, os.getpid(), machine, round(time.monotonic() - started, 3), not missed)])
     return f"{device.type}, {machine}"
 
