@@ -77,15 +77,15 @@ def compile_for(
     if problem := toolchain.problem():
         raise TrainingError(f"--compile true: node {node}: {problem}")
     started = time.monotonic()
-    with _cache(plan.config.threads, device) as machine:
-        try:
+    try:
+        with _cache(plan.config.threads, device) as machine:
             state.trained = _first_microbatch(plan, workload, state, device)
-        except OrchestratorError:
-            raise
-        except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
-        missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
+    except OrchestratorError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
+    missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
     report([], [ModelCompiled(node, os.getpid(), machine, round(time.monotonic() - started, 3), not missed)])
     return f"{device.type}, {machine}"
 
@@ -104,6 +104,8 @@ def _cache(threads: int, device: torch.device) -> Iterator[str]:
     inductor.compile_threads = threads
     inductor.cpp.vec_isa_ok = True  # the CPU decides, not a probe that a busy machine may fail
     inductor.deterministic = True  # a GPU's kernels are not chosen by timing
+    # Generated code draws number by number on a CPU: BERT-mini's forward pass took 0.40 s with it, 0.28 without.
+    inductor.fallback_random = device.type == "cpu"
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

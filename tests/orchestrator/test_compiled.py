@@ -112,7 +112,7 @@ def test_the_weights_do_not_depend_on_the_workers(cache):
     (alone,) = run_distributed(run_net, 1, net_plan(), cache)
     assert run_distributed(run_net, 2, net_plan(), cache, placement_from_counts((3, 5))) == [alone, alone]
     (without,) = run_distributed(run_net, 1, net_plan(compile=False), cache)
-    assert without[0] != alone[0], "dropout draws otherwise in compiled code"
+    assert without[0] != alone[0], "compiled code rounds otherwise"
 
 
 def look(group: Group, plan: Plan, cache: str):
@@ -125,7 +125,7 @@ def look(group: Group, plan: Plan, cache: str):
     state.model.train()
 
     def difference(values: torch.Tensor, picked: int) -> float:
-        """Between the compiled model and the model; dropout draws otherwise in compiled code."""
+        """Between the compiled model, which rounds otherwise, and the model."""
         outputs = []
         for model in (state.trained, state.model):
             torch.manual_seed(0)
