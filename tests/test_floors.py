@@ -50,7 +50,8 @@ FLOORS: dict[int, str] = {
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
     " workloads.workload workloads.preparation workloads.exporting workloads.predicting orchestrator.redact",
-    3: "orchestrator.split_build orchestrator.split_step"
+    3: "orchestrator.split_build orchestrator.split_step orchestrator.pipeline"
+    " orchestrator.pipeline_step"
     " orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds",
