@@ -160,6 +160,9 @@ class RunConfig:
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""
 
+    def check_split(self) -> None:
+        """Whether this model can be held in the parts of --parallel; raises UserError with one line."""
+
 
 def build(config_type: type[C], given: Mapping[str, Any]) -> C:
     """The configuration of the given settings over the defaults, checked; raises UserError with one line."""
@@ -250,6 +253,10 @@ def _check_sync(config: RunConfig) -> None:
 def _check_parallel(config: RunConfig) -> None:
     """What goes with a model in parts."""
     parallel, workers, size = config.parallel, config.workers, config.parallel.size
+    if parallel.kind != "pipeline" and config.pipeline_schedule != settings(type(config))["pipeline_schedule"].default:
+        raise UserError(
+            f"--pipeline-schedule {config.pipeline_schedule}: goes with --parallel pipeline=N; leave it out"
+        )
     if not parallel.splits:
         return
     for name, allowed in (("sync", "allreduce"), ("reduce", "fixed")):
@@ -263,6 +270,7 @@ def _check_parallel(config: RunConfig) -> None:
         raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
     if parallel.kind == "hsdp" and (size & (size - 1) or size > config.shards):
         raise UserError(f"--parallel {parallel}: N shares {config.shards} shards; use a power of two up to as many")
+    config.check_split()
 
 
 def _check_pairs(config: RunConfig) -> None:
