@@ -114,6 +114,10 @@ def _check_compile(config: RunConfig) -> None:
 def _check_parallel(config: RunConfig) -> None:
     """What goes with a model in parts."""
     parallel, workers, size = config.parallel, config.workers, config.parallel.size
+    if parallel.kind != "pipeline" and config.pipeline_schedule != settings(type(config))["pipeline_schedule"].default:
+        raise UserError(
+            f"--pipeline-schedule {config.pipeline_schedule}: goes with --parallel pipeline=N; leave it out"
+        )
     if not parallel.splits:
         return
     for name, allowed in (("sync", "allreduce"), ("reduce", "fixed")):
@@ -127,6 +131,7 @@ def _check_parallel(config: RunConfig) -> None:
         raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
     if parallel.kind == "hsdp" and (size & (size - 1) or size > config.shards):
         raise UserError(f"--parallel {parallel}: N shares {config.shards} shards; use a power of two up to as many")
+    config.check_split()
 
 
 def _check_pairs(config: RunConfig) -> None:

@@ -164,6 +164,9 @@ class RunConfig:
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""
 
+    def check_split(self) -> None:
+        """Whether this model can be held in the parts of --parallel; raises UserError with one line."""
+
 
 def to_toml(config: RunConfig, workload: str) -> str:
     """The complete configuration as TOML; `python -m orchestrator.run WORKLOAD --config` takes it back."""

@@ -21,7 +21,7 @@ from orchestrator.nodewatch import NodeWatch, end_process
 from orchestrator.recovery import Member
 from orchestrator.replicas import roster_of
 from orchestrator.seats import Assignment, Order, Seat, Status
-from orchestrator.values import NONE, Figures, keep_largest
+from orchestrator.values import NO, Figures, keep_largest
 
 LAST_CHECKPOINT_S = 5.0  # Ray Train gives workers as long, once the run is over
 log = logging.getLogger("orchestrator.coordinator")
@@ -187,9 +187,9 @@ class Coordinator:
         self._members.pause()
         self._members.seat()
 
-    async def finish(self, member_id: str, generation: int, sha256: str, metrics: Figures, mem: Figures = NONE) -> bool:
+    async def finish(self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NO) -> bool:
         """A worker is done; answers whether the run is over. If not, another was lost before: it has to come back."""
-        keep_largest(self._journal.figures.setdefault("memory_bytes", {}), mem)
+        keep_largest(self._journal.figures.setdefault("memory_bytes", {}), size)
         roster, changed = self._members.roster, self._members.changed
         current = lambda: generation == roster.generation and roster.training  # noqa: E731
         if not self._outcome and current():

@@ -15,7 +15,7 @@ from orchestrator.recovery import Member
 from orchestrator.seats import Assignment, Order, Status
 from orchestrator.served import Done, Job, Posting, Restored
 from orchestrator.stepbook import StepBook
-from orchestrator.values import NONE, Figures
+from orchestrator.values import NO, Figures
 
 
 class Dispatcher(Keeper):
@@ -226,9 +226,7 @@ class Dispatcher(Keeper):
         self._evaluator = ""
         self._members.notify()
 
-    async def finish(
-        self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NONE
-    ) -> bool:
+    async def finish(self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NO) -> bool:
         """The model is saved; see Coordinator."""
         if self._finisher == member_id:
             self._journal.log(Evaluated(self._plan.total_steps, dict(metrics)))

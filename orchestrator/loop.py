@@ -49,8 +49,9 @@ def train(
     try:
         while state.step < plan.total_steps:
             if plan.evaluates_after(state.step) and state.evaluated_step != state.step:
-                processes = plan.config.loader_processes
-                observer.evaluated(state.step, evaluate(workload, state.model, state.precision, group, processes))
+                using, among = state.evaluation(workload, group)
+                metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes)
+                observer.evaluated(state.step, metrics)
                 state.evaluated_step = state.step
             totals = gradients.compute(state.step, observer.stop_wanted())
             lr = learning_rate(plan.config, state.step, plan.total_steps)
@@ -101,7 +102,7 @@ def gradient_source(
     if plan.config.reduce == "ddp":
         return DdpGradients(plan, workload, state, group, processes)
     if state.split:
-        from orchestrator.split_step import split_gradients  # its imports of torch.distributed take a second
+        from orchestrator.pipeline_step import split_gradients  # its imports of torch.distributed take a second
 
         return split_gradients(plan, workload, state, placement, processes)
     return ShardedGradients(plan, workload, state, group, placement, processes)

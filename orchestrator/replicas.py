@@ -6,6 +6,7 @@ back to the newest checkpoint.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ from orchestrator.values import Parallel
 
 
 def by_parts(members: Sequence[Member], size: int, step: int) -> list[list[Member]]:
-    """For each part of `size`, the members that hold it after `step`."""
+    """For each part of `size`, the members that hold it after `step`, those whose group is whole first."""
     held = [m for m in members if m.step == step and m.holds.parts == size]
+    present = Counter(m.rank // size for m in held)
+    held.sort(key=lambda m: present[m.rank // size] < size)
     return [[m for m in held if m.holds.part == part] for part in range(size)]
 
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from orchestrator.group import Group
 from orchestrator.layout import layout_of
+from orchestrator.pipeline import build_stage
 from orchestrator.plan import Plan
 from orchestrator.precision import Precision
 from orchestrator.shards import derive_seed
@@ -27,6 +28,9 @@ def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
     model = workload.build_model().to(device)
     at, order = seating(group, layout), parameter_order(config, model)
     precision = Precision(config.precision, device.type)
+    if config.parallel.kind == "pipeline":
+        side = group.among([layout.members(number) for number in range(layout.groups)])
+        return build_stage(config, model, workload, order, precision, at, side)
     if config.parallel.kind == "tensor":
         mesh = mesh_of(at.inside)
         parallelize_module(model, mesh, workload.tensor_plan(model, at.part, layout.size))

@@ -14,7 +14,6 @@ from orchestrator.plan import Plan
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.split_build import tree_sum
 from orchestrator.splits import SplitState
-from orchestrator.state import TrainingState
 from orchestrator.step import ShardedGradients, StepTotals
 from workloads.workload import Workload
 
@@ -87,12 +86,3 @@ class SideBySideGradients(TogetherGradients):
         inside.wait(inside.start_gather(rows.view(-1), extra))
         self._reducer.add_extra(tree_sum(list(rows)))
         (sums.loss / nominal * float(counts)).backward()
-
-
-def split_gradients(
-    plan: Plan, workload: Workload, state: TrainingState, placement: Placement, processes: int
-) -> TogetherGradients:
-    """The gradients of the run's --parallel."""
-    assert isinstance(state, SplitState)
-    kind = SideBySideGradients if plan.config.parallel.kind in ("fsdp", "hsdp") else TogetherGradients
-    return kind(plan, workload, state, placement, processes)

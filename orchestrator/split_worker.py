@@ -117,7 +117,8 @@ class SplitWorker(Worker):
             return False
         memory = memory_bytes(state)
         recorder.checkpoint_now(state, recorder.leads)
-        metrics = evaluate(workload, state.model, state.precision, state.seating.across, plan.config.loader_processes)
+        using, among = state.evaluation(workload, group)
+        metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes)
         recorder.evaluated(state.step, metrics)
         if seat.rank < seat.size:
             self._save_parts(workload, group)

@@ -19,6 +19,7 @@ from orchestrator.layout import Layout
 from orchestrator.optimizer import build_optimizer, parameter_groups
 from orchestrator.precision import Precision
 from orchestrator.state import TrainingState, sha256_of
+from workloads.workload import Workload
 
 Described = list[tuple[str, torch.Size, torch.dtype]]
 
@@ -176,6 +177,10 @@ class SplitState(TrainingState):
         if carried:
             return self.handing
         return self.tensors() if group.rank < self.seating.layout.size else {}
+
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
+        """See TrainingState: the workers of a replica group evaluate together."""
+        return workload, self.seating.across
 
     def gradient_norm(self) -> Tensor:
         """See TrainingState: norms of parameters in the optimizer's order, then their norm, as on one worker.

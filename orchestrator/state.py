@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from orchestrator.group import Group
 from orchestrator.precision import Precision
+from workloads.workload import Workload
 
 MESSAGE_BYTES = 32 * 2**20
 
@@ -61,6 +62,10 @@ class TrainingState:
     def own(self) -> nn.Module:
         """The modules that this worker computes."""
         return self.model
+
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
+        """What evaluates the model, and those among whom the held-out samples are shared out."""
+        return workload, group
 
     def gradient_norm(self) -> Tensor:
         """Of all parameters together."""

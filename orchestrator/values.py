@@ -99,7 +99,7 @@ class Cadence:
 
 
 Figures = Mapping[str, float]  # by name
-NONE: Figures = {}
+NO: Figures = {}
 
 
 def keep_largest(known: dict[str, float], new: Figures) -> None:

@@ -51,7 +51,8 @@ FLOORS: dict[int, str] = {
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
     " orchestrator.logbooks workloads.workload workloads.preparation workloads.exporting workloads.predicting"
     " orchestrator.redact orchestrator.toolchain orchestrator.feed orchestrator.step orchestrator.evaluate"
-    " orchestrator.loop orchestrator.build orchestrator.split_build orchestrator.split_step"
+    " orchestrator.loop orchestrator.build orchestrator.split_build orchestrator.split_step orchestrator.pipeline"
+    " orchestrator.pipeline_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
     " orchestrator.compiled orchestrator.trial",

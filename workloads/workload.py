@@ -3,7 +3,7 @@
 The loop never sees images or tokens, and a workload never sees workers, shards or steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -47,6 +47,18 @@ class Samples(Protocol):
         ...
 
 
+class Piece(nn.Module):
+    """Some modules of a model, and how activations come out of them; the first piece of a model is given None."""
+
+    def __init__(self, compute: Callable[[Tensor, Batch], Tensor], *modules: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        self._compute = compute
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return self._compute(hidden, batch)
+
+
 class Workload(Protocol):
     """One kind of training; built from its configuration, `SomeWorkload(config)`."""
 
@@ -82,6 +94,14 @@ class Workload(Protocol):
 
     def tensor_plan(self, model: nn.Module, part: int, parts: int) -> dict[str, Any]:
         """How the parameters of each layer are split among `parts` workers, by torch's parallelize_module."""
+        ...
+
+    def pieces(self, model: nn.Module) -> list["Piece"]:
+        """The model cut into consecutive pieces, from a batch to what `finish` takes."""
+        ...
+
+    def finish(self, output: Tensor, batch: Batch, training: bool) -> Sums:
+        """What `sums` makes of the model's output."""
         ...
 
     def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:

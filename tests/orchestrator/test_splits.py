@@ -16,7 +16,7 @@ from orchestrator.plan import Plan
 from orchestrator.shards import even_placement
 from orchestrator.split_build import build_part
 from orchestrator.splits import SplitState
-from orchestrator.state import sha256_of
+from orchestrator.state import memory_bytes, sha256_of
 from workloads.registry import WORKLOADS
 
 SMALL = {
@@ -31,14 +31,14 @@ def run_part(group: Group, plan: Plan) -> dict[str, Any]:
     recorder = Recorder()
     if group.world == 1:
         state = build_state(plan, workload, group.device)
-        placement, among = even_placement(config.shards, 1), group
+        placement = even_placement(config.shards, 1)
     else:
         state = build_part(plan, workload, group)
         layout = layout_of(config.parallel, group.world)
         placement = even_placement(units_of(config.parallel, layout, config.shards)[0], layout.groups)
-        among = state.seating.across
     train(plan, workload, state, group, placement, recorder)
-    metrics = evaluate(workload, state.model, state.precision, among, 0)
+    using, among = state.evaluation(workload, group)
+    metrics = evaluate(using, state.model, state.precision, among, 0)
     whole = dict(state.whole_weights() if isinstance(state, SplitState) else state.model.state_dict())
     return {
         "losses": recorder.losses,
@@ -46,7 +46,7 @@ def run_part(group: Group, plan: Plan) -> dict[str, Any]:
         "sha256": sha256_of(whole.items()),
         "weights": {name: t.clone() for name, t in whole.items()} if group.rank == 0 else {},
         "snapshot": state.tensors(),
-        "bytes": state.bytes_held() if isinstance(state, SplitState) else 0,
+        "bytes": memory_bytes(state)["state"],
     }
 
 
@@ -73,6 +73,8 @@ def distance(outcome: dict[str, Any], other: dict[str, Any]) -> float:
         ("bert", "fsdp", 2, True),
         ("bert", "hsdp=2", 4, True),
         ("resnet", "fsdp", 2, False),
+        ("resnet", "pipeline=2", 2, True),
+        ("bert", "pipeline=2", 2, True),
     ],
 )
 def test_parts_train_as_one_worker_does(name, parallel, world, same):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.config import OPTIMIZERS, RunConfig
+from orchestrator.errors import UserError
 from orchestrator.settings import setting
 
 # (hidden size, layers, heads) by name: tiny to medium from Turc et al. 2019 (arXiv:1908.08962), base and
@@ -104,6 +105,22 @@ class BertConfig(RunConfig):
 
     warmup: float = setting(0.1, low=0, high=1)
     """Share of the run in which the learning rate rises linearly from 0."""
+
+    def check_split(self) -> None:
+        """See RunConfig: heads are what tensor splits, layers what a pipeline deals out."""
+        parallel, size, parts = self.parallel, self.architecture(), self.parallel.size
+        if parallel.kind == "tensor" and (size.heads % parts or size.intermediate_size % parts):
+            fitting = [n for n in range(2, size.heads + 1) if not (size.heads % n or size.intermediate_size % n)]
+            use = f"use N of {', '.join(map(str, fitting))}" if fitting else "use fsdp"
+            raise UserError(
+                f"--parallel {parallel}: does not divide {size.heads} heads and the feed-forward width; {use}"
+            )
+        if parallel.kind == "pipeline" and parts > size.layers + 2:
+            raise UserError(
+                f"--parallel {parallel}: {size.layers} layers make {size.layers + 2} stages at most; use fewer"
+            )
+        if parallel.kind == "pipeline" and self.attention == "document":
+            raise UserError("--attention document: stages hand no documents on; leave it out, or use tensor or fsdp")
 
     def architecture(self) -> Architecture:
         """The network's size: `model`'s, with the numbers that were given in its place."""

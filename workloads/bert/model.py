@@ -8,6 +8,7 @@ B = microbatch, T = tokens, D = width, H = heads, F = width inside the feed-forw
 microbatch, V = vocabulary.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workloads.bert.config import Architecture, BertConfig
+from workloads.workload import Piece
 
 EPSILON = 1e-12  # of LayerNorm, as in the authors' code (github.com/google-research/bert, modeling.py)
 INITIAL_STD = 0.02
@@ -194,6 +196,19 @@ def build(config: BertConfig, vocab_size: int, pad_id: int) -> Bert:
     the output layer is tied to the token embeddings.
     """
     return Bert(config.architecture(), vocab_size, config.sequence_length, config.dropout, pad_id)
+
+
+def _through(layer: nn.Module, hidden_BTD: Tensor, _: object) -> Tensor:
+    through_BTD: Tensor = layer(hidden_BTD, None)
+    return through_BTD
+
+
+def pieces(model: Bert) -> list[Piece]:
+    """Embeddings, layers and head one by one, for a pipeline; sequences are full, so nobody is kept from attending."""
+    encoder, head = model.bert, model.cls["predictions"]
+    layers = [Piece(functools.partial(_through, layer), layer) for layer in encoder.encoder["layer"].children()]
+    last = Piece(lambda hidden, batch: head(hidden.flatten(0, 1).index_select(0, batch["masked"])), head)
+    return [Piece(lambda _, batch: encoder.embeddings(batch["input_ids"]), encoder.embeddings), *layers, last]
 
 
 def tensor_plan(model: Bert, part: int, parts: int) -> dict[str, Any]:

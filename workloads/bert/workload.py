@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.tables import Table
 from workloads.bert import model as bert
@@ -16,7 +16,7 @@ from workloads.bert.config import BertConfig
 from workloads.bert.data import prepare
 from workloads.bert.masking import Masking, document_numbers, heldout_seeds, train_seeds
 from workloads.bert.wordpiece import MASK, PAD, SEP
-from workloads.workload import Batch, Split, Sums
+from workloads.workload import Batch, Piece, Split, Sums
 
 
 class BertSamples:
@@ -106,9 +106,12 @@ class BertWorkload:
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Cross entropy summed over the masked tokens, their number, and how many are predicted right."""
-        labels_K = batch["labels"]
         documents = (batch["documents"],) if "documents" in batch else ()
-        logits_KV = model(batch["input_ids"], batch["masked"], *documents)
+        return self.finish(model(batch["input_ids"], batch["masked"], *documents), batch, model.training)
+
+    def finish(self, logits_KV: Tensor, batch: Batch, training: bool) -> Sums:
+        """See sums."""
+        labels_K = batch["labels"]
         count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
         return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
 
@@ -116,6 +119,11 @@ class BertWorkload:
         """The layers of the encoder."""
         assert isinstance(model, bert.Bert)
         return list(model.bert.encoder["layer"].children())
+
+    def pieces(self, model: nn.Module) -> list[Piece]:
+        """Embeddings, layers, head."""
+        assert isinstance(model, bert.Bert)
+        return bert.pieces(model)
 
     def tensor_plan(self, model: nn.Module, part: int, parts: int) -> dict[str, Any]:
         """Heads, and the width inside the feed-forward blocks, are split: Shoeybi et al. 2019, arXiv:1909.08053."""

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 from orchestrator.config import OPTIMIZERS, RunConfig
+from orchestrator.errors import UserError
 from orchestrator.settings import setting
 
 # He et al. 2015, section 4.2: n of 6n + 2 layers.
 CIFAR_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5, "resnet56": 9}
 # Channels of the three blocks. Jordan 2024, arXiv:2404.00498: airbench94's; ours for grey images and CPUs.
 AIRBENCH = {"airbench": (64, 256, 256), "airbench-small": (16, 64, 128)}
-IMAGENET_FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+# Residual blocks of torchvision's networks (He et al. 2015, table 1).
+IMAGENET_FAMILY = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50}
 # The ImageNet stem divides height and width by 4 and the stages by 8 more: under 64 pixels the last stage
 # would be left with 1x1. Smaller images get a 3x3 stem with stride 1 and without pooling instead.
 SMALL_IMAGE = 64
@@ -69,3 +71,14 @@ class ResnetConfig(RunConfig):
     image_size: int = setting(0, low=0, high=1024)
     """Height and width of the network's input in pixels, 8 to 1024. 0: 224 for imagefolder, else as the
     images are."""
+
+    def check_split(self) -> None:
+        """See RunConfig: residual blocks are what is spread or dealt out."""
+        parallel, model = self.parallel, self.model
+        if parallel.kind == "tensor":
+            raise UserError(f"--parallel {parallel}: convolutions are not split within a layer; use fsdp or pipeline=N")
+        if model in AIRBENCH:
+            raise UserError(f"--parallel {parallel}: {model} is held whole, it is small; leave it out")
+        stages = 2 + (3 * CIFAR_BLOCKS[model] if model in CIFAR_BLOCKS else IMAGENET_FAMILY[model])
+        if parallel.kind == "pipeline" and parallel.size > stages:
+            raise UserError(f"--parallel {parallel}: {model} makes {stages} stages at most; use fewer")

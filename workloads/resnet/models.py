@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from workloads.resnet.airbench import AirbenchNet
 from workloads.resnet.config import AIRBENCH, CIFAR_BLOCKS, IMAGENET_FAMILY, SMALL_IMAGE
 from workloads.resnet.vision import imagenet_family
+from workloads.workload import Piece
 
 # B = microbatch, C = channels, H, W = height and width, K = classes
 
@@ -104,6 +105,18 @@ def blocks(network: nn.Module) -> list[nn.Module]:
         getattr(network, name, ()) for name in ("stage1", "stage2", "stage3", "layer1", "layer2", "layer3", "layer4")
     )
     return [block for stage in stages for block in stage]
+
+
+def pieces(network: Any) -> list[Piece]:
+    """Stem, residual blocks and classifier of a network of either family, for a pipeline."""
+    if isinstance(network, CifarResNet):
+        stem = Piece(lambda _, batch: F.relu(network.bn1(network.conv1(batch["images"]))), network.conv1, network.bn1)
+        head = Piece(lambda x_BCHW, _: network.fc(x_BCHW.mean(dim=(2, 3))), network.fc)
+    else:
+        before = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        stem = Piece(lambda _, batch: before(batch["images"]), before)
+        head = Piece(lambda x_BCHW, _: network.fc(torch.flatten(network.avgpool(x_BCHW), 1)), network.fc)
+    return [stem, *(Piece(lambda x_BCHW, _, of=block: of(x_BCHW), block) for block in blocks(network)), head]  # type: ignore[misc]
 
 
 def _channels_last(network: nn.Module) -> nn.Module:

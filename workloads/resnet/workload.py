@@ -20,7 +20,7 @@ from workloads.resnet.config import RESIZE_RATIO, ResnetConfig
 from workloads.resnet.folder import decode
 from workloads.resnet.readers import ImageSet, Split
 from workloads.resnet.vision import v2
-from workloads.workload import Batch, Sums
+from workloads.workload import Batch, Piece, Sums
 
 # m = microbatch, C = channels, H, W = height and width, K = classes
 TOP5 = 5
@@ -141,9 +141,12 @@ class ResnetWorkload:
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Cross-entropy and correct answers summed over the microbatch; label smoothing in training only."""
-        labels_m = batch["labels"]
-        logits_mK: Tensor = model(batch["images"]).float()
-        smoothing = self.config.label_smoothing if model.training else 0.0
+        return self.finish(model(batch["images"]), batch, model.training)
+
+    def finish(self, logits_mK: Tensor, batch: Batch, training: bool) -> Sums:
+        """See sums."""
+        labels_m, logits_mK = batch["labels"], logits_mK.float()
+        smoothing = self.config.label_smoothing if training else 0.0
         loss = F.cross_entropy(logits_mK, labels_m, reduction="sum", label_smoothing=smoothing)
         logits_mK = logits_mK.detach()
         others = {"correct": (logits_mK.argmax(dim=1) == labels_m).sum()}
@@ -155,6 +158,10 @@ class ResnetWorkload:
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The residual blocks."""
         return models.blocks(model)
+
+    def pieces(self, model: nn.Module) -> list[Piece]:
+        """Stem, residual blocks, classifier."""
+        return models.pieces(model)
 
     def tensor_plan(self, model: nn.Module, part: int, parts: int) -> dict[str, Any]:
         """Refused where the run's settings are checked."""

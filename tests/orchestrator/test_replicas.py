@@ -1,0 +1,176 @@
+"""Replica groups: who holds which part, who is seated, and where the state comes from."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.layout import Layout, group_placement, layout_of, unit_placement, units_of, usable
+from orchestrator.recovery import Holding, Member
+from orchestrator.replicas import ReplicaRoster, must_share
+from orchestrator.values import Parallel
+
+KINDS = st.one_of(
+    st.just(Parallel("fsdp", 0)),
+    st.builds(Parallel, st.just("hsdp"), st.sampled_from([2, 4, 8])),
+    st.builds(Parallel, st.sampled_from(["tensor", "pipeline"]), st.integers(2, 8)),
+)
+LATER = 1000.0
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_every_rank_has_one_group_and_one_part(groups, size):
+    layout = Layout(groups * size, size)
+    assert [rank for group in range(groups) for rank in layout.members(group)] == list(range(groups * size))
+    assert sorted(rank for part in range(size) for rank in layout.holders(part)) == list(range(groups * size))
+    for rank in range(layout.workers):
+        assert rank in layout.members(layout.group_of(rank))
+        assert rank in layout.holders(layout.part_of(rank))
+
+
+@given(KINDS, st.integers(1, 64), st.sampled_from([1, 2, 8, 64]))
+def test_groups_are_whole_and_share_all_shards(parallel, workers, shards):
+    count = usable(parallel, workers, shards)
+    assert count <= workers
+    if not count:
+        return
+    layout = layout_of(parallel, count)
+    placement = group_placement(parallel, layout, shards)
+    assert (placement.workers, placement.shards) == (layout.groups, shards)
+    units, each = units_of(parallel, layout, shards)
+    dealt = unit_placement(parallel, layout, placement)
+    assert (dealt.workers, dealt.shards) == (layout.groups, units)
+    assert units & (units - 1) == 0
+    for group in range(layout.groups):
+        held = [shard for unit in dealt.range_of(group) for shard in range(unit * each, (unit + 1) * each)]
+        assert [shard for shard in held if shard < shards] == list(placement.range_of(group))
+
+
+def roster(parallel: str, workers: int, minimum: int = 1) -> ReplicaRoster:
+    return ReplicaRoster(minimum, workers, workers, parallel=Parallel.parse(parallel), shards=8)
+
+
+def member(name: str, **changes: object) -> Member:
+    return dataclasses.replace(Member(name, f"n-{name}", 1, "cpu", -1, -1, ("h", 1)), **changes)
+
+
+def train(r: ReplicaRoster, names: str) -> list[Member]:
+    """All come, sit and train."""
+    for name in names:
+        r.join(member(name), 0.0)
+    order = r.form(LATER)
+    assert order is not None
+    return order
+
+
+def come_back(r: ReplicaRoster, step: int, lost: str = "", whole: str = "") -> None:
+    """A generation has ended; all but the lost ones ask for a seat with what they hold."""
+    for m in r.by_rank:
+        if m.id in lost:
+            r.lose(m.id)
+    for m in r.by_rank:
+        holds = Holding(m.rank % r.size, r.size, m.id in whole)
+        r.join(dataclasses.replace(m, step=step, holds=holds), 1.0)
+
+
+def sit(r: ReplicaRoster, order: list[Member] | None) -> str:
+    assert order is not None
+    for rank, m in enumerate(order):
+        r.seated[m.id] = dataclasses.replace(m, rank=rank)
+    return "".join(m.id for m in order)
+
+
+def test_a_group_that_loses_a_member_leaves_as_a_whole():
+    r = roster("tensor=2", 4)
+    assert sit(r, train(r, "abcd")) == "abcd"
+    come_back(r, 7, lost="b")
+    order = r.form(LATER)
+    assert sit(r, order) == "cd"
+    assert [m.step for m in order] == [7, 7]
+    assert not must_share(order, 2)
+    assert list(r.ready) == ["a"]  # waits for another one to make a group with
+    r.join(member("e"), LATER)
+    assert r.wants_pause(LATER + 1)
+
+
+def test_members_of_two_broken_groups_make_a_whole_one():
+    r = roster("pipeline=2", 4)
+    sit(r, train(r, "abcd"))
+    come_back(r, 7, lost="bc")
+    order = r.form(LATER)
+    assert sit(r, order) == "ad"
+    assert {m.step for m in order} == {7}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "names", "lost"), [("tensor=2", "abcd", "bd"), ("fsdp", "abcd", "c"), ("hsdp=2", "abcd", "ac")]
+)
+def test_all_go_back_to_the_checkpoint_where_no_group_is_whole(parallel, names, lost):
+    r = roster(parallel, 4)
+    sit(r, train(r, names))
+    come_back(r, 7, lost=lost)
+    order = r.form(LATER)
+    assert order is not None
+    assert {m.step for m in order} == {-1}
+    assert len(order) == (3 if parallel == "fsdp" else 2)
+
+
+def test_too_few_for_a_group_wait():
+    r = roster("tensor=2", 2)
+    sit(r, train(r, "ab"))
+    come_back(r, 7, lost="b")
+    assert r.form(LATER) is None
+    assert r.missing() == 1
+    r.join(member("c"), LATER)
+    assert {m.step for m in r.form(LATER + 9)} == {-1}
+
+
+def test_a_lone_joiner_of_tensor_ends_no_generation():
+    r = roster("tensor=2", 4)
+    sit(r, train(r, "abcd"))
+    come_back(r, 7, lost="ab")
+    assert sit(r, r.form(LATER)) == "cd"
+    r.join(member("e"), LATER)
+    assert not r.wants_pause(LATER + 1)
+    r.join(member("f"), LATER)
+    assert r.wants_pause(LATER + 1)
+
+
+def test_fsdp_grows_from_a_whole_state_and_loses_nothing():
+    r = roster("fsdp", 4)
+    r.expected = 2
+    sit(r, train(r, "ab"))
+    r.join(member("c"), LATER)
+    assert r.wants_pause(LATER + 1)
+    come_back(r, 5, whole="ab")
+    order = r.form(LATER + 2)
+    assert sit(r, order) == "abc"
+    assert order[0].holds.whole
+    assert {m.step for m in order if m.holds.whole} == {5}
+    assert must_share(order, 3)
+
+
+def test_fsdp_goes_on_without_the_joiner_where_that_saves_the_state():
+    r = roster("fsdp", 4)
+    r.expected = 2
+    sit(r, train(r, "ab"))
+    r.join(member("c"), LATER)
+    come_back(r, 5)  # a lost connection: nobody took the whole state along
+    order = r.form(LATER + 9)
+    assert sit(r, order) == "ab"
+    assert {m.step for m in order} == {5}
+    assert r.wants_pause(LATER + 99)
+
+
+def test_a_holder_on_a_node_that_goes_hands_its_state_on():
+    r = roster("tensor=2", 4)
+    sit(r, train(r, "abcd"))
+    r.draining = frozenset({"n-a"})
+    assert r.wants_pause(LATER)
+    come_back(r, 5, whole="abcd")
+    assert all(r.must_leave(m) == (m.id == "a") for m in list(r.ready.values()))
+    del r.ready["a"]
+    order = r.form(LATER)
+    assert order[0].step == 5
+    assert len(order) == 2
