@@ -42,6 +42,21 @@ def values(name: str, field, default) -> st.SearchStrategy:
     }.get(name, TEXT)
 
 
+def parallel(draw, workload: str, chosen: dict[str, object], fields: dict[str, object]) -> None:
+    """Choose how the model is held, and what goes with it; what is settled by that leaves `fields`."""
+    schedule = fields.pop("pipeline_schedule")
+    del fields["parallel"]
+    kinds = ["ddp", "fsdp", "hsdp=2", "pipeline=2", *(["tensor=2"] if workload == "bert" else [])]
+    if chosen["sync"] != "allreduce" or chosen["shards"] == 1 or (kind := draw(st.sampled_from(kinds))) == "ddp":
+        return
+    chosen["parallel"] = kind
+    chosen["workers"] = draw(st.sampled_from(["2", f"2:{chosen['shards']}"]))
+    if kind.startswith("pipeline"):
+        chosen["pipeline_schedule"] = draw(st.sampled_from(schedule.metadata["choices"]))
+    for name in ("reduce", "precision", "compile", "model", "heads", "layers", "intermediate_size", "attention"):
+        fields.pop(name, None)
+
+
 @st.composite
 def configurations(draw, workload: str) -> RunConfig:
     config_type = WORKLOADS[workload].config_type()
@@ -53,6 +68,7 @@ def configurations(draw, workload: str) -> RunConfig:
     chosen["workers"] = f"{draw(st.integers(1, maximum))}:{maximum}"
     fields = {n: f for n, f in settings(config_type).items() if n not in (*chosen, "steps", "epochs")}
     chosen["sync"] = draw(st.sampled_from(fields.pop("sync").metadata["choices"]))
+    parallel(draw, workload, chosen, fields)
     for name, modes in SYNC_SETTINGS.items():
         field = fields.pop(name)
         if name == "staleness" and chosen["sync"] in modes:
