@@ -118,14 +118,13 @@ class Coordinator:
         """Faults of nodes, and those that come by the clock."""
         seated = self._members.roster.seated.values()
         due = self._faults.due(self._journal.recorded, len(seated)) if self._members.begun else []
-        members = {m.rank: m for m in seated} if due else {}
         for number in due:
             fault = self._faults.faults[number]
-            member = members.get(fault.rank)
+            member = self._faults.target(number, seated, self._journal.nodes)
             if fault.kind == "add-node":
                 self._note_fault(number, -1, "", "")
             elif member is None:
-                continue  # nobody has that rank now; a later generation may
+                continue
             elif fault.kind == "drain":
                 self._faults.fired.add(number)
                 self._members.start(self._drain(number, member.node, fault.seconds))

@@ -9,7 +9,7 @@ during = "step"   # or restore, checkpoint: halfway through the first handing ov
 
 [[fault]]
 kind = "drain"    # drain, node-loss, network-cut: of a node, by the rank of a worker on it; add-node: of none
-rank = 2
+rank = 2          # or node = 1: the second node of those that ever trained in this run
 step = 40
 seconds = 10      # drain: until the node goes; slow: added to its next `steps` steps, if it has its even share of work
 """
@@ -32,7 +32,8 @@ class Fault:
     """One thing that goes wrong, once.
 
     Attributes:
-        rank: of the worker, or of a worker on the node; -1 for add-node.
+        rank: of the worker, or of a worker on the node; -1 for add-node, and where `node` is given.
+        node: its number in the order in which nodes came to train, from 0; -1: by rank.
         step: when that many steps are committed; -1: by time.
         time_s: seconds since the first generation began to train; -1: by step.
         seconds: drain: notice before the node goes; slow: added to each step of a worker with an even share of the
@@ -44,6 +45,7 @@ class Fault:
 
     kind: str
     rank: int = -1
+    node: int = -1
     step: int = -1
     time_s: float = -1.0
     seconds: float = 1.0
@@ -88,8 +90,11 @@ def _fault(table: dict[str, Any], where: str) -> Fault:
         raise UserError(f"{where}: kind = {kind!r}: not known; use {', '.join(KINDS)}")
     if ("step" in table) == ("time_s" in table):
         raise UserError(f"{where}: give step or time_s, one of them")
-    if kind != "add-node" and "rank" not in table:
-        raise UserError(f"{where}: {kind} needs the rank of a worker" + (" on the node" if kind in NODE_KINDS else ""))
+    if "node" in table and ("rank" in table or kind not in NODE_KINDS):
+        raise UserError(f"{where}: node: goes with {', '.join(NODE_KINDS)}, and without rank")
+    if kind != "add-node" and not {"rank", "node"} & set(table):
+        alternative = " on the node, or the number of the node" if kind in NODE_KINDS else ""
+        raise UserError(f"{where}: {kind} needs the rank of a worker{alternative}")
     fault = Fault(**table)
     if fault.during not in MOMENTS:
         raise UserError(f"{where}: during = {fault.during!r}: not known; use {', '.join(MOMENTS)}")

@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.faults import WORKER_KINDS, Fault
+from orchestrator.recovery import Member
 
 PREEMPTION = 2  # autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 log = logging.getLogger("orchestrator.injector")
@@ -27,6 +28,16 @@ class Schedule:
         self.faults = faults
         self.fired: set[int] = set()
         self.begun_s = 0.0
+
+    def target(self, number: int, seated: Iterable[Member], nodes: Sequence[str]) -> Member | None:
+        """Whom fault `number` is to befall; None: nobody has that rank or node now, a later generation may.
+
+        Args:
+            nodes: that trained in this run, in order, any number of times each.
+        """
+        fault, met = self.faults[number], list(dict.fromkeys(nodes))
+        node = met[fault.node] if 0 <= fault.node < len(met) else ""
+        return next((m for m in seated if m.rank == fault.rank or m.node == node), None)
 
     def due(self, steps_done: int, workers: int) -> list[int]:
         """Numbers of the faults that the coordinator has to start now; those of a worker's step start there."""

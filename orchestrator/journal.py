@@ -80,6 +80,7 @@ class Journal:
         self.best = 0  # the most it ever was
         self.first_step = -1
         self.generation = 0
+        self.nodes: list[str] = []  # of all generations, one after the other
         self.fired: set[int] = set()  # faults of a schedule, by an earlier coordinator
         self.loss = float("nan")
         self.incidents: list[Incident] = []
@@ -109,8 +110,7 @@ class Journal:
         if mine:
             self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
             self._training_s = sum(r["step_s"] for r in mine)
-        workers = 0
-        fields = {f.name for f in dataclasses.fields(Incident)}
+        workers, fields = 0, {f.name for f in dataclasses.fields(Incident)}
         events = [json.loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
         events = [event for event in events if event["time_s"] >= self._started_s]
         self._listener.recall(events, mine[-1:])
@@ -119,6 +119,7 @@ class Journal:
                 self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
             elif event["event"] == "generation_started":
                 self.generation, workers = event["generation"], event["workers"]
+                self.nodes += event["nodes"]
             elif event["event"] == "fault_fired":
                 self.fired.add(event["fault"])
         silent_s = time.time() - (taken[-1]["time_s"] if taken else time.time())
@@ -191,6 +192,7 @@ class Journal:
             found.workers_after, found.generation = started.workers, started.generation
             found.steps_lost = max(found.steps_lost, lost)
         self.log(started)
+        self.nodes += started.nodes
         self.generation = started.generation
         if self.first_step < 0:
             self.first_step = started.step

@@ -122,11 +122,12 @@ def problems(faults: Sequence[Fault], undisturbed: RunFolder, disturbed: RunFold
 def table(faults: Sequence[Fault], disturbed: RunFolder) -> str:
     """Faults and what came of them, and the incidents with the seconds of each phase."""
     fired = {e["fault"]: e for e in _lines(disturbed, EVENTS) if e["event"] == "fault_fired"}
-    lines = [f"{'fault':<14}{'rank':>5}{'planned':>10}{'fired at step':>15}"]
+    lines = [f"{'fault':<14}{'rank':>7}{'planned':>10}{'fired at step':>15}"]
     for number, fault in enumerate(faults):
         planned = f"step {fault.step}" if fault.step >= 0 else f"{fault.time_s:g} s"
         at = fired[number]["step"] if number in fired else "-"
-        lines.append(f"{fault.kind:<14}{fault.rank if fault.rank >= 0 else '':>5}{planned:>10}{at:>15}")
+        whom = str(fault.rank) if fault.rank >= 0 else f"node {fault.node}" if fault.node >= 0 else ""
+        lines.append(f"{fault.kind:<14}{whom:>7}{planned:>10}{at:>15}")
     keys = ("detect_s", "regroup_s", "restore_s", "recompute_s", "recovery_s")
     lines += ["", f"{'incident':<20}{'step':>6}{'workers':>9}{'lost':>6}" + "".join(f"{key:>13}" for key in keys)]
     for incident in (disturbed.result() or {}).get("incidents", []):

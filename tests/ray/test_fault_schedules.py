@@ -58,6 +58,8 @@ def test_a_worker_that_is_stuck_is_replaced_and_its_stack_kept(tmp_path: Path) -
         ('kind = "kill"\nstep = 1', "fault 1: kill needs the rank of a worker"),
         ('kind = "kill"\nrank = 0', "fault 1: give step or time_s, one of them"),
         ('kind = "kill"\nrank = 0\nstep = 1\nwhen = 2', "fault 1: when: no such key"),
+        ('kind = "kill"\nnode = 0\nstep = 1', "node: goes with drain, node-loss, network-cut, and without rank"),
+        ('kind = "drain"\nstep = 1', "drain needs the rank of a worker on the node, or the number of the node"),
         ('kind = "slow"\nrank = 0\nstep = 2\nduring = "restore"', "during: goes with kill or stop, and with step"),
         ('kind = "kill"\nrank = 0\nstep = 2\nduring = "lunch"', "during = 'lunch': not known; use step, restore"),
         ('kind = "add-node"\nstep = 1', "add-node needs a cluster made for it"),
