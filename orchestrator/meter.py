@@ -2,7 +2,7 @@
 
 Names and units follow Prometheus's conventions (https://prometheus.io/docs/practices/naming): base units, counters end
 in _total, a moment is its Unix time, from which a query has the age even when nobody reports any more. A rate is a
-query's business. Ray puts ray_ before every name. There is no staleness: training is synchronous.
+query's business. Ray puts ray_ before every name.
 """
 
 from collections.abc import Iterable, Mapping
@@ -53,6 +53,8 @@ PLANNED_STEPS = _gauge("planned_steps", "Optimizer steps from the run's beginnin
 COMMITTED_STEP = _gauge("committed_step", "The newest step that every worker of its generation had the gradient of.")
 STEP_AT = _gauge("last_step_timestamp_seconds", "When that step was committed, Unix time.")
 LOSS = _gauge("training_loss", "Loss of the newest committed step.")
+STALENESS_MEAN = _gauge("staleness_mean", "Updates by which gradients of the newest step were late; 0 with allreduce.")
+STALENESS_MAX = _gauge("staleness_max", "The same of the latest gradient of the newest steps.")
 WORKERS = _gauge("workers", "Workers of the newest generation.")
 MISSING = _gauge("missing_workers", "Workers without which the run does not go on, and that it waits for.")
 GENERATION = _gauge("generation", "Number of the newest generation, a stretch of steps with a fixed set of workers.")
@@ -83,9 +85,9 @@ LOST_STEPS = _counter("lost_steps", "Committed steps that had to be taken again 
 HOST_LOSSES = _counter("host_losses", "Generations that lost workers of this host, without notice.", ("host",), ())
 
 METRICS = (
-    STARTED, ENDED, PLANNED_STEPS, COMMITTED_STEP, STEP_AT, LOSS, WORKERS, MISSING, GENERATION, STEPS, SAMPLES,
-    STEP_SECONDS, CHECKPOINTS, CHECKPOINT_SECONDS, CHECKPOINT_AT, CHECKPOINT_STEP, CHECKPOINT_WRITE, CHECKPOINT_BYTES,
-    EVERY_SECONDS, EVERY_STEPS, INCIDENT, RECOVERY_SECONDS, LOST_STEPS, HOST_LOSSES,
+    STARTED, ENDED, PLANNED_STEPS, COMMITTED_STEP, STEP_AT, LOSS, STALENESS_MEAN, STALENESS_MAX, WORKERS, MISSING,
+    GENERATION, STEPS, SAMPLES, STEP_SECONDS, CHECKPOINTS, CHECKPOINT_SECONDS, CHECKPOINT_AT, CHECKPOINT_STEP,
+    CHECKPOINT_WRITE, CHECKPOINT_BYTES, EVERY_SECONDS, EVERY_STEPS, INCIDENT, RECOVERY_SECONDS, LOST_STEPS, HOST_LOSSES,
 )  # fmt: skip
 
 
@@ -120,6 +122,8 @@ class Meter:
             Reading(COMMITTED_STEP, newest["step"]),
             Reading(STEP_AT, newest["time_s"]),
             Reading(LOSS, newest["loss"]),
+            Reading(STALENESS_MEAN, newest.get("staleness_mean", 0)),
+            Reading(STALENESS_MAX, max(step.get("staleness_max", 0) for step in records)),
             Reading(WORKERS, newest["workers"]),
             Reading(GENERATION, newest["generation"]),
             Reading(STEPS, len(records)),

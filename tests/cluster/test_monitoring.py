@@ -113,7 +113,7 @@ def test_the_dashboard_can_be_imported() -> None:
 
 def test_panels_have_what_they_need() -> None:
     panels = DASHBOARD["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels) == 20
+    assert len({panel["id"] for panel in panels}) == len(panels) == 21
     for panel in panels:
         assert panel["type"] in ("stat", "timeseries")
         assert panel["title"]

@@ -68,12 +68,20 @@ def test_steps_that_come_together_are_one_reading() -> None:
         "committed_step": 8,
         "last_step_timestamp_seconds": 1008.0,
         "training_loss": 0.125,
+        "staleness_mean": 0,
+        "staleness_max": 0,
         "workers": 1,
         "generation": 2,
         "steps_total": 2,
         "samples_total": 128,
     }
     assert Meter(Cadence(steps=10)).steps([]) == []
+
+
+def test_staleness_is_that_of_the_newest_step_and_of_the_latest_gradient() -> None:
+    steps = [step(1, staleness_mean=1.5, staleness_max=4), step(2, staleness_mean=0.5, staleness_max=1)]
+    found = values(Meter(Cadence(steps=10)).steps(steps))
+    assert (found["staleness_mean"], found["staleness_max"]) == (0.5, 4)
 
 
 def test_phases_that_overlap_leave_no_negative_rest() -> None:
