@@ -69,6 +69,7 @@ def check_together(config: RunConfig) -> None:
     _check_sync(config)
     _check_compile(config)
     _check_parallel(config)
+    check_accelerator(config, config.accelerator)
 
 
 SYNC_SETTINGS = {  # setting -> the values of --sync that it goes with
@@ -145,3 +146,49 @@ def _check_pairs(config: RunConfig) -> None:
     whole = [k for k, v in amounts.items() if v > 1 and v != int(v)]
     if whole:
         raise UserError(f"--resources-per-worker {given}: {whole[0]} above 1 must be a whole number")
+
+
+RESOURCES = {"cuda": "GPU", "tpu": "TPU"}  # of Ray, by --accelerator
+ON_TPU = {"sync": "allreduce", "reduce": "fixed", "parallel": "ddp", "compile": "False"}  # what was written for XLA
+
+
+def check_accelerator(config: RunConfig, kind: str) -> None:
+    """What goes with an accelerator, given or found; raises UserError with one line."""
+    given, amounts = config.resources_per_worker, config.resources_per_worker.numbers()
+    for other, resource in RESOURCES.items():
+        mine = other == kind or (
+            kind == "auto" and not any(amounts.get(r) for r in set(RESOURCES.values()) - {resource})
+        )
+        if amounts.get(resource) and not mine:
+            clash = f"--accelerator {kind}: " if kind != "auto" else ""
+            raise UserError(f"{clash}--resources-per-worker {given}: {resource} goes with --accelerator {other} alone")
+    if kind in RESOURCES and amounts.get(RESOURCES[kind], 1.0) == 0.0:
+        raise UserError(f"--accelerator {kind}: --resources-per-worker {given} reserves none; leave one of them out")
+    # NCCL wants a GPU for each process; a worker has one device.
+    shared = config.workers.maximum == 1 or config.sync == "parameter-server"
+    if amounts.get("GPU", 1.0) > 1 or not (shared or amounts.get("GPU", 1.0) in (0.0, 1.0)):
+        raise UserError(f"--resources-per-worker {given}: a worker trains on one GPU, its own; use GPU=1")
+    if amounts.get("TPU", 1.0) not in (0.0, 1.0):
+        raise UserError(f"--resources-per-worker {given}: a worker trains on one TPU chip; use TPU=1")
+    if kind == "tpu" or amounts.get("TPU"):
+        _check_tpu(config)
+    elif (config.topology or config.accelerator_type) and kind != "auto":
+        name = "topology" if config.topology else "accelerator_type"
+        raise UserError(
+            f"{flag(name)} {getattr(config, name)}: goes with --accelerator tpu; a model of GPUs is chosen with "
+            "--node-labels ray.io/accelerator-type=A100"
+        )
+
+
+def _check_tpu(config: RunConfig) -> None:
+    for name, allowed in ON_TPU.items():
+        if str(getattr(config, name)) != allowed:
+            raise UserError(
+                f"{flag(name)} {getattr(config, name)}: is not there for TPUs; use {flag(name)} {allowed.lower()}, or "
+                "--accelerator cpu"
+            )
+    if config.precision == "fp16":
+        raise UserError("--precision fp16: TPUs compute in bf16; use --precision bf16 or fp32")
+    if config.placement.startswith("strict") or config.node_labels.items:
+        name = "placement" if config.placement.startswith("strict") else "node_labels"
+        raise UserError(f"{flag(name)} {getattr(config, name)}: on TPUs workers are where their slice is; leave it out")

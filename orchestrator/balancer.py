@@ -45,7 +45,8 @@ class Balancer:
         """For a run of this plan."""
         config = plan.config
         fixed = (config.balance, config.reduce) == ("measured", "fixed") and config.sync != "parameter-server"
-        enabled = fixed and not config.parallel.splits
+        # XLA compiles anew for every number of shards.
+        enabled = fixed and not config.parallel.splits and config.accelerator != "tpu"
         return cls(journal, config.shards, plan.total_steps, enabled, config.parallel)
 
     def heard(self, member_id: str, before: Beat, beat: Beat) -> None:

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from orchestrator.devices import move
 from orchestrator.optimizer import build_optimizer
 from orchestrator.plan import Plan
 from orchestrator.precision import Precision
@@ -32,5 +33,5 @@ def settle_loader(plan: Plan, workload: Workload) -> Plan:
 def build_state(plan: Plan, workload: Workload, device: torch.device) -> TrainingState:
     """Model and optimizer as a new run has them; the same bits in every process."""
     torch.manual_seed(derive_seed("weights", plan.config.seed))
-    model = workload.build_model().to(device)
+    model = move(workload.build_model(), device)
     return TrainingState(model, build_optimizer(plan.config, model), Precision(plan.config.precision, device.type))

@@ -132,15 +132,15 @@ def choose_workers(
     where = f" with labels {config.node_labels}" if labels else ""
     hint = f"--workers {could} would fit" if could else "no worker fits"
     smaller = _smaller_cpu(config, per_worker, [*nodes, *offered])
-    more = f"; the autoscaler could add {_described(offered)}" if offer else ""
+    more = f"; the autoscaler could add {described(offered)}" if offer else ""
     raise UserError(
         f"--workers {wanted}: {wanted.minimum} x {need} ({config.placement}) do not fit on {len(nodes)} "
         f"node(s){where} with {have}{more}; {hint}{smaller}"
     )
 
 
-def _described(nodes: Sequence[Node]) -> str:
-    """Such as "3 x CPU=1, 2 x CPU=8,GPU=1"."""
+def described(nodes: Sequence[Node]) -> str:
+    """In words, such as "3 x CPU=1, 2 x CPU=8,GPU=1"."""
     counts = Counter(",".join(f"{k}={v:g}" for k, v in sorted(n.resources.items()) if k != "memory") for n in nodes)
     return ", ".join(f"{count} x {kind}" for kind, count in counts.items()) or "nothing"
 

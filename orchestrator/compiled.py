@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from orchestrator import toolchain
 from orchestrator.batchnorm import RunningStatistics
+from orchestrator.devices import kind_of
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.events import Event, ModelCompiled
 from orchestrator.feed import batches
@@ -73,7 +74,7 @@ def compile_for(
         DataError: the first microbatch cannot be read.
     """
     if not plan.config.compile:
-        return device.type
+        return kind_of(device)
     if problem := toolchain.problem():
         raise TrainingError(f"--compile true: node {node}: {problem}")
     started = time.monotonic()

@@ -133,6 +133,16 @@ class RunConfig:
     eval_every: float = setting(0.0, result=False, low=0)
     """Epochs, or a part of one (0.25), between evaluations on the held-out split. 0: at the end only."""
 
+    accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "tpu"))
+    """What workers compute on, which the bits depend on. auto: what --resources-per-worker says, else GPUs where the
+    cluster has some, else TPUs, else CPUs; kept in config.toml when the run starts."""
+
+    accelerator_type: str = setting("", result=False)
+    """TPU generation, as Ray names it (TPU-V4, TPU-V6E). Empty: what the cluster's TPU nodes say."""
+
+    topology: str = setting("", result=False)
+    """Chips of a TPU slice, such as 2x2x2 or 4x4: slices come and go as a whole. Empty: what the TPU nodes say."""
+
     placement: str = setting("pack", result=False, choices=("pack", "spread", "strict-pack", "strict-spread"))
     """How workers are put on nodes: few nodes, many nodes, one node, one node each."""
 
@@ -140,7 +150,8 @@ class RunConfig:
     """Only nodes with these labels, k=v,... ; a value may be in(a,b) or !c as in Ray's label selectors."""
 
     resources_per_worker: Pairs = setting(Pairs(), result=False)
-    """What each worker reserves, such as GPU=1,CPU=8 or CPU=0.5. Empty: one GPU where there are GPUs, else CPU=1."""
+    """What each worker reserves, such as GPU=1,CPU=8 or CPU=0.5. What is left out: CPU=1, and one GPU or TPU chip by
+    --accelerator."""
 
     checkpoint_every: Cadence = setting(Cadence(seconds=60.0), result=False)
     """Checkpoint cadence: steps (100) or seconds (60s)."""

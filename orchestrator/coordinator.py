@@ -80,7 +80,7 @@ class Coordinator:
         seated = roster.by_rank
         ranges = [[r.start, r.stop] for r in seat.placement for _ in range(seat.size)]
         where = (ranges, [m.node for m in seated], [m.pid for m in seated], seated[0].device)
-        started = GenerationStarted(seat.generation, step, len(seated), *where)
+        started = GenerationStarted(seat.generation, step, len(seated), *where, [m.device for m in seated])
         self._journal.generation_begins(started, load_s, restore_s, bad)
         self._members.begun = True
         self._finished, self._phase = {}, "training"
@@ -294,4 +294,5 @@ class Coordinator:
             message=self._message,
             exit_status=self._exit_status,
             result=self._journal.result,
+            notice=self._journal.devices.notice,
         )

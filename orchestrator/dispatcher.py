@@ -65,10 +65,9 @@ class Dispatcher(Keeper):
         roster.generation += 1
         seated, shards = roster.by_rank, self._plan.config.shards
         ranges, nodes = [[0, shards] for _ in seated], [m.node for m in seated]
-        kind = seated[0].device
-        started = GenerationStarted(
-            roster.generation, self._handout.oldest, len(seated), ranges, nodes, [m.pid for m in seated], kind
-        )
+        kinds = [m.device for m in seated]
+        where = (ranges, nodes, [m.pid for m in seated], kinds[0], kinds)
+        started = GenerationStarted(roster.generation, self._handout.oldest, len(seated), *where)
         load_s, rejected = self._loaded
         self._loaded = (0.0, [])
         self._journal.generation_begins(started, load_s, load_s, rejected)

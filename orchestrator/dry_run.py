@@ -6,16 +6,17 @@ from itertools import groupby
 from pathlib import Path
 
 from orchestrator import balance
-from orchestrator.cluster_fit import Node, Offer, choose_workers, declared_speed, where
+from orchestrator.accelerators import Accelerator
+from orchestrator.cluster_fit import Node, Offer, declared_speed, where
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import UserError
 from orchestrator.launch import nodes as living_nodes
-from orchestrator.launch import resources_per_worker
 from orchestrator.offer import offer
 from orchestrator.plan import Plan
-from orchestrator.resume import gpu_wanted
+from orchestrator.resume import choose, settle_accelerator
 from orchestrator.runfolder import RunFolder
 from orchestrator.shards import Placement, even_placement, live_blocks
+from orchestrator.slices import whole_slices
 
 OPTIMIZER_COPIES = {"sgd": 1, "nesterov": 1, "adam": 2, "adamw": 2}  # fp32 tensors the optimizer keeps per parameter
 
@@ -24,21 +25,23 @@ HERE = "this machine"
 
 def describe(plan: Plan, folder: RunFolder, data: str) -> str:
     """The plan for people: work, workers, shards, placement, memory, and the configuration as TOML."""
-    config, schedule = plan.config, plan.schedule
+    given, schedule = plan.config, plan.schedule
     parameters, forward_bytes = _measure(plan)
+    nodes, offered, note = _cluster(given)
+    here = nodes[0].name == HERE
+    config, accelerator = settle_accelerator(given, nodes, Offer(known=False) if here else offered)
+    plan = plan.with_config(accelerator=accelerator.kind, precision=config.precision)
     state = 4 * parameters * (1 + OPTIMIZER_COPIES[config.optimizer])
-    nodes, offered, note = _cluster(config)
-    per_worker = resources_per_worker(config, [*nodes, *(offered.nodes if offered else ())])
     try:
-        workers = choose_workers(config, per_worker, nodes, offered)
+        workers = choose(config, accelerator, nodes, offered)
     except UserError:
-        if nodes[0].name != HERE:
+        if not here:
             raise
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
-    on = where(nodes, per_worker, config.placement, dict(config.node_labels.items), workers)
+    on = _where(config, accelerator, nodes, workers)
     placement = _placement(config, [nodes[number] for number in on], workers)
     gradients = _gradients(config, 4 * parameters, state, placement)
-    reserved = ", ".join(f"{name}={amount:g}" for name, amount in per_worker.items())
+    reserved = ", ".join(f"{name}={amount:g}" for name, amount in accelerator.per_worker.items())
     lines = [
         f"workload      {plan.workload}: {config.model}, {parameters:,} parameters",
         f"data          {data}",
@@ -46,6 +49,7 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
         f"sync          {_sync(plan)}",
         f"workers       {config.workers} asked for; {workers} {note}",
+        f"accelerator   {accelerator}",
         f"each          {reserved}, {config.threads} thread(s), {_precision(config)}",
         f"placement     {config.placement}; as Ray is expected to place them:",
         *_by_node(placement, [nodes[number].name for number in on], config.sync != "parameter-server"),
@@ -55,7 +59,7 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"run folder    {folder.uri}",
         f"identity      {plan.identity()[:16] if config.precision != 'auto' else 'when the precision is measured'}",
         "",
-        to_toml(config, plan.workload).rstrip(),
+        to_toml(given, plan.workload).rstrip(),
     ]
     return "\n".join(lines)
 
@@ -81,13 +85,23 @@ def _sync(plan: Plan) -> str:
 def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
     """(nodes, what an autoscaler may add, where that is known from); Ray is asked only if a cluster was named."""
     if not (config.address or os.environ.get("RAY_ADDRESS")):
-        here = {"CPU": float(os.cpu_count() or 1), "GPU": float(gpu_wanted(config))}
+        has = {"GPU": float(Path("/dev/nvidia0").exists()), "TPU": float(len(list(Path("/dev").glob("accel[0-9]*"))))}
+        here = {"CPU": float(os.cpu_count() or 1), **{name: count for name, count in has.items() if count}}
         return [Node(here, {}, HERE)], None, "if the cluster is this machine alone"
     from orchestrator.connect import cluster
 
     with cluster(config.address, Path(os.devnull)):
         found, offered = living_nodes(), offer()
     return found, offered, f"to begin with; the cluster has {len(found)} node(s) now"
+
+
+def _where(config: RunConfig, accelerator: Accelerator, nodes: Sequence[Node], workers: int) -> list[int]:
+    """The node's number for each worker: on TPUs slice after slice."""
+    if accelerator.shape is None:
+        return where(nodes, accelerator.per_worker, config.placement, dict(config.node_labels.items), workers)
+    hosts = [host for slice_ in whole_slices(nodes, accelerator.shape) for host in slice_]
+    each = accelerator.shape.chips_per_host
+    return [next(n for n, node in enumerate(nodes) if node is host) for host in hosts for _ in range(each)][:workers]
 
 
 def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement:

@@ -2,6 +2,7 @@
 
 import torch
 
+from orchestrator.devices import host_of
 from orchestrator.feed import batches
 from orchestrator.group import Group
 from orchestrator.precision import Precision
@@ -34,9 +35,9 @@ def evaluate(
                 sums = workload.sums(model, batch)
             names = ["loss", "count", *sorted(sums.others)]
             if rows is None:
-                rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=group.device)
+                rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=host_of(group.device))
             values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
-            rows[c] = torch.stack([torch.as_tensor(v, device=group.device).double() for v in values])
+            rows[c] = torch.stack([torch.as_tensor(v, device=host_of(group.device)).double() for v in values])
     finally:
         model.train(was_training)
     rows, names = _agree(rows, names, len(chunks), group)
@@ -50,5 +51,5 @@ def _agree(rows: torch.Tensor | None, names: list[str], chunks: int, group: Grou
     if chunks < group.world:
         names = max(group.gather_objects(names), key=len)
     if rows is None:
-        rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=group.device)
+        rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=host_of(group.device))
     return rows, names

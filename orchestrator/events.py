@@ -56,9 +56,10 @@ class PrecisionChosen:
 
 @dataclass(frozen=True)
 class GenerationStarted:
-    """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id.
+    """A fixed set of workers begins to train; by rank: first and last + 1 shard, node, process id, device.
 
-    `device`: its kind, and where the model is compiled, ModelCompiled's `machine`, both of rank 0.
+    `device`, of rank 0: its kind and what else bits depend on: the vector unit of a CPU, the model of a GPU or TPU;
+    where the model is compiled, ModelCompiled's `machine`.
     """
 
     generation: int
@@ -68,6 +69,16 @@ class GenerationStarted:
     nodes: list[str]
     pids: list[int]
     device: str
+    devices: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DevicesMixed:
+    """Workers of another kind of device than before: bits are promised for one kind. By rank, and all kinds so far."""
+
+    generation: int
+    devices: list[str]
+    kinds: list[str]
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,7 @@ Event = (
     | ModelCompiled
     | PrecisionChosen
     | GenerationStarted
+    | DevicesMixed
     | CheckpointSaved
     | CheckpointRejected
     | CheckpointLoaded

@@ -58,4 +58,11 @@ def batches(samples: Samples, requests: Iterable[Request], processes: int, devic
         if isinstance(fed, DataError):
             raise fed
         indices, batch = fed
-        yield indices, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device; a GPU copies what is pinned while the host goes on."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")

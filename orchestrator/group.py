@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,41 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.communicators import abort_communicators, meet, slice_group
+from orchestrator.devices import finish, host_of
 from orchestrator.sockets import Address, connections, shut_down
 from orchestrator.stopwatch import Stopwatch
+from orchestrator.stores import CONNECT_TIMEOUT_S, PeerLostError
+from orchestrator.stores import OwnStore as OwnStore
+from orchestrator.stores import reach_store as reach_store
 
-REACH_S = 5.0  # it listens before anyone is sent to it
-CONNECT_TIMEOUT_S = 20.0
 CONNECT_TIMEOUT = datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
+gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe")  # what DistributedDataParallel raises
-
-
-class PeerLostError(RuntimeError):
-    """The generation is over: another worker is lost, or the coordinator ended it. Nothing was updated."""
-
-
-def reach_store(address: Address) -> dist.TCPStore:
-    """A client of another worker's TCPStore; raises PeerLostError if nobody serves it."""
-    try:
-        store = dist.TCPStore(*address, is_master=False, timeout=datetime.timedelta(seconds=REACH_S))
-    except RuntimeError as error:
-        raise PeerLostError(f"the store of rank 0 cannot be reached: {error}") from error
-    store.set_timeout(datetime.timedelta(seconds=CONNECT_TIMEOUT_S))
-    return store
-
-
-class OwnStore:
-    """The TCPStore that a worker serves: any may be rank 0 of the next generation.
-
-    Attributes:
-        address: where others reach it.
-    """
-
-    def __init__(self, host: str) -> None:
-        listener = socket.create_server((host, 0))
-        self.address: Address = (host, listener.getsockname()[1])
-        listening: Any = listener.detach()
-        self.store = dist.TCPStore(*self.address, is_master=True, wait_for_workers=False, master_listen_fd=listening)
 
 
 @dataclass
@@ -59,6 +34,7 @@ class Group:
         waiting: whether it waits for the others in a collective.
         clock: of its own computing.
         drag: called with the pieces of work that come next; a rehearsal makes a worker slow by it.
+        inside: the "xla" group of this worker's TPU slice; None: there is no other worker in it.
     """
 
     rank: int
@@ -68,12 +44,15 @@ class Group:
     waiting: bool = False
     clock: Stopwatch = field(default_factory=Stopwatch)
     drag: Callable[[int], None] = lambda pieces: None
+    inside: Any = None
     _over: threading.Event = field(default_factory=threading.Event)
     _foreign: frozenset[str] = frozenset()
     _servers: set[Address] = field(default_factory=set)
     _process_group: dist.ProcessGroup | None = None  # None: that of all workers
     _store: dist.Store | None = None
     _timeout: datetime.timedelta = datetime.timedelta()
+    _broken: bool = False
+    _ending: Any = field(default_factory=threading.Lock)
 
     def connect(self, store: dist.TCPStore | None, generation: int, timeout_s: float) -> "Group":
         """Build the process group of `generation`; blocks until all members are there.
@@ -95,6 +74,8 @@ class Group:
         named = dist.PrefixStore(f"generation-{generation}", store)
         cuda = self.device.type == "cuda"
         with self._peers():
+            if cuda:  # NCCL waits without end for who does not come
+                meet(named, "here", self.rank, self.world)
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
                 store=named,
@@ -106,6 +87,8 @@ class Group:
             self._store, self._timeout = named, datetime.timedelta(seconds=timeout_s)
             dist.distributed_c10d._set_pg_timeout(self._timeout)
             self._learn_servers("all")
+        if self.device.type == "xla":
+            self.inside = slice_group(named, self.rank, self._timeout)
         return self
 
     def among(self, partition: list[list[int]]) -> "Group":
@@ -148,6 +131,7 @@ class Group:
     def close(self) -> None:
         """Leave; connections of the process group are closed."""
         if dist.is_initialized():
+            self._end_nccl()
             dist.destroy_process_group()
         # torch counts a group that could not be built too, and the count is part of its keys in the next store.
         dist.distributed_c10d._world.group_count = 0
@@ -157,14 +141,27 @@ class Group:
         self._over.set()
         if self.world == 1:
             return
-        if self.device.type == "cuda" and dist.is_initialized():
-            dist.group.WORLD.abort()  # type: ignore[union-attr]
+        self._end_nccl()
         for inode, connection in connections().items():
             ours = connection.local in self._servers or connection.peer in self._servers
             if inode not in self._foreign and connection.peer is not None and ours:
                 shut_down(inode, connection)
             elif inode in self._foreign and connection.peer in self._servers:
                 shut_down(inode, connection)  # to the store, which was connected before
+
+    def _end_nccl(self) -> None:
+        """NCCL's way to close waits for the others, who may be gone: communicators are ended by this worker alone.
+
+        But not while others may still need what this one has sent.
+        """
+        with self._ending:
+            if self.device.type != "cuda" or not dist.is_initialized() or self._store is None:
+                return
+            if not (self._broken or self._over.is_set()):
+                with contextlib.suppress(RuntimeError):
+                    meet(self._store, "done", self.rank, self.world)
+            abort_communicators()
+            self._store = None
 
     @property
     def over(self) -> bool:
@@ -193,32 +190,53 @@ class Group:
             self.place += 1
 
     @contextlib.contextmanager
-    def _peers(self) -> Iterator[None]:
-        """What torch raises within is somebody else's end."""
+    def _peers(self, queued: bool = False) -> Iterator[None]:
+        """What torch raises within is somebody else's end.
+
+        Args:
+            queued: whether a GPU may still have to do it; else it is done, and not with what an abort leaves behind.
+        """
         with self.others_wait():
             try:
                 yield
+                if self.device.type == "cuda" and not queued:
+                    finish(self.device)
+                    if self._over.is_set():
+                        raise PeerLostError("the generation was ended")
             except RuntimeError as error:
+                self._broken = True
                 raise PeerLostError(str(error)) from error
+
+    def settle(self) -> None:
+        """Until all collectives that were waited for are done on the device too."""
+        with self._peers():
+            pass
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite `tensor` with that of rank `source`."""
         if self.world > 1:
             with self._peers():
-                dist.broadcast(tensor, group=self._process_group, group_src=source)
+                sent = tensor.to(host_of(self.device))
+                dist.broadcast(sent, group=self._process_group, group_src=source)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the sum over workers; exact only where at most one adds a non-zero."""
         if self.world > 1:
             with self._peers():
-                dist.all_reduce(tensor, group=self._process_group)
+                sent = tensor.to(host_of(self.device))
+                dist.all_reduce(sent, group=self._process_group)
+                if sent is not tensor:
+                    tensor.copy_(sent)
 
     def broadcast_object(self, value: Any) -> Any:
         """The `value` that rank 0 gave."""
         values = [value]
         if self.world > 1:
             with self._peers():
-                dist.broadcast_object_list(values, group=self._process_group, group_src=0, device=self.device)
+                device = host_of(self.device)
+                dist.broadcast_object_list(values, group=self._process_group, group_src=0, device=device)
         return values[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -239,23 +257,23 @@ class Group:
 
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""
-        with self._peers():
+        with self._peers(queued=True):
             return dist.all_reduce(tensor, group=self._process_group, async_op=True)  # type: ignore[no-any-return]
 
     def start_exchange(self, received: Tensor, sent: Tensor, receive: list[int], send: list[int]) -> dist.Work:
         """Begin an all-to-all of stretches of flat tensors, of these lengths by rank."""
-        with self._peers():
+        with self._peers(queued=True):
             group = self._process_group
             return dist.all_to_all_single(received, sent, receive, send, group, async_op=True)  # type: ignore[no-any-return]
 
     def start_gather(self, gathered: Tensor, own: Tensor) -> dist.Work:
         """Begin to collect every rank's `own` in `gathered`, by rank."""
-        with self._peers():
-            return dist.all_gather_single(gathered, own, self._process_group, async_op=True)  # type: ignore[no-any-return]
+        with self._peers(queued=True):
+            return gather_single(gathered, own, self._process_group, async_op=True)  # type: ignore[no-any-return]
 
     def wait(self, work: dist.Work) -> None:
-        """Until a started collective is done."""
-        with self._peers():
+        """Until a started collective is done; on a GPU, what follows waits for it."""
+        with self._peers(queued=True):
             work.wait()
 
 

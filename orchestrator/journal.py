@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.accelerators import SeenDevices
 from orchestrator.events import (
     CheckpointLoaded,
     CheckpointRejected,
@@ -74,15 +75,13 @@ class Journal:
         self._plan, self._token, self._started_s = plan, token, started_s
         self._listener = listener or Listener()
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
-        self.superseded = False
-        self._check_at_s = 0.0
+        self.superseded, self._check_at_s = False, 0.0
         self.recorded = 0  # newest step in metrics.jsonl
         self.best = 0  # the most it ever was
         self.first_step = -1
-        self.generation = 0
+        self.generation, self.loss = 0, float("nan")
         self.nodes: list[str] = []  # of all generations, one after the other
         self.fired: set[int] = set()  # faults of a schedule, by an earlier coordinator
-        self.loss = float("nan")
         self.incidents: list[Incident] = []
         self.open: OpenIncident | None = None
         self._unsettled: list[tuple[Incident, set[str]]] = []
@@ -91,7 +90,8 @@ class Journal:
         self._training_s = 0.0
         self.result: dict[str, Any] | None = None
         self.figures: dict[str, Any] = {}  # more for the result
-        config = plan.config
+        config, self.devices = plan.config, SeenDevices()
+        self.devices.see(0, (self.newest("generation_started") or {}).get("devices", []), earlier=True)
         if again:
             self._recover()
             self.log(*([] if closing else [CoordinatorRestarted(self.recorded)]))
@@ -191,7 +191,7 @@ class Journal:
             found.connected_s, found.begun_s = now - restore_s, now
             found.workers_after, found.generation = started.workers, started.generation
             found.steps_lost = max(found.steps_lost, lost)
-        self.log(started)
+        self.log(started, *self.devices.see(started.generation, started.devices))
         self.nodes += started.nodes
         self.generation = started.generation
         if self.first_step < 0:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.accelerators import Accelerator
 from orchestrator.clerk import clerk
-from orchestrator.cluster_fit import Node, Offer, choose_workers
-from orchestrator.config import RunConfig
+from orchestrator.cluster_fit import Node, Offer
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
 from orchestrator.failure import Failure
@@ -23,8 +23,10 @@ from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.redact import redact
+from orchestrator.resume import choose, settle_accelerator
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import NAMESPACE, Assignment, Status
+from orchestrator.worker_device import check_torch_xla
 
 POLL_S = 0.5
 GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
@@ -63,15 +65,6 @@ def nodes() -> list[Node]:
     ]
 
 
-def resources_per_worker(config: RunConfig, found: list[Node]) -> dict[str, float]:
-    """What a worker reserves: as configured, else a GPU where there are GPUs, else one CPU."""
-    if config.resources_per_worker.items:
-        return config.resources_per_worker.numbers()
-    if any(node.resources.get("GPU") for node in found):
-        return {"GPU": 1.0, "CPU": 1.0}
-    return {"CPU": 1.0}
-
-
 def launch(
     plan: Plan,
     folder: RunFolder,
@@ -91,8 +84,13 @@ def launch(
 
     found = nodes()
     offered = None if own_cluster else offer()
-    per_worker = resources_per_worker(plan.config, [*found, *(offered.nodes if offered else ())])
-    workers = choose_workers(plan.config, per_worker, found, offered)
+    config, accelerator = settle_accelerator(plan.config, found, offered)
+    workers = choose(config, accelerator, found, offered)
+    if accelerator.shape:
+        check_torch_xla(found, accelerator.shape)
+    plan = dataclasses.replace(plan, config=config)
+    settled = {name: getattr(config, name) for name in ("accelerator", "accelerator_type", "topology", "precision")}
+    folder.settle(**settled)
     # A cluster of the command's own never gets more nodes.
     maximum = workers if own_cluster else max(workers, plan.config.workers.maximum)
     assignment = Assignment(
@@ -100,7 +98,7 @@ def launch(
     )
     coordinator = _start_coordinator(assignment)
     trainer = threading.Thread(
-        target=_fit, args=(assignment, coordinator, per_worker, offered), name="ray-train", daemon=True
+        target=_fit, args=(assignment, coordinator, accelerator, offered), name="ray-train", daemon=True
     )
     trainer.start()
     try:
@@ -144,7 +142,7 @@ def _start_coordinator(assignment: Assignment) -> Any:
         raise UserError(f"--name {name}: this run is going on already on this cluster") from None
 
 
-def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float], offered: Offer | None) -> None:
+def _fit(assignment: Assignment, coordinator: Any, accelerator: Accelerator, offered: Offer | None) -> None:
     """Run TorchTrainer.fit; in a thread, for the main thread shows progress and takes signals."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -169,8 +167,11 @@ def _fit(assignment: Assignment, coordinator: Any, per_worker: dict[str, float],
     }
     scaling = ScalingConfig(
         num_workers=assignment.expected,
-        use_gpu=bool(per_worker.get("GPU")),
-        resources_per_worker=per_worker,
+        use_gpu=accelerator.kind == "cuda",
+        use_tpu=accelerator.kind == "tpu",
+        accelerator_type=config.accelerator_type or None,
+        topology=config.topology or None,
+        resources_per_worker=accelerator.per_worker,
         placement_strategy=config.placement.upper().replace("-", "_"),
         label_selector=dict(config.node_labels.items) or None,
     )

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from orchestrator.devices import compute_now
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group
 from orchestrator.plan import Plan
@@ -84,6 +85,7 @@ def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: fl
         group["lr"] = lr
     scaler.step(state.optimizer)
     scaler.update()
+    compute_now(state.parameters[0].device)
 
 
 def multiply_gradients(state: TrainingState, factor: Tensor | float) -> None:

@@ -15,16 +15,17 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
     AdamW is Loshchilov and Hutter's of 2019.
     """
     groups = list(parameter_groups(config, model))
+    fused = all(p.device.type != "xla" for p in model.parameters())  # XLA fuses what it is given
     if config.optimizer in ("sgd", "nesterov"):
         # Without any momentum the two are one, and torch refuses to call it Nesterov's.
         nesterov = config.optimizer == "nesterov" and config.momentum > 0
-        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
         for parameter in (p for group in sgd.param_groups for p in group["params"]):
             # torch makes them in the first step, of uninitialized memory if fp16 skips that step.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
+    return kind(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=fused)
 
 
 def parameter_groups(config: RunConfig, model: nn.Module) -> Iterable[dict[str, Any]]:

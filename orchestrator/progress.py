@@ -23,7 +23,7 @@ class Progress:
         self._waiting_since = time.monotonic()
         self._bar: Any = None
         self._last_line_s = 0.0
-        self._phase = ""
+        self._phase = self._notice = ""
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
@@ -40,6 +40,9 @@ class Progress:
 
     def show(self, status: Status, stopping: bool) -> None:
         """Show where the run is."""
+        if status.notice and status.notice != self._notice:
+            self._notice = status.notice
+            self._say(f"note: {status.notice}")
         phase = "stopping after a checkpoint" if stopping and not status.outcome else status.phase
         if not status.missing:
             self._waiting_since = time.monotonic()
@@ -47,6 +50,13 @@ class Progress:
             self._show_bar(status, phase)
         else:
             self._show_line(status, phase)
+
+    def _say(self, line: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def _show_bar(self, status: Status, phase: str) -> None:
         self._bar.n = status.step

@@ -44,6 +44,9 @@ class Trainer(TorchTrainer):
         here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         variables = get_env_vars_to_propagate()
         actor_class: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
-        actor = actor_class(ElasticController).remote(**controller)
+        kind: Any = ElasticController
+        if self.scaling_config.use_tpu:
+            from orchestrator.slice_rooms import SliceController as kind
+        actor = actor_class(kind).remote(**controller)
         ray.get(actor.run.remote())
         return ray.get(actor.get_result.remote())

@@ -46,6 +46,7 @@ class Member:
         host: address of its machine, which stays when a node comes back under another id.
         speed: of its machine, as declared: how many times that of others; 0: nothing is said of it.
         holds: what its state is.
+        slice, place: the TPU slice that it belongs to, with which it comes and goes, and where there; "": to none.
     """
 
     id: str
@@ -58,6 +59,8 @@ class Member:
     host: str = ""
     speed: float = 0.0
     holds: Holding = Holding()
+    slice: str = ""
+    place: int = 0
 
     @property
     def home(self) -> str:
@@ -96,7 +99,7 @@ class Roster:
     @property
     def drained(self) -> bool:
         """Whether somebody trains on a node that will go."""
-        return any(m.node in self.draining for m in self.seated.values())
+        return any(self._going(m) for m in self.seated.values())
 
     @property
     def by_rank(self) -> list[Member]:
@@ -151,16 +154,28 @@ class Roster:
             return None
         self.gather = False
         # State comes from rank 0, which has the most steps; otherwise ranks stay as they were.
-        order = beside_each_other(sorted(self._choose(candidates, now), key=lambda m: (-m.step, m.rank < 0, m.rank)))
+        order = self._ranked(self._choose(candidates, now))
         self.seated = {m.id: m for m in order}
         self.ready = {key: m for key, m in self.ready.items() if key not in self.seated}
         self.generation += 1
         self.training = True
         return order
 
+    def _ranked(self, members: list[Member]) -> list[Member]:
+        """The members that sit, in rank order."""
+        return beside_each_other(sorted(members, key=lambda m: (-m.step, m.rank < 0, m.rank)))
+
+    def _there(self) -> list[Member]:
+        """Those that wait for a seat and could have one."""
+        return list(self.ready.values())
+
+    def _going(self, member: Member) -> bool:
+        """Whether a member's machine will be taken away."""
+        return member.node in self.draining
+
     def _candidates(self, now: float) -> list[Member]:
         """Those that may sit: on nodes that stay, unless only the others have the state or the number."""
-        everyone = list(self.ready.values())
+        everyone = self._there()
         staying = [m for m in everyone if not self._avoided(m, now)]
         newest = max((m.step for m in everyone), default=-1)
         enough = len(staying) >= self.minimum and any(m.step == newest for m in staying)
@@ -173,7 +188,7 @@ class Roster:
         return chosen if any(m.step == newest.step for m in chosen) else [newest, *chosen[:-1]]
 
     def _avoided(self, member: Member, now: float) -> bool:
-        if member.node in self.draining:
+        if self._going(member):
             return True
         if self.left_out.get(member.home, 0.0) <= now:
             return False
@@ -184,8 +199,8 @@ class Roster:
         """Whether the generation should end at its next step boundary, for another one would be better."""
         if not self.training:
             return False
-        staying = [m for m in self.seated.values() if m.node not in self.draining]
-        joining = [m for m in self.ready.values() if not self._avoided(m, now)]
+        staying = [m for m in self.seated.values() if not self._going(m)]
+        joining = [m for m in self._there() if not self._avoided(m, now)]
         leaves = len(staying) < len(self.seated) and len(staying) + len(joining) >= self.minimum
         room = len(self.seated) < self.maximum
         grows = bool(joining) and (room or leaves) and now - self._joined_s >= SETTLE_S
@@ -200,11 +215,11 @@ class Roster:
         return len(others) >= self.minimum and any(m.step >= member.step for m in others)
 
     def _leaves(self, member: Member) -> bool:
-        return member.node in self.draining or member.id in self.unwanted
+        return self._going(member) or member.id in self.unwanted
 
     def missing(self) -> int:
         """How many more members training waits for."""
-        there = len(self.ready) + len(self.seated)
+        there = len(self._there()) + len(self.seated)
         wanted = self.expected if not self.generation else self.minimum
         return max(0, wanted - there)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.group import Group
 from orchestrator.shards import Block, Placement, push_block
+from orchestrator.slice_sums import SliceSums
 from orchestrator.transport import Bucket, Transport, transport
 
 BUCKET_BYTES = 8 * 2**20
@@ -58,7 +59,8 @@ class TreeReducer:
         self._range = placement.range_of(self._group.rank)
         if self._group.world == 1:
             return
-        self._transport = transport(self._group, placement, self._buckets)
+        carrier = SliceSums if self._group.device.type == "xla" else transport
+        self._transport = carrier(self._group, placement, self._buckets)
         self._views = [
             [[_view(row, offset, self._slots[i]) for i, offset in _members(bucket)] for row in bucket.blocks]
             for bucket in self._buckets
@@ -111,6 +113,7 @@ class TreeReducer:
         else:
             assert self._transport is not None
             self._transport.finish()
+            self._group.settle()
             for bucket in self._buckets:
                 total = bucket.total.clone() if own and self._transport.common else bucket.total
                 for i, offset in _members(bucket):
@@ -165,6 +168,8 @@ def _members(bucket: Bucket) -> Iterator[tuple[int, int]]:
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     """The part of `flat` at `offset` with the shape and memory layout of `like`."""
+    if flat.device.type == "xla":  # its tensors have no layout of their own
+        return flat[offset : offset + like.numel()].view(like.shape)
     return flat[offset : offset + like.numel()].as_strided(like.shape, like.stride(), flat.storage_offset() + offset)
 
 

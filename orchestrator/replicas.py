@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from orchestrator.config import RunConfig
 from orchestrator.layout import usable
 from orchestrator.recovery import GATHER_S, SETTLE_S, START_GRACE_S, Member, Roster
+from orchestrator.sliced import SliceRoster
+from orchestrator.slices import shape_of
 from orchestrator.values import Parallel
 
 
@@ -130,6 +132,9 @@ class ReplicaRoster(Roster):
 def roster_of(config: RunConfig, maximum: int, expected: int) -> Roster:
     """The roster of a run; a number of workers that it may fall to makes one replica group at least."""
     least = config.workers.floor
+    if config.accelerator == "tpu":
+        chips = shape_of(config.accelerator_type, config.topology).chips
+        return SliceRoster(max(least, chips), maximum, expected, chips=chips)
     if not config.parallel.splits:
         return Roster(least, maximum, expected)
     return ReplicaRoster(least, maximum, expected, parallel=config.parallel, shards=config.shards)

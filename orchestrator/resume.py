@@ -5,15 +5,18 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.accelerators import Accelerator, decide
 from orchestrator.assembly import assemble, check_together
+from orchestrator.cluster_fit import Node, Offer, choose_workers
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.runfolder import RunFolder
 from orchestrator.settings import flag, settings
+from orchestrator.slices import choose_slices, whole_range
 
 C = TypeVar("C", bound=RunConfig)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -36,18 +39,41 @@ def default_storage() -> str:
     return "~/runs" if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "runs"
 
 
+def settle_threads(config: C) -> C:
+    """The same settings with the threads that the bits depend on."""
+    cpus = config.resources_per_worker.numbers().get("CPU", 1.0)
+    return dataclasses.replace(config, threads=config.threads or max(1, int(cpus)))
+
+
 def settle_arithmetic(config: C, gpu: bool) -> C:
-    """The same settings with the threads that the bits depend on.
+    """The same settings with threads, and with the precision where workers cannot measure it.
 
     The precision may stay "auto", which the first workers settle (recorder.py). Parameter servers are started with the
     same plan, --compile comes before workers meet, and a part of a model is not tried alone: with these it is bf16 on
     GPUs, and fp32 elsewhere.
     """
-    cpus = config.resources_per_worker.numbers().get("CPU", 1.0)
     precision = config.precision
     if precision == "auto" and (config.compile or config.parallel.splits or config.sync == "parameter-server"):
         precision = "bf16" if gpu else "fp32"
-    return dataclasses.replace(config, threads=config.threads or max(1, int(cpus)), precision=precision)
+    return dataclasses.replace(settle_threads(config), precision=precision)
+
+
+def settle_accelerator(config: C, nodes: Sequence[Node], offer: Offer | None) -> tuple[C, Accelerator]:
+    """The same settings with what the cluster's nodes decide, and the decision; raises UserError."""
+    found = decide(config, nodes, offer)
+    settled = dataclasses.replace(config, accelerator=found.kind)
+    if found.shape:
+        kind, size = found.shape.accelerator_type, found.shape.topology
+        whole = whole_range(config, found.shape)
+        settled = dataclasses.replace(settled, accelerator_type=kind, topology=size, workers=whole)
+    return settle_arithmetic(settled, gpu=found.kind == "cuda"), found
+
+
+def choose(config: RunConfig, found: Accelerator, nodes: Sequence[Node], offer: Offer | None) -> int:
+    """How many workers to start, of settled settings; see choose_workers."""
+    if found.shape:
+        return choose_slices(config, found.shape, nodes, offer)
+    return choose_workers(config, found.per_worker, nodes, offer)
 
 
 def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: str) -> C:
@@ -61,7 +87,7 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     stored = folder.config()
     if stored is None:
         check_together(config)
-        return settle_arithmetic(config, gpu_wanted(config))
+        return settle_threads(config)
     was = stored.pop("workload", workload)
     if was != workload:
         raise UserError(f"--name {config.name}: is a run of {was} in {folder.uri}; use another --name")
@@ -69,23 +95,22 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     old = assemble(type(config), known)
     fields = settings(type(config))
     for name in given:
-        automatic = (name == "precision" and config.precision == "auto") or (name == "threads" and not config.threads)
+        automatic = (name == "threads" and not config.threads) or (
+            name in ("precision", "accelerator") and getattr(config, name) == "auto"
+        )
+        # Nothing has been computed before it is settled, which is when the command has seen the cluster.
+        automatic |= name == "accelerator" and old.accelerator == "auto"
         if fields[name].metadata["result"] and not automatic and getattr(old, name) != getattr(config, name):
             raise UserError(
                 f"{flag(name)} {getattr(config, name)}: run {config.name} was started with {getattr(old, name)}, and "
                 "another value changes its result; leave it out, or use another --name"
             )
     taken = {name: getattr(config, name) for name in given if not fields[name].metadata["result"]}
+    if old.accelerator == "auto":
+        taken["accelerator"] = config.accelerator
     taken |= {"name": config.name, "storage": config.storage}
     if "workers" not in given and "workers" not in known:
         taken["workers"] = config.workers
     resumed = dataclasses.replace(old, **taken)
     check_together(resumed)
     return resumed
-
-
-def gpu_wanted(config: RunConfig) -> bool:
-    """Whether workers will use GPUs: as configured, else whether this machine has one."""
-    if config.resources_per_worker.items:
-        return config.resources_per_worker.numbers().get("GPU", 0) > 0
-    return Path("/dev/nvidia0").exists()

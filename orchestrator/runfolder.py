@@ -56,8 +56,16 @@ class RunFolder:
 
     def settle_precision(self, kind: str) -> None:
         """Put it into config.toml in the place of "auto"."""
-        text = self.folder.read_text(CONFIG) or ""
-        self.folder.write(CONFIG, text.replace(f'\nprecision = "{AUTO}"\n', f'\nprecision = "{kind}"\n').encode())
+        self.settle(precision=kind)
+
+    def settle(self, **values: str) -> None:
+        """Put values into config.toml where it has "auto", or nothing, for them."""
+        text = before = self.folder.read_text(CONFIG) or ""
+        for name, value in values.items():
+            for unsettled in (AUTO, ""):
+                text = text.replace(f'\n{name} = "{unsettled}"\n', f'\n{name} = "{value}"\n')
+        if text != before:
+            self.folder.write(CONFIG, text.encode())
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while there is none."""

@@ -78,7 +78,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Status:
-    """What the driver shows. `outcome` is "" while the run goes on; `missing` workers are waited for."""
+    """What the driver shows. `outcome` is "" while the run goes on; `missing` workers are waited for.
+
+    `notice`: what a person should know of the run, once.
+    """
 
     joined: int
     workers: int
@@ -93,3 +96,4 @@ class Status:
     message: str
     exit_status: int
     result: dict[str, Any] | None
+    notice: str = ""

@@ -10,6 +10,7 @@ from orchestrator.recovery import Member
 from orchestrator.seats import LEFT, OVER, Order
 from orchestrator.served import Done, Job, Posting
 from orchestrator.worker import GivenUpError, Worker, train_worker
+from orchestrator.worker_device import take_device
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -52,20 +53,16 @@ class ServedWorker(Worker):
 
     def run(self) -> str:
         """From the first line to the last."""
-        import ray
-
-        device_name = "cuda" if ray.get_gpu_ids() else "cpu"
         self._connect_line()
-        import torch
-
         from orchestrator.build import build_state, prepare_torch, settle_loader
+        from orchestrator.devices import kind_of
         from orchestrator.group import Group
         from orchestrator.microbatch import Microbatches
         from orchestrator.server_part import split
         from workloads.registry import WORKLOADS
 
         prepare_torch(self._plan.config.threads, same_bits=True)
-        device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
+        device, _ = take_device(self._plan.config)
         self._workload = WORKLOADS[self._plan.workload].build(self._plan.config)
         self._plan = settle_loader(self._plan, self._workload)
         self._state = build_state(self._plan, self._workload, device)
@@ -73,7 +70,7 @@ class ServedWorker(Worker):
         parts = split(self._plan, self._state)
         self._microbatches = Microbatches(self._plan, self._workload, self._state, self._group, parts)
         while True:
-            answer = self._attach(device_name)
+            answer = self._attach(kind_of(device))
             if isinstance(answer, Order):
                 return self._obey(answer)
             self._posting, self._versions = answer, [-1] * len(parts)

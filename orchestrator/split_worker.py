@@ -40,7 +40,9 @@ class SplitWorker(Worker):
         self._whole: dict[str, Any] = {}
 
     def _new_state(self, workload: Any, device: Any) -> str:
-        return str(device.type)  # every generation makes its own
+        from orchestrator.devices import kind_of
+
+        return kind_of(device)  # every generation makes its own state
 
     @property
     def step(self) -> int:

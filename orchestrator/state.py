@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from orchestrator.devices import host_of
 from orchestrator.group import Group
 from orchestrator.precision import Precision
 from workloads.workload import Workload
@@ -140,16 +141,17 @@ class TrainingState:
         if not step:
             return  # everybody has the initial state
         received: dict[str, Tensor] = {}
+        device = host_of(group.device)
         parts = list(_parts(described))
         for number, part in enumerate(parts):
             if number == len(parts) // 2:
                 halfway(step)
             if group.rank == 0:
-                raw = [_bytes_of(tensors[name].detach()).to(group.device) for name, *_ in part]
+                raw = [_bytes_of(tensors[name].detach().to(device)) for name, *_ in part]
                 flat = torch.cat(raw)
             else:
                 flat = torch.empty(sum(_size(shape, dtype) for _, shape, dtype in part), dtype=torch.uint8)
-                flat = flat.to(group.device)
+                flat = flat.to(device)
             group.broadcast(flat, 0)
             if self.step != step:
                 start = 0

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.batchnorm import RunningStatistics
+from orchestrator.devices import compute_now, seed
 from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.feed import Fed, Request, batches
 from orchestrator.group import Group
@@ -120,7 +121,7 @@ class ShardedGradients:
         self._group.clock.stop(len(self._own))
         computed = time.perf_counter()
         self._reducer.finish(own=self._state.precision.scaler.is_enabled())  # it unscales them in place
-        rows = self._all_rows().view(-1, len(ROW)).double().cpu()
+        rows = self._all_rows().view(-1, len(ROW)).cpu().double()
         compute_s, reduce_s = computed - started - self._data_s, time.perf_counter() - computed
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
@@ -137,9 +138,10 @@ class ShardedGradients:
             self._reducer.start_shard(shard)
             _, start, end = self._plan.schedule.places(step, shard)
             if end > start:
-                torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
+                seed(self._group.device, derive_seed("step", self._plan.config.seed, step, shard))
                 self._one_shard(shard, end - start, nominal, stop)
             self._reducer.end_shard()
+            compute_now(self._group.device)
 
     def _all_rows(self) -> Tensor:
         """What all shards report, fp32 [shards * ROW]."""

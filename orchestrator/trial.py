@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from orchestrator.devices import finish
 from orchestrator.group import Group
 from orchestrator.plan import Plan
 from orchestrator.precision import Precision
@@ -61,7 +62,7 @@ def measure(plan: Plan, workload: Workload, model: nn.Module, group: Group) -> d
     kinds = {kind: Precision(kind, group.device.type) for kind in candidates(plan, group.device)}
 
     # Of this process alone where it computes itself: the CPU may be shared with others.
-    clock = time.perf_counter if group.device.type == "cuda" else time.process_time
+    clock = time.process_time if group.device.type == "cpu" else time.perf_counter
 
     def once(precision: Precision) -> float:
         group.step_on()
@@ -70,8 +71,7 @@ def measure(plan: Plan, workload: Workload, model: nn.Module, group: Group) -> d
             sums = workload.sums(model, batch)
         precision.scaler.scale(sums.loss).backward()
         model.zero_grad(set_to_none=True)
-        if group.device.type == "cuda":
-            torch.cuda.synchronize(group.device)
+        finish(group.device)
         return clock() - started
 
     for precision in kinds.values():  # kernels are chosen, and memory is taken, the first time

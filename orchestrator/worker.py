@@ -16,6 +16,7 @@ from orchestrator.nodewatch import all_stacks, interface_of
 from orchestrator.plan import Plan
 from orchestrator.recovery import Holding, Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
+from orchestrator.worker_device import Spot, take_device
 
 log = logging.getLogger("orchestrator.worker")
 COORDINATOR_BACK_S = 120.0
@@ -71,7 +72,7 @@ class Worker:
         self._state: Any = None
         self._recorder: Any = None
         self._served: Any = None
-        self._holds = Holding()
+        self._holds, self._spot = Holding(), Spot()
 
     @property
     def rank(self) -> int:
@@ -95,18 +96,13 @@ class Worker:
 
     def run(self) -> str:
         """From the first line to the last."""
-        import ray
-
-        device_name = "cuda" if ray.get_gpu_ids() else "cpu"
         self._connect_line()
-        import torch
-
         from orchestrator.build import prepare_torch, settle_loader
         from orchestrator.recorder import recorder_for
         from workloads.registry import WORKLOADS
 
         prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
-        device = torch.device("cuda", 0) if device_name == "cuda" else torch.device("cpu")
+        device, self._spot = take_device(self._plan.config)
         workload = WORKLOADS[self._plan.workload].build(self._plan.config)
         self._plan = settle_loader(self._plan, workload)
         self._recorder = recorder_for(self._plan, self._task["uri"], self._coordinator, self._saboteur)
@@ -181,7 +177,7 @@ class Worker:
             if self._line_broke:
                 self._connect_line()
             store = self._serve_store().address
-            here = (store, self._host, self._speed, self._holds)
+            here = (store, self._host, self._speed, self._holds, self._spot.slice, self._spot.place)
             member = Member(self.id, self._node, os.getpid(), device, step, self.rank, *here)
             try:
                 answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))

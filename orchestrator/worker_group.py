@@ -112,8 +112,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             late = time.monotonic() - self._over_s > END_S
             self._cancel_openings()
             return self._tell(running=bool(running) and not late)
-        for opening in list(self._openings):
-            self._tend(opening)
+        self._tend_all()
         return self._tell(running=True)
 
     def _tell(self, running: bool) -> WorkerGroupPollStatus:
@@ -167,6 +166,11 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         workers = [filled.worker for filled in running]
         self._worker_group_state = dataclasses.replace(self._worker_group_state, workers=workers)
 
+    def _tend_all(self) -> None:
+        """One look at all openings."""
+        for opening in list(self._openings):
+            self._tend(opening)
+
     def _tend(self, opening: Opening) -> None:
         """One look at an opening, without waiting for anything that takes long."""
         if opening.actor is None:
@@ -198,12 +202,17 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         actor_class: Any = ray.remote(runtime_env=environment, **resources)(self._worker_cls)
         return actor_class.options(label_selector=labels, scheduling_strategy=strategy).remote()
 
+    def _room(self, placement_group: PlacementGroup) -> list[str]:
+        """The node for each worker, as the group has found it; the group is not needed any more."""
+        nodes = ray.util.placement_group_table(placement_group)["bundles_to_node_id"]
+        ray.util.remove_placement_group(placement_group)
+        return [nodes[number] for number in range(len(nodes))]
+
     def _create_workers(
         self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: Any, **_: Any
     ) -> list[Worker]:
         """The first workers, as plain actors where the placement group has found room."""
-        nodes = ray.util.placement_group_table(placement_group)["bundles_to_node_id"]
-        ray.util.remove_placement_group(placement_group)
+        nodes = self._room(placement_group)
         actors = [self._actor({RAY_NODE_ID_KEY: nodes[number]}, "DEFAULT") for number in range(num_workers)]
         try:
             # Somebody else may have taken the room, or a node may have gone.

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("orchestrator", "workloads", "cluster")
-DOWNWARD = {"torch": 2, "torchvision": 2, "transformers": 2, "ray": 4}
+DOWNWARD = {"torch": 2, "torch_xla": 2, "torchvision": 2, "transformers": 2, "ray": 4}
 # What a decision cannot have: a clock, the world, chance.
 IMPURE = {
     "time",
@@ -43,7 +43,8 @@ FLOORS: dict[int, str] = {
     1: "orchestrator.layout orchestrator.replicas"
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
+    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
+    " orchestrator.accelerators orchestrator.slices orchestrator.sliced",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
@@ -55,14 +56,16 @@ FLOORS: dict[int, str] = {
     " orchestrator.pipeline_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
-    " orchestrator.compiled orchestrator.trial",
+    " orchestrator.compiled orchestrator.trial orchestrator.devices orchestrator.communicators orchestrator.stores"
+    " orchestrator.slice_sums",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
     " orchestrator.reporter orchestrator.charts orchestrator.spoken orchestrator.liveview orchestrator.checkup"
     " workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
-    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker",
+    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker orchestrator.worker_device"
+    " orchestrator.slice_rooms",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword"

@@ -36,7 +36,6 @@ def values(name: str, field, default) -> st.SearchStrategy:
         return st.integers(int(meta["low"]), int(meta["high"] or 10**12))
     return {
         "node_labels": st.sampled_from(["", "zone=a", "zone=!a,spot=yes"]),
-        "resources_per_worker": st.sampled_from(["", "CPU=0.5", "GPU=1,CPU=8"]),
         "log": st.sampled_from(["", "wandb", "mlflow,tensorboard"]),
         "checkpoint_every": st.integers(1, 10**9).map(str) | st.floats(0.001, 1e9).map(lambda s: f"{s:f}s"),
     }.get(name, TEXT)
@@ -57,6 +56,21 @@ def parallel(draw, workload: str, chosen: dict[str, object], fields: dict[str, o
         fields.pop(name, None)
 
 
+def accelerate(draw, chosen: dict[str, object], fields: dict[str, object]) -> None:
+    """Choose what the run computes on, and what goes with it; what is settled by that leaves `fields`."""
+    for name in ("accelerator", "accelerator_type", "topology", "resources_per_worker"):
+        del fields[name]
+    kinds = ["auto", "cpu", "cuda", *(["tpu"] if chosen["sync"] == "allreduce" and "parallel" not in chosen else [])]
+    kind = draw(st.sampled_from(kinds))
+    reserved = {"auto": ["", "CPU=0.5", "GPU=1,CPU=8"], "cpu": ["", "GPU=0,CPU=2"], "cuda": ["", "CPU=8", "GPU=1"]}
+    chosen |= {"accelerator": kind, "resources_per_worker": draw(st.sampled_from(reserved.get(kind, ["", "TPU=1"])))}
+    if kind in ("auto", "tpu"):
+        chosen |= {"accelerator_type": draw(TEXT), "topology": draw(TEXT)}
+    if kind == "tpu":
+        for name in ("reduce", "compile", "precision", "placement", "node_labels"):
+            fields.pop(name, None)
+
+
 @st.composite
 def configurations(draw, workload: str) -> RunConfig:
     config_type = WORKLOADS[workload].config_type()
@@ -69,6 +83,7 @@ def configurations(draw, workload: str) -> RunConfig:
     fields = {n: f for n, f in settings(config_type).items() if n not in (*chosen, "steps", "epochs")}
     chosen["sync"] = draw(st.sampled_from(fields.pop("sync").metadata["choices"]))
     parallel(draw, workload, chosen, fields)
+    accelerate(draw, chosen, fields)
     for name, modes in SYNC_SETTINGS.items():
         field = fields.pop(name)
         if name == "staleness" and chosen["sync"] in modes:
@@ -150,11 +165,20 @@ def test_what_cannot_change_the_result_is_taken(tmp_path):
     ("name", "value"),
     sorted(
         {"lr": "0.5", "seed": "9", "steps": "41", "epochs": "3", "shards": "4", "batch_size": "512"}.items()
-        | {"precision": "bf16", "optimizer": "adam", "model": "resnet20", "threads": "3", "reduce": "ddp"}.items()
+        | {
+            "accelerator": "cuda",
+            "precision": "bf16",
+            "optimizer": "adam",
+            "model": "resnet20",
+            "threads": "3",
+            "reduce": "ddp",
+        }.items()
     ),
 )
 def test_what_would_change_the_result_is_refused_by_name(tmp_path, name, value):
-    folder = started(tmp_path, steps="40", lr="0.03", precision="fp32", threads="1", batch_size="256")
+    folder = started(
+        tmp_path, steps="40", lr="0.03", precision="fp32", threads="1", batch_size="256", accelerator="cpu"
+    )
     with pytest.raises(UserError) as refusal:
         again(folder, tmp_path, **{name: value})
     assert str(refusal.value).startswith(f"--{name.replace('_', '-')} {value}: ")
@@ -184,6 +208,15 @@ def test_a_resumed_run_has_the_precision_that_was_measured(tmp_path):
     assert again(folder, tmp_path, precision="auto").precision == "bf16"
     with pytest.raises(UserError, match="started with bf16"):
         again(folder, tmp_path, precision="fp32")
+
+
+def test_the_accelerator_is_settled_once(tmp_path):
+    folder = started(tmp_path, steps="40")
+    assert again(folder, tmp_path, accelerator="cuda").accelerator == "cuda", "nothing was computed yet"
+    folder.settle(accelerator="cpu", accelerator_type="")
+    assert again(folder, tmp_path).accelerator == again(folder, tmp_path, accelerator="auto").accelerator == "cpu"
+    with pytest.raises(UserError, match="started with cpu"):
+        again(folder, tmp_path, accelerator="cuda")
 
 
 def test_another_workload_under_the_name_is_refused(tmp_path):
