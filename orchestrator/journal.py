@@ -8,7 +8,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.accelerators import SeenDevices
@@ -25,35 +24,14 @@ from orchestrator.events import (
     record,
 )
 from orchestrator.failure import Failure
+from orchestrator.incident import KILLED, PAUSES, OpenIncident
 from orchestrator.plan import Plan
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 
 RATE_WINDOW_S = 10.0
 OWNER_EVERY_S = 1.0
-PAUSES = ("workers_joined", "node_drained", "rebalanced", "straggler_left")  # at a step boundary
-VAGUE = (*PAUSES, "connection_lost")  # what a fault that is found next explains better
-KILLED = ("worker_killed", "worker_frozen", "connection_lost")
 log = logging.getLogger("orchestrator.journal")
-
-
-@dataclass
-class OpenIncident:
-    """An incident whose recovery is going on. Times in seconds since 1970."""
-
-    kind: str
-    detail: str
-    workers_before: int
-    step: int
-    detect_s: float
-    ended_s: float
-    connected_s: float = 0.0
-    restore_s: float = 0.0
-    workers_after: int = 0
-    generation: int = 0
-    steps_lost: int = 0
-    begun_s: float = 0.0
-    nodes: set[str] = field(default_factory=set)
 
 
 class Journal:
@@ -161,11 +139,8 @@ class Journal:
         """A generation of `workers` has ended; a fault during recovery belongs to the incident that is open."""
         if self.open is None:
             self.open = OpenIncident(kind, detail, workers, self.recorded, detect_s, time.time())
-            return
-        if self.open.kind in VAGUE:
-            self.open.kind, self.open.detect_s = kind, detect_s
-        if detail:
-            self.open.detail = f"{self.open.detail}; {detail}".removeprefix("; ")
+        else:
+            self.open.another(kind, detail, detect_s)
 
     def generation_begins(self, started: GenerationStarted, load_s: float, restore_s: float, bad: list[str]) -> None:
         """Rank 0 of a new generation has its state and is about to train.
@@ -221,21 +196,7 @@ class Journal:
         if found is None or not found.begun_s:
             return
         self.open = None
-        incident = Incident(
-            kind=found.kind,
-            step=found.step,
-            workers_before=found.workers_before,
-            workers_after=found.workers_after,
-            steps_lost=found.steps_lost,
-            recovery_s=round(now - found.ended_s, 4),
-            detect_s=round(found.detect_s, 4),
-            regroup_s=round(found.connected_s - found.ended_s, 4),
-            restore_s=round(found.restore_s, 4),
-            recompute_s=round(now - found.begun_s, 4),
-            generation=found.generation,
-            detail=found.detail,
-        )
-        self._unsettled.append((incident, found.nodes))
+        self._unsettled.append((found.closed(now), found.nodes))
 
     async def settle(self, reachable: Callable[[str], Awaitable[bool]]) -> None:
         """Write closed incidents down; what killed a worker was its node if that is not reachable any more."""

@@ -44,7 +44,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
-    " orchestrator.accelerators orchestrator.slices orchestrator.sliced",
+    " orchestrator.accelerators orchestrator.slices orchestrator.sliced orchestrator.incident",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
