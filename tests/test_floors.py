@@ -51,13 +51,13 @@ FLOORS: dict[int, str] = {
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
     " orchestrator.logbooks workloads.workload workloads.preparation workloads.exporting workloads.predicting"
-    " orchestrator.redact orchestrator.toolchain orchestrator.feed orchestrator.step orchestrator.evaluate"
-    " orchestrator.loop orchestrator.build orchestrator.split_build orchestrator.split_step orchestrator.pipeline"
-    " orchestrator.pipeline_step"
+    " orchestrator.redact orchestrator.toolchain orchestrator.devices orchestrator.communicators orchestrator.stores"
+    " orchestrator.slice_sums",
+    3: "orchestrator.feed orchestrator.step orchestrator.evaluate orchestrator.loop orchestrator.build"
+    " orchestrator.split_build orchestrator.split_step orchestrator.pipeline orchestrator.pipeline_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
-    " orchestrator.compiled orchestrator.trial orchestrator.devices orchestrator.communicators orchestrator.stores"
-    " orchestrator.slice_sums",
+    " orchestrator.compiled orchestrator.trial",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
