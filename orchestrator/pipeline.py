@@ -78,7 +78,7 @@ class StageState(SplitState):
     ) -> None:
         own = nn.ModuleList(pieces)
         keep_only(model, own)
-        super().__init__(config, model, own, order, precision, at)
+        super().__init__(config, model, own, order, precision, at, [p for p, stages in tied if at.part in stages[1:]])
         self.pieces_in_order, self.side = list(pieces), side
         self.tied = [(parameter, stages) for parameter, stages in tied if at.part in stages]
         held = at.inside.gather_objects([name for name, t in model.state_dict().items() if not t.is_meta])
@@ -115,7 +115,7 @@ class StageState(SplitState):
             yield name, self._from(self._owner[name], tensor)
 
     def _whole_optimizer(self) -> Iterator[tuple[str, Tensor]]:
-        mine = {name: value for name, value, _ in self._optimizer_entries()}
+        mine = dict(self._optimizer_entries())
         told = self.seating.inside.gather_objects([(name, v.shape, v.dtype) for name, v in mine.items()])
         found = [
             (int(name.split(".")[1]), part, name, *kind) for part, names in enumerate(told) for name, *kind in names
@@ -123,6 +123,11 @@ class StageState(SplitState):
         for _, part, name, shape, dtype in sorted(found, key=lambda entry: entry[0]):
             like = mine[name] if part == self.seating.part else torch.empty(shape, dtype=dtype, device="meta")
             yield name, self._from(part, like)
+
+    def parts(self) -> dict[str, Tensor]:
+        """See SplitState; a tied parameter is its first stage's."""
+        mine = {f"model.{name}" for name, owner in self._owner.items() if owner == self.seating.part}
+        return {name: t for name, t in super().parts().items() if name in mine or name.startswith("optimizer.")}
 
     def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
         """See TrainingState."""
@@ -213,6 +218,9 @@ class StageModule(nn.Module):
 
     def forward(self, hidden: Tensor, random_state: Tensor | None = None, *, place: Tensor) -> Any:
         number, first = int(place), random_state is None
+        if not self.live and not first:
+            # Torch gives memory as it lies; NaN would stay in running statistics, whatever overwrites them.
+            hidden = hidden.masked_fill(torch.ones_like(hidden, dtype=torch.bool), 0.0)
         if self.live and first:
             torch.manual_seed(self.seeds[number])
         elif self.live and random_state is not None:
