@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from orchestrator.config import RunConfig
 from orchestrator.group import Group
 from orchestrator.precision import Precision
-from orchestrator.splits import Seating, SplitState
+from orchestrator.splits import Seating, SplitEvaluation, SplitState
 from workloads.workload import Batch, Sums, Workload
 
 
@@ -129,9 +129,10 @@ class StageState(SplitState):
         mine = {f"model.{name}" for name, owner in self._owner.items() if owner == self.seating.part}
         return {name: t for name, t in super().parts().items() if name in mine or name.startswith("optimizer.")}
 
-    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group, bool]:
         """See TrainingState."""
-        return StageEvaluation(workload, self), self.seating.across
+        using: Any = StageEvaluation(workload, self)
+        return using, self.seating.across, False
 
     def refresh(self) -> None:
         """Bring the copies of tied parameters up to date."""
@@ -271,16 +272,13 @@ def schedule(kind: str, stage: Stage, microbatches: int, loss: Callable[[Tensor,
     return made(stage, microbatches, loss_fn=loss, scale_grads=False)
 
 
-class StageEvaluation:
+class StageEvaluation(SplitEvaluation):
     """A workload as `evaluate` uses it, whose sums come out of the last stage."""
 
     def __init__(self, workload: Workload, state: StageState) -> None:
+        super().__init__(workload, state.seating.inside)
         state.refresh()
-        self._workload = workload
         self._state, self._module = state, StageModule(state, workload)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._workload, name)
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Of one microbatch; every worker of the replica group calls it, and has them."""

@@ -67,10 +67,10 @@ class SplitWorker(Worker):
 
     def _keep(self, seat: Seat) -> None:
         state = self._state
-        holds = Holding(seat.rank % seat.size, seat.size, bool(self._whole), bool(self._sha256))
-        pieces = state.pieces() if state.split else state.tensors()
-        self._kept = Kept(state.step, holds, pieces, self._whole, self._sha256)
-        self._holds = holds
+        pieces = state.pieces() if state.split else {}
+        whole = self._whole if state.split else state.tensors()
+        self._holds = Holding(seat.rank % seat.size, seat.size, bool(whole), bool(self._sha256))
+        self._kept = Kept(state.step, self._holds, pieces, whole, self._sha256)
 
     def _restore(self, group: Any, seat: Seat) -> None:
         """See Worker; first builds this worker's part of the model, and fills it with what it held."""
@@ -95,14 +95,12 @@ class SplitWorker(Worker):
 
     def _take_over(self, kept: Kept, now: Holding) -> None:
         state = self._state
-        if (kept.holds.part, kept.holds.parts) != (now.part, now.parts):
-            if kept.whole:
-                state.load(kept.whole, kept.step)
-        elif state.split:
-            state.load_pieces(kept.pieces, kept.step)
+        if state.split:
             state.handing = kept.whole
-        else:
-            state.load(kept.pieces, kept.step)
+        if state.split and (kept.holds.part, kept.holds.parts) == (now.part, now.parts):
+            state.load_pieces(kept.pieces, kept.step)
+        elif kept.whole:
+            state.load(kept.whole, kept.step)
 
     def _train(self, workload: Any, group: Any, seat: Seat) -> bool:
         """See Worker; what concerns the whole state is done by whole replica groups."""
@@ -126,8 +124,8 @@ class SplitWorker(Worker):
             return False
         memory = memory_bytes(state)
         recorder.checkpoint_now(state, recorder.leads)
-        using, among = state.evaluation(workload, group)
-        metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes)
+        using, among, in_step = state.evaluation(workload, group)
+        metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes, in_step)
         recorder.evaluated(state.step, metrics)
         if seat.rank < seat.size:
             self._save_parts(workload, group)

@@ -19,7 +19,7 @@ from orchestrator.layout import Layout
 from orchestrator.optimizer import build_optimizer, parameter_groups
 from orchestrator.precision import Precision
 from orchestrator.state import TrainingState, sha256_of
-from workloads.workload import Workload
+from workloads.workload import Batch, Sums, Workload
 
 
 @dataclass
@@ -232,9 +232,11 @@ class SplitState(TrainingState):
         with self.seating.inside.others_wait():
             return sha256_of(self.whole_weights())
 
-    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
-        """See TrainingState: the workers of a replica group evaluate together."""
-        return workload, self.seating.across
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group, bool]:
+        """See TrainingState: side by side, but with tensor parallelism a replica group together."""
+        together = self._config.parallel.kind == "tensor"
+        using: Any = SplitEvaluation(workload, group)
+        return using, self.seating.across if together else group, not together
 
     def gradient_norm(self) -> Tensor:
         """See TrainingState: norms of parameters in the optimizer's order, then their norm, as on one worker.
@@ -273,6 +275,21 @@ class SplitState(TrainingState):
                 gradient = local(gradient.redistribute(placements=parameter.placements))
             if gradient is not None:
                 yield place, gradient
+
+
+class SplitEvaluation:
+    """A workload as `evaluate` uses it, whose forward passes wait for other workers of `group`."""
+
+    def __init__(self, workload: Workload, group: Group) -> None:
+        self._workload, self._group = workload, group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._workload, name)
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """See Workload."""
+        with self._group.others_wait():
+            return self._workload.sums(model, batch)
 
 
 def parameter_order(config: RunConfig, model: nn.Module) -> list[str]:

@@ -64,9 +64,9 @@ class TrainingState:
         """The modules that this worker computes."""
         return self.model
 
-    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
-        """What evaluates the model, and those among whom the held-out samples are shared out."""
-        return workload, group
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group, bool]:
+        """What evaluates the model, those among whom the held-out samples are shared out, and whether in step."""
+        return workload, group, False
 
     def gradient_norm(self) -> Tensor:
         """Of all parameters together."""

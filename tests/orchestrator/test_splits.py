@@ -54,8 +54,8 @@ def trained(group: Group, plan: Plan, recorder: Recorder) -> tuple[Any, Training
 def run_part(group: Group, plan: Plan) -> dict[str, Any]:
     recorder = Recorder()
     workload, state = trained(group, plan, recorder)
-    using, among = state.evaluation(workload, group)
-    metrics = evaluate(using, state.model, state.precision, among, 0)
+    using, among, in_step = state.evaluation(workload, group)
+    metrics = evaluate(using, state.model, state.precision, among, 0, in_step)
     whole = dict(state.whole_weights() if isinstance(state, SplitState) else state.model.state_dict())
     return {
         "losses": recorder.losses,
