@@ -204,6 +204,15 @@ def test_more_workers_than_the_stored_shards_are_refused(tmp_path):
         again(folder, tmp_path, workers="8")
 
 
+def test_a_pipeline_may_go_on_without_one(tmp_path):
+    folder = started(tmp_path, parallel="pipeline=2", pipeline_schedule="gpipe", workers="2")
+    assert again(folder, tmp_path).pipeline_schedule == "gpipe"
+    whole = again(folder, tmp_path, parallel="ddp", workers="1")
+    assert (str(whole.parallel), whole.pipeline_schedule) == ("ddp", "1f1b")
+    with pytest.raises(UserError, match="--pipeline-schedule gpipe: goes with --parallel pipeline=N"):
+        again(folder, tmp_path, parallel="fsdp", pipeline_schedule="gpipe")
+
+
 def test_a_run_of_given_steps_resumes_by_its_name_alone(tmp_path):
     """The command that an interrupted run prints for its resumption has name and storage only."""
     folder = started(tmp_path, "bert", steps="40")

@@ -31,7 +31,6 @@ SMALL = {
     "bert": {"batch_size": 16, "shards": 4, "vocab_size": 512, "optimizer": "adamw", "hidden_size": 64},
     "resnet": {"batch_size": 32, "shards": 4},
 }
-EPOCH = {"resnet": 45}  # steps; 1,437 images, the last one of an epoch has 29 for four shards
 
 
 def build(group: Group, plan: Plan) -> tuple[Any, TrainingState]:
@@ -69,10 +68,10 @@ def run_part(group: Group, plan: Plan) -> dict[str, Any]:
 ONE: dict[str, dict[str, Any]] = {}
 
 
-def alone(name: str, **given: object) -> dict[str, Any]:
+def alone(name: str, given: dict[str, object]) -> dict[str, Any]:
     key = f"{name}{sorted(given.items())}"
     if key not in ONE:
-        (ONE[key],) = run_distributed(run_part, 1, real_plan(name, **SMALL[name], **given))
+        (ONE[key],) = run_distributed(run_part, 1, real_plan(name, **given))
     return ONE[key]
 
 
@@ -83,26 +82,49 @@ def distance(snapshot: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     return float(torch.stack(apart).max())
 
 
+EXACT, NEAR, ROUGH = 0.0, 1e-5, 2e-2  # the largest difference of any number of the state after 5 steps; with bf16
+EPOCHS = {"batch_size": 256, "shards": 8, "steps": 8}  # of 1,437 images: the sixth has 157, for five shards
+GPIPE = {"pipeline_schedule": "gpipe"}
+MORE = [
+    ("bert", "tensor=2", 4, NEAR, {}),
+    ("bert", "tensor=2", 2, ROUGH, {"attention": "document", "precision": "bf16"}),
+    ("bert", "fsdp", 2, EXACT, {"attention": "document"}),
+    ("bert", "fsdp", 4, EXACT, {"optimizer": "sgd", "clip_norm": 0.1, "precision": "bf16"}),
+    ("bert", "pipeline=2", 4, EXACT, {}),
+    ("bert", "pipeline=4", 4, EXACT, {"precision": "bf16", **GPIPE}),
+    ("resnet", "pipeline=2", 2, EXACT, {**EPOCHS, **GPIPE}),
+    ("resnet", "pipeline=3", 3, EXACT, {"model": "resnet20", "precision": "bf16", "optimizer": "adam", "lr": 0.001}),
+    ("resnet", "pipeline=2", 4, EXACT, EPOCHS),
+    ("resnet", "fsdp", 3, NEAR, EPOCHS),
+    ("resnet", "hsdp=2", 4, NEAR, EPOCHS),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "parallel", "world", "same", "given"),
+    ("name", "parallel", "world", "apart", "given"),
     [
-        ("bert", "tensor=2", 2, False, {}),
-        ("bert", "fsdp", 3, False, {}),
-        ("bert", "hsdp=2", 4, True, {}),
-        ("resnet", "fsdp", 2, False, {}),
-        ("resnet", "pipeline=4", 4, True, {}),
-        ("bert", "pipeline=2", 2, True, {}),
+        ("bert", "tensor=2", 2, NEAR, {}),
+        ("bert", "fsdp", 3, NEAR, {}),
+        ("bert", "hsdp=2", 4, EXACT, {}),
+        ("resnet", "fsdp", 2, NEAR, {}),
+        ("resnet", "pipeline=4", 4, EXACT, {}),
+        ("bert", "pipeline=2", 2, EXACT, {}),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in MORE),
     ],
 )
-def test_parts_train_as_one_worker_does(name, parallel, world, same, given):
-    one = alone(name, steps=5, **given)
-    plan = real_plan(name, **SMALL[name], steps=5, **given, parallel=parallel, workers=world)
-    workers = run_distributed(run_part, world, plan)
+def test_parts_train_as_one_worker_does(name, parallel, world, apart, given):
+    given = {**SMALL[name], "steps": 5, **given}
+    one = alone(name, {key: value for key, value in given.items() if key != "pipeline_schedule"})
+    workers = run_distributed(run_part, world, real_plan(name, **given, parallel=parallel, workers=world))
+    first = workers[0]
     assert len({worker["sha256"] for worker in workers}) == 1
     assert len({str(worker["metrics"]) for worker in workers}) == 1
-    assert (workers[0]["sha256"] == one["sha256"]) == same
-    assert distance(workers[0]["snapshot"], one["snapshot"]) <= (0.0 if same else 1e-5)
-    assert workers[0]["losses"] == (one["losses"] if same else pytest.approx(one["losses"], rel=1e-5))
+    assert distance(first["snapshot"], one["snapshot"]) <= apart
+    if apart == EXACT:
+        assert (first["sha256"], first["losses"]) == (one["sha256"], one["losses"])
+        assert first["metrics"] == one["metrics"]
+    assert first["losses"] == pytest.approx(one["losses"], rel=max(apart, NEAR))
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=max(100 * apart, NEAR))
     assert max(worker["bytes"] for worker in workers) < 0.75 * one["bytes"]
 
 
