@@ -16,7 +16,7 @@ from orchestrator.checkpoint import Described, Loaded
 from orchestrator.config import RunConfig
 from orchestrator.group import Group
 from orchestrator.layout import Layout
-from orchestrator.optimizer import build_optimizer, parameter_groups
+from orchestrator.optimizer import build_optimizer
 from orchestrator.precision import Precision
 from orchestrator.state import TrainingState, sha256_of
 from workloads.workload import Batch, Sums, Workload
@@ -112,9 +112,12 @@ class SplitState(TrainingState):
         return {name: t for name, t in self.model.state_dict().items() if not t.is_meta}
 
     def _optimizer_entries(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in a snapshot, the optimizer's tensor, known to be a piece where it is one) of own parameters."""
-        for place, entry in self.optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
+        """(name in a snapshot, the optimizer's tensor, known to be a piece where it is one) of own parameters.
+
+        In the same order on all workers, wherever their state came from.
+        """
+        for place, entry in sorted(self.optimizer.state_dict()["state"].items()):
+            for key, value in sorted(entry.items()):
                 if value is not None:
                     yield f"optimizer.{self.numbers[place]}.{key}", as_cut(torch.as_tensor(value), self.held[place])
 
@@ -290,9 +293,3 @@ class SplitEvaluation:
         """See Workload."""
         with self._group.others_wait():
             return self._workload.sums(model, batch)
-
-
-def parameter_order(config: RunConfig, model: nn.Module) -> list[str]:
-    """Names of the parameters in the order of the optimizer of a whole model."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in parameter_groups(config, model) for p in group["params"]]

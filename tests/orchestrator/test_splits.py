@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint
-from distributed import run_distributed
+from distributed import give_other_ranks, run_distributed
 from real import real_plan
 from toys import Recorder
 
@@ -126,6 +126,18 @@ def test_parts_train_as_one_worker_does(name, parallel, world, apart, given):
     assert first["losses"] == pytest.approx(one["losses"], rel=max(apart, NEAR))
     assert first["metrics"] == pytest.approx(one["metrics"], rel=max(100 * apart, NEAR))
     assert max(worker["bytes"] for worker in workers) < 0.75 * one["bytes"]
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "tensor=2"])
+def test_a_worker_may_have_another_rank_in_the_next_generation(parallel):
+    """Torch remembers much from one process group to the next."""
+    plan = real_plan("bert", **SMALL["bert"], steps=2, parallel=parallel, workers=2)
+    first, *_ = run_distributed(run_part, 2, plan)
+    give_other_ranks()
+    for worker in run_distributed(run_part, 2, plan):
+        assert worker["sha256"] == first["sha256"]
+    second, *_ = run_distributed(run_part, 2, plan)
+    assert distance(second["snapshot"], first["snapshot"]) == 0.0
 
 
 def write(group: Group, plan: Plan, folder: Path, read: bool) -> dict[str, torch.Tensor]:
