@@ -40,44 +40,72 @@ def lost(folder: Path) -> dict[str, int]:
     return found
 
 
+def assert_as_whole(folder: Path, whole: Path) -> None:
+    """The same weights, every step once."""
+    assert result(folder)["weights_sha256"] == result(whole)["weights_sha256"]
+    assert [(r["step"], r["loss"]) for r in records(folder)] == [(r["step"], r["loss"]) for r in records(whole)]
+
+
 @pytest.mark.timeout(400)
-def test_a_replica_group_that_loses_a_member_leaves_as_a_whole(cluster: str, tmp_path: Path) -> None:
-    """Its shards move to the other, nothing is taken again; the replacement makes it whole, and bits stay the same."""
-    wait = fault("slow", 0, step=41, seconds=0.05, steps=300)  # until the replacement is there
-    faults = schedule(tmp_path, fault("kill", 3, step=40, workers=4), wait)
-    command = [*BERT, "--steps", "400", *NEVER, "--parallel", "tensor=2"]
-    undisturbed = start([*command, "--workers", "2", *kept_in(tmp_path, "two", cluster)])
-    disturbed = start([*command, "--workers", "4", "--faults", faults, *kept_in(tmp_path, "run", cluster)])
-    for process in (undisturbed, disturbed):
+def test_a_pipeline_goes_back_to_the_newest_checkpoint(cluster: str, tmp_path: Path) -> None:
+    """Nobody else holds what a stage held. The same bits follow, and they are those of the model on one worker."""
+    command = [*BERT, "--steps", "60", "--checkpoint-every", "20"]
+    faults = ["--faults", schedule(tmp_path, fault("kill", 1, step=35))]
+    parts = ["--parallel", "pipeline=2", "--workers", "2", *faults]
+    processes = [
+        start([*command, "--workers", "1", *kept_in(tmp_path, "whole", cluster)]),
+        start([*command, *parts, *kept_in(tmp_path, "run", cluster)]),
+    ]
+    for process in processes:
         done = finish(process)
         assert done.status == 0, done.err
+    folder = tmp_path / "run"
+    assert_as_whole(folder, tmp_path / "whole")
+    assert [e["step"] for e in events(folder, "checkpoint_loaded")] == [20]
+    (incident,) = result(folder)["incidents"]
+    assert (incident["kind"], incident["workers_after"]) == ("worker_killed", 2)
+    assert 14 <= incident["steps_lost"] <= 15
+    files = json.loads((folder / "checkpoints" / "step-60" / "manifest.json").read_text())["files"]
+    assert sorted(name.partition("/")[2] for name in files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("workload", "schedule"), [(BERT, "1f1b"), (RESNET, "gpipe")], ids=["bert-1f1b", "resnet-gpipe"]
+)
+def test_stages_of_a_pipeline_are_lost_also_while_they_write(
+    workload: tuple[str, ...], schedule: str, tmp_path: Path
+) -> None:
+    faults = [fault("kill", 1, step=130), fault("kill", 0, step=205, workers=2, during="checkpoint")]
+    steps = ("--steps", "300", "--checkpoint-every", "50")
+    parts = ("--parallel", "pipeline=2", "--pipeline-schedule", schedule, "--workers", "2")
+    done = rehearse(tmp_path, (*workload, *steps), faults, *parts)
+    assert_passed(done, tmp_path, "worker_killed", cadence=101)
+    assert [e["step"] for e in events(tmp_path / "r-disturbed", "checkpoint_loaded")] == [100, 200]
+    whole = run(*workload, *steps, "--workers", "1", *kept_in(tmp_path, "whole"))
+    assert whole.status == 0, whole.err
+    assert_as_whole(tmp_path / "r-disturbed", tmp_path / "whole")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_replica_group_that_loses_a_member_leaves_as_a_whole(cluster: str, tmp_path: Path) -> None:
+    """Its shards move to the other, nothing is taken again; the replacement makes it whole, and bits stay the same."""
+    small = [*BERT, "--layers", "1", "--shards", "2", "--steps", "200", *NEVER, "--parallel", "tensor=2"]
+    faults = schedule(tmp_path, fault("kill", 3, step=20, workers=4))
+    done = run(*small, "--workers", "4", "--faults", faults, *kept_in(tmp_path, "run", cluster), timeout_s=300)
+    assert done.status == 0, done.err
+    done = run(*small, "--workers", "2", *kept_in(tmp_path, "two", cluster))
+    assert done.status == 0, done.err
     folder = tmp_path / "run"
     assert workers_of(folder)[:3] == [4, 2, 4]
     assert lost(folder) == {"worker_killed": 0, "workers_joined": 0}
     before, without, after = events(folder, "generation_started")[:3]
     assert before["pids"][:2] == without["pids"] == after["pids"][:2], "the other group was restarted"
     assert before["pids"][2] in after["pids"][2:], "the one that was left over waited for another"
-    assert (before["ranges"], without["ranges"]) == ([[0, 2]] * 2 + [[2, 4]] * 2, [[0, 4]] * 2)
-    assert result(folder)["weights_sha256"] == result(tmp_path / "two")["weights_sha256"]
-    assert [r["step"] for r in records(folder)] == list(range(1, 401))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("workload", "model"), [("bert", BERT), ("resnet", (*RESNET, "--pipeline-schedule", "gpipe"))])
-def test_a_pipeline_goes_back_to_the_newest_checkpoint(workload: str, model: tuple[str, ...], tmp_path: Path) -> None:
-    """Nobody else holds what a stage held; the same bits follow, those of the whole model."""
-    faults = [fault("kill", 1, step=130), fault("kill", 0, step=205, workers=2, during="checkpoint")]
-    steps = ("--steps", "300", "--checkpoint-every", "50")
-    done = rehearse(tmp_path, (*model, *steps), faults, "--parallel", "pipeline=2", "--workers", "2")
-    assert_passed(done, tmp_path, "worker_killed", cadence=101)
-    loaded = [e["step"] for e in events(tmp_path / "r-disturbed", "checkpoint_loaded")]
-    assert loaded == [100, 200]
-    plain = [flag for flag in model if flag not in ("--pipeline-schedule", "gpipe")]
-    whole = run(*plain, *steps, "--workers", "1", *kept_in(tmp_path, "whole"))
-    assert whole.status == 0, whole.err
-    hashes = {result(tmp_path / name)["weights_sha256"] for name in ("r-undisturbed", "r-disturbed", "whole")}
-    assert len(hashes) == 1
+    assert (before["ranges"], without["ranges"]) == ([[0, 1]] * 2 + [[1, 2]] * 2, [[0, 2]] * 2)
+    assert_as_whole(folder, tmp_path / "two")
 
 
 @pytest.mark.long
