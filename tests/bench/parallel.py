@@ -11,12 +11,16 @@ resident memory, against the whole model's on as many workers. Target: losses wi
 """
 
 import json
+import tempfile
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import commands
 import paired
 from safetensors.torch import load_file
+
+from orchestrator.rehearse import stage
 
 SETTINGS = {
     "resnet": ["--model", "resnet18", "--batch-size", "64", "--lr", "0.02"],
@@ -37,15 +41,17 @@ WAYS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {  # --parallel, worke
 Trained = dict[str, Any]
 
 
-def train(settings: Namespace, workload: str, parallel: str, workers: int, more: tuple[str, ...] = ()) -> Trained:
-    """One run of the command line: its losses, its weights, its result."""
+def train(
+    settings: Namespace, workload: str, address: str, parallel: str, workers: int, more: tuple[str, ...] = ()
+) -> Trained:
+    """One run of the command line on the cluster at `address`: its losses, its weights, its result."""
     arguments = [
         *SETTINGS[workload], "--steps", str(settings.steps), "--shards", "8", "--threads", "1", "--precision", "fp32",
         "--workers", str(workers), "--resources-per-worker", "CPU=0.5", "--balance", "even",
-        "--parallel", parallel, *more,
+        "--parallel", parallel, *more, "--address", address,
     ]  # fmt: skip
-    with commands.visit() as folder:
-        _, run = commands.train(workload, arguments, folder)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+        _, run = commands.train(workload, arguments, Path(folder))
         result = json.loads((run / "result.json").read_text())
         if result["incidents"]:
             raise SystemExit(f"{workload} --parallel {parallel}: {result['incidents']}")
@@ -76,18 +82,18 @@ def against(one: Trained, whole: Trained, parts: Trained, tolerance: float) -> d
     }
 
 
-def compare(settings: Namespace, workload: str) -> dict[str, Any]:
+def compare(settings: Namespace, workload: str, address: str) -> dict[str, Any]:
     """Every way of a workload against the whole model."""
     ways = [way for way in WAYS[workload] if not settings.only or way[0] in settings.only]
     whole: dict[int, Trained] = {}
     for workers in sorted({1, *(workers for _, workers, _ in ways)}):
         paired.say(f"{workload}: the whole model, {workers} workers")
-        whole[workers] = train(settings, workload, "ddp", workers)
+        whole[workers] = train(settings, workload, address, "ddp", workers)
     found: dict[str, Any] = {}
     for parallel, workers, more in ways:
         name = " ".join((parallel, *more[1:], f"on {workers}"))
         paired.say(f"{workload}: {name}")
-        parts = train(settings, workload, parallel, workers, more)
+        parts = train(settings, workload, address, parallel, workers, more)
         found[name] = against(whole[1], whole[workers], parts, settings.tolerance)
         paired.say(json.dumps(found[name]))
     hashes = {run["weights_sha256"] for run in whole.values()}
@@ -103,7 +109,8 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the loss of each step, as a share [0.001]")
     settings = parser.parse_args()
     report = paired.header("parallel", settings)
-    report["workloads"] = {workload: compare(settings, workload) for workload in settings.workloads}
+    with stage("", nodes=1, cpus=4) as where:
+        report["workloads"] = {name: compare(settings, name, where.address) for name in settings.workloads}
     paired.emit(report, settings.out)
 
 

@@ -113,8 +113,12 @@ def test_a_replica_group_that_loses_a_member_leaves_as_a_whole(cluster: str, tmp
 @pytest.mark.parametrize(("parallel", "workers"), [("tensor=2", "2:4"), ("hsdp=2", "2:4"), ("pipeline=2", "2:4")])
 def test_groups_come_and_go_between_steps_without_loss(parallel: str, workers: str, tmp_path: Path) -> None:
     """A node goes after a notice, another comes; each has room for two workers."""
-    faults = [fault("drain", 3, step=50, workers=4, seconds=60), fault("add-node", step=60), fault("kill", 0, step=500)]
-    model = (*BERT, "--steps", "1200", *NEVER, "--parallel", parallel)
+    faults = [
+        fault("drain", 3, step=20, workers=4, seconds=60),
+        fault("add-node", step=25),
+        fault("kill", 0, step=40, workers=4),
+    ]
+    model = (*BERT, "--layers", "1", "--steps", "300", *NEVER, "--parallel", parallel)
     done = rehearse(tmp_path, model, faults, "--nodes", "2", "--workers", workers, timeout_s=500)
     assert done.status == 0, done.out + done.err
     folder = tmp_path / "r-disturbed"
@@ -128,9 +132,9 @@ def test_fsdp_grows_and_shrinks_without_loss_and_goes_back_after_a_kill(tmp_path
     faults = [
         fault("drain", 1, step=50, workers=2, seconds=60),
         fault("add-node", step=60),
-        fault("kill", 1, step=620, workers=2),
+        fault("kill", 1, step=615, workers=2),
     ]
-    model = (*BERT, "--steps", "1200", "--checkpoint-every", "100", "--parallel", "fsdp")
+    model = (*BERT, "--layers", "1", "--steps", "800", "--checkpoint-every", "100", "--parallel", "fsdp")
     done = rehearse(tmp_path, model, faults, "--nodes", "2", "--cpus-per-node", "0.5", "--workers", "1:2")
     assert done.status == 0, done.out + done.err
     assert "losses within 0.1%" in done.out
