@@ -91,7 +91,7 @@ MORE = [
     ("bert", "fsdp", 2, EXACT, {"attention": "document"}),
     ("bert", "fsdp", 4, EXACT, {"optimizer": "sgd", "clip_norm": 0.1, "precision": "bf16"}),
     ("bert", "pipeline=2", 4, EXACT, {}),
-    ("bert", "pipeline=4", 4, EXACT, {"precision": "bf16", **GPIPE}),
+    ("bert", "pipeline=4", 4, EXACT, {"precision": "bf16", "attention": "document", **GPIPE}),
     ("resnet", "pipeline=2", 2, EXACT, {**EPOCHS, **GPIPE}),
     ("resnet", "pipeline=3", 3, EXACT, {"model": "resnet20", "precision": "bf16", "optimizer": "adam", "lr": 0.001}),
     ("resnet", "pipeline=2", 4, EXACT, EPOCHS),
