@@ -50,13 +50,15 @@ def train(
         "--workers", str(workers), "--resources-per-worker", "CPU=0.5", "--balance", "even",
         "--parallel", parallel, *more, "--address", address,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
-        _, run = commands.train(workload, arguments, Path(folder))
-        result = json.loads((run / "result.json").read_text())
-        if result["incidents"]:
-            raise SystemExit(f"{workload} --parallel {parallel}: {result['incidents']}")
-        losses = [record["loss"] for record in commands.records(run / "metrics.jsonl")]
-        return {"losses": losses, "weights": load_file(run / "model" / "model.safetensors"), **result}
+    name = "-".join((workload, parallel.replace("=", ""), *more[1:], str(workers)))
+    kept = ["--storage", str(settings.storage), "--name", name]
+    commands.run(["-m", "orchestrator.run", workload, *arguments, *kept], settings.storage)
+    run = settings.storage / name
+    result = json.loads((run / "result.json").read_text())
+    if result["incidents"]:
+        raise SystemExit(f"{workload} --parallel {parallel}: {result['incidents']}")
+    losses = [record["loss"] for record in commands.records(run / "metrics.jsonl")]
+    return {"losses": losses, "weights": load_file(run / "model" / "model.safetensors"), **result}
 
 
 def against(one: Trained, whole: Trained, parts: Trained, tolerance: float) -> dict[str, Any]:
@@ -107,9 +109,12 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="these --parallel [all]")
     parser.add_argument("--steps", type=int, default=50, help="[50]")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the loss of each step, as a share [0.001]")
+    parser.add_argument("--storage", type=Path, help="keep the runs here; those that are there are not run again")
     settings = parser.parse_args()
     report = paired.header("parallel", settings)
-    with stage("", nodes=1, cpus=4) as where:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder, stage("", nodes=1, cpus=4) as where:
+        settings.storage = settings.storage or Path(folder)
+        settings.storage.mkdir(parents=True, exist_ok=True)
         report["workloads"] = {name: compare(settings, name, where.address) for name in settings.workloads}
     paired.emit(report, settings.out)
 

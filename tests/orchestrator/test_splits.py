@@ -82,7 +82,10 @@ def distance(snapshot: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
     return float(torch.stack(apart).max())
 
 
-EXACT, NEAR, ROUGH = 0.0, 1e-5, 2e-2  # the largest difference of any number of the state after 5 steps; with bf16
+# The largest difference of any number of the state after a few steps; where a ReLU flips for a last bit, a gradient
+# moves by much more than that; and with bf16.
+EXACT, NEAR, FLIPS, ROUGH = 0.0, 1e-5, 1e-2, 2e-2
+OF_LOSS = {EXACT: 0.0, NEAR: 1e-5, FLIPS: 2e-4, ROUGH: 2e-2}  # of each step, as a share
 EPOCHS = {"batch_size": 256, "shards": 8, "steps": 8}  # of 1,437 images: the sixth has 157, for five shards
 GPIPE = {"pipeline_schedule": "gpipe"}
 MORE = [
@@ -95,8 +98,8 @@ MORE = [
     ("resnet", "pipeline=2", 2, EXACT, {**EPOCHS, **GPIPE}),
     ("resnet", "pipeline=3", 3, EXACT, {"model": "resnet20", "precision": "bf16", "optimizer": "adam", "lr": 0.001}),
     ("resnet", "pipeline=2", 4, EXACT, EPOCHS),
-    ("resnet", "fsdp", 3, NEAR, EPOCHS),
-    ("resnet", "hsdp=2", 4, NEAR, EPOCHS),
+    ("resnet", "fsdp", 3, FLIPS, EPOCHS),
+    ("resnet", "hsdp=2", 4, FLIPS, EPOCHS),
 ]
 
 
@@ -106,7 +109,7 @@ MORE = [
         ("bert", "tensor=2", 2, NEAR, {}),
         ("bert", "fsdp", 3, NEAR, {}),
         ("bert", "hsdp=2", 4, EXACT, {}),
-        ("resnet", "fsdp", 2, NEAR, {}),
+        ("resnet", "fsdp", 2, FLIPS, {}),
         ("resnet", "pipeline=4", 4, EXACT, {}),
         ("bert", "pipeline=2", 2, EXACT, {}),
         *(pytest.param(*case, marks=pytest.mark.long) for case in MORE),
@@ -123,8 +126,8 @@ def test_parts_train_as_one_worker_does(name, parallel, world, apart, given):
     if apart == EXACT:
         assert (first["sha256"], first["losses"]) == (one["sha256"], one["losses"])
         assert first["metrics"] == one["metrics"]
-    assert first["losses"] == pytest.approx(one["losses"], rel=max(apart, NEAR))
-    assert first["metrics"] == pytest.approx(one["metrics"], rel=max(100 * apart, NEAR))
+    assert first["losses"] == pytest.approx(one["losses"], rel=OF_LOSS[apart])
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=10 * OF_LOSS[apart])
     assert max(worker["bytes"] for worker in workers) < 0.75 * one["bytes"]
 
 
