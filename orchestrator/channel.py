@@ -108,7 +108,7 @@ class Line:
 
         Args:
             look: gives the beat to send.
-            told: gets an order and a generation: "end", "pause", "checkpoint", "dump"; "gone" when the wire breaks.
+            told: gets an order and a generation: "end", "pause", "stop", "checkpoint", "dump"; "gone": the wire broke.
 
         Raises:
             OSError: nobody answers at `address`.

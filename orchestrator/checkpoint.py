@@ -1,8 +1,9 @@
 """Checkpoints: atomic, checksummed, written in the background, kept K at a time.
 
-checkpoints/step-N/ holds state.safetensors and, written last, manifest.json with its size and SHA-256. A folder
-without a manifest is a checkpoint that was never finished; one whose bytes differ from the manifest is corrupted.
-Either is passed over for the one before it.
+checkpoints/step-N/ holds state.safetensors, or of a model in parts a folder parts-XXXX/ with a file of each worker
+(partfiles.py); and, written last, manifest.json with the size and SHA-256 of every file. A folder without a manifest
+is a checkpoint that was never finished; one whose bytes differ from the manifest is corrupted. Either is passed over
+for the one before it. Runs that hold the model whole, and in whatever parts, read both.
 """
 
 import hashlib
@@ -12,22 +13,32 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from orchestrator.errors import CheckpointError
 from orchestrator.storage import Folder
 
 FORMAT = 1
-STATE, MANIFEST = "state.safetensors", "manifest.json"
+STATE, MANIFEST, PARTS = "state.safetensors", "manifest.json", "parts-"
+Entries = dict[str, dict[str, Any]]  # of the manifest: bytes and sha256 of files by name
+Described = Mapping[str, tuple[torch.Size, torch.dtype]]  # the tensors of a state
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was read and found whole."""
+    """A checkpoint that was read and found whole; `cut`: its tensors are as they were asked for, not whole."""
 
     step: int
     tensors: dict[str, Tensor]
+    cut: bool = False
+
+
+def whole(described: Described) -> dict[str, Tensor]:
+    """Room for all of a state."""
+    return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in described.items()}
 
 
 class CheckpointStore:
@@ -57,46 +68,101 @@ class CheckpointStore:
         """Write checkpoint `step`, drop those beyond `keep`; returns the bytes written."""
         from safetensors.torch import save
 
-        name = f"step-{step}"
-        state = save(dict(tensors))
-        self._folder.write(f"{name}/{STATE}", state)
+        return self.finish(step, self.write(step, {STATE: save(dict(tensors))}))
+
+    def write(self, step: int, files: Mapping[str, bytes]) -> Entries:
+        """Write files of checkpoint `step`, which is none before `finish`; returns their entries in its manifest."""
+        entries = {}
+        for name, content in files.items():
+            self._folder.write(f"step-{step}/{name}", content)
+            entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         self._halfway(step)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "identity": self.identity,
-            "files": {STATE: {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}},
-        }
-        self._folder.write(f"{name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+        return entries
+
+    def finish(self, step: int, entries: Entries) -> int:
+        """Make checkpoint `step` of files that are written, drop those beyond `keep`; returns its bytes."""
+        manifest = {"format": FORMAT, "step": step, "identity": self.identity, "files": entries}
+        self._folder.write(f"step-{step}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
         whole = [s for s in self.steps() if self._folder.read_text(f"step-{s}/{MANIFEST}") is not None]
         for old in [s for s in self.steps() if s < step and s not in whole[-self._keep :]]:
             self._folder.delete(f"step-{old}/{MANIFEST}")
             self._folder.delete(f"step-{old}")
-        return len(state)
+        named = {name.partition("/")[0] for name in entries}
+        for name in self._folder.child(f"step-{step}").names():
+            if name.startswith(PARTS) and name not in named:  # an earlier attempt, or another split
+                self._folder.delete(f"step-{step}/{name}")
+        return sum(int(entry["bytes"]) for entry in entries.values())
 
-    def load(self, step: int) -> Loaded:
-        """Read checkpoint `step`; raises CheckpointError naming what is wrong with it."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
+    def load(self, step: int, room: Callable[[Described], dict[str, Tensor]] = whole) -> Loaded:
+        """Read checkpoint `step`; raises CheckpointError naming what is wrong with it.
 
+        Args:
+            room: for the tensors of a state, which of them are wanted; DTensors where pieces are. Only of a checkpoint
+                in parts is no more read than that.
+        """
+        entries = self._manifest(step)
+        if STATE in entries:
+            return Loaded(step, self._load_whole(step, entries))
+        return Loaded(step, self._load_parts(step, entries, room), cut=True)
+
+    def _manifest(self, step: int) -> Entries:
+        """The files of checkpoint `step` by name."""
         where = f"{self._folder.uri}/step-{step}"
         try:
             text = self._folder.read_text(f"step-{step}/{MANIFEST}")
             if text is None:
                 raise CheckpointError(f"{where}: unfinished (no {MANIFEST})")
             manifest = json.loads(text)
-            size, sha256 = manifest["files"][STATE]["bytes"], manifest["files"][STATE]["sha256"]
-            identity, state = manifest["identity"], self._folder.read(f"step-{step}/{STATE}")
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise CheckpointError(f"{where}: {MANIFEST} or {STATE} unreadable ({error!r})") from None
-        if len(state) != size or hashlib.sha256(state).hexdigest() != sha256:
-            raise CheckpointError(f"{where}: corrupted ({STATE} does not match its checksum)")
+            identity = manifest["identity"]
+            files = manifest["files"].items()
+            entries = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{where}: {MANIFEST} unreadable ({error!r})") from None
         if identity != self.identity:
             raise CheckpointError(f"{where}: of another configuration or other data")
+        return entries
+
+    def _read(self, step: int, entries: Entries, name: str) -> bytes:
+        """A file of a checkpoint; raises CheckpointError where it is not what the manifest says."""
+        where = f"{self._folder.uri}/step-{step}"
+        if name not in entries:
+            raise CheckpointError(f"{where}: incomplete (no {name} in {MANIFEST})")
         try:
-            return Loaded(step, load(state))
+            content = self._folder.read(f"step-{step}/{name}")
+        except OSError as error:
+            raise CheckpointError(f"{where}: {name} unreadable ({error!r})") from None
+        entry = entries[name]
+        if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"{where}: corrupted ({name} does not match its checksum)")
+        return content
+
+    def _load_whole(self, step: int, entries: Entries) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        state = self._read(step, entries, STATE)
+        try:
+            tensors: dict[str, Tensor] = load(state)
+            return tensors
         except SafetensorError as error:
-            raise CheckpointError(f"{where}: {STATE} unreadable ({error})") from None
+            raise CheckpointError(f"{self._folder.uri}/step-{step}: {STATE} unreadable ({error})") from None
+
+    def _load_parts(
+        self, step: int, entries: Entries, room: Callable[[Described], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        from pickle import UnpicklingError
+
+        from orchestrator import partfiles  # its import of torch.distributed takes a second
+
+        parts = next((name.partition("/")[0] for name in entries if name.startswith(PARTS)), PARTS)
+        read = lambda name: self._read(step, entries, f"{parts}/{name}")  # noqa: E731
+        try:
+            metadata = partfiles.parse(read(partfiles.METADATA))
+            named = room(partfiles.described(metadata))
+            partfiles.fill(named, metadata, read)
+        except (KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+            raise CheckpointError(f"{self._folder.uri}/step-{step}: does not fit this model ({error})") from None
+        return named
 
     def load_newest(self, on_bad: Callable[[str], None]) -> Loaded | None:
         """The newest whole checkpoint or None; `on_bad` gets a line for each that had to be passed over."""

@@ -117,13 +117,14 @@ def choose_workers(
     """
     labels = dict(config.node_labels.items)
     fits = capacity(nodes, per_worker, config.placement, labels)
-    wanted = config.workers
+    wanted, size = config.workers, max(1, config.parallel.size)
     if fits >= wanted.minimum:
         now = capacity([node.now() for node in nodes], per_worker, config.placement, labels)
-        most, size = min(wanted.maximum, now), max(1, config.parallel.size)
+        most = min(wanted.maximum, now)
         return max(wanted.minimum, most - most % size)
     offered = offer.nodes if offer else ()
     could = capacity([*nodes, *offered], per_worker, config.placement, labels)
+    could -= could % size
     if offer and (could >= wanted.minimum or not offer.known):
         return wanted.minimum
     need = ",".join(f"{name}={amount:g}" for name, amount in per_worker.items())

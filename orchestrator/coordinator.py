@@ -212,7 +212,8 @@ class Coordinator:
             kind, place = last_loss(self._journal)
             self._fail(reason, 1, kind, place)
         else:
-            self._end("stopped", "on request, before this command's first step", 130)
+            told = "with the newest checkpoint" if self._journal.first_step >= 0 else "before this command's first step"
+            self._end("stopped", f"on request, {told}", 130)
 
     def _end(
         self,

@@ -11,6 +11,7 @@ from orchestrator.cluster_fit import Node, Offer, declared_speed, where
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import UserError
 from orchestrator.launch import nodes as living_nodes
+from orchestrator.layout import Layout, group_placement, layout_of
 from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.resume import choose, settle_accelerator
@@ -40,7 +41,9 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
     on = _where(config, accelerator, nodes, workers)
     placement = _placement(config, [nodes[number] for number in on], workers)
-    gradients = _gradients(config, 4 * parameters, state, placement)
+    layout = layout_of(config.parallel, workers)
+    state //= layout.size
+    gradients = _gradients(config, 4 * parameters // layout.size, state, placement)
     reserved = ", ".join(f"{name}={amount:g}" for name, amount in accelerator.per_worker.items())
     lines = [
         f"workload      {plan.workload}: {config.model}, {parameters:,} parameters",
@@ -48,14 +51,15 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
         f"steps         {plan.total_steps} of {config.batch_size} samples ({schedule.steps_per_epoch} an epoch)",
         f"shards        {config.shards} of {schedule.microbatch_size} samples, reduced {config.reduce}",
         f"sync          {_sync(plan)}",
+        *([f"parallel      {_parallel(config, layout)}"] if config.parallel.splits else []),
         f"workers       {config.workers} asked for; {workers} {note}",
         f"accelerator   {accelerator}",
         f"each          {reserved}, {config.threads} thread(s), {_precision(config)}",
         f"placement     {config.placement}; as Ray is expected to place them:",
-        *_by_node(placement, [nodes[number].name for number in on], config.sync != "parameter-server"),
+        *_by_node(placement, layout, [nodes[number].name for number in on], config.sync != "parameter-server"),
         f"memory        about {_size(state + gradients + forward_bytes)} a worker beside torch's own "
         f"(state {_size(state)}, gradients at most {_size(gradients)}, activations about {_size(forward_bytes)})",
-        f"checkpoint    {_size(state)} every {config.checkpoint_every}, {config.keep_checkpoints} kept",
+        f"checkpoint    {_size(state * layout.size)} every {config.checkpoint_every}, {config.keep_checkpoints} kept",
         f"run folder    {folder.uri}",
         f"identity      {plan.identity()[:16] if config.precision != 'auto' else 'when the precision is measured'}",
         "",
@@ -78,8 +82,15 @@ def _sync(plan: Plan) -> str:
         "diloco": f"outer step of {config.outer_lr:g} (Nesterov {config.outer_momentum:g}) "
         f"every {config.local_steps} steps",
     }[config.sync]
-    depends = "" if plan.deterministic else "; the result depends on timing and on the number of workers"
+    depends = "; the result depends on timing and on the number of workers" if config.staleness.steps else ""
     return f"{config.sync}: {how}{depends}"
+
+
+def _parallel(config: RunConfig, layout: Layout) -> str:
+    """How the model is held."""
+    groups = f"{layout.groups} replica group{'s' if layout.groups > 1 else ''} of {layout.size} workers"
+    bits = "bits of the whole model" if config.parallel.kind == "pipeline" else "last bits of its own"
+    return f"{config.parallel}: {groups}, each with the model once, in parts; {bits}"
 
 
 def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
@@ -107,6 +118,8 @@ def _where(config: RunConfig, accelerator: Accelerator, nodes: Sequence[Node], w
 def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement:
     """Shards by declared speeds, as the first generation has them."""
     declared = [declared_speed(node.labels) for node in on] + [0.0] * (workers - len(on))
+    if config.parallel.splits:
+        return group_placement(config.parallel, layout_of(config.parallel, workers), config.shards)
     if config.balance == "even":
         return even_placement(config.shards, workers)
     return balance.placement(config.shards, balance.speeds([balance.Pace()] * workers, declared))
@@ -124,12 +137,12 @@ def _gradients(config: RunConfig, parameters: int, state: int, placement: Placem
     return blocks * parameters if config.sync == "allreduce" else (blocks + 2) * state
 
 
-def _by_node(placement: Placement, names: Sequence[str], owned: bool) -> list[str]:
+def _by_node(placement: Placement, layout: Layout, names: Sequence[str], owned: bool) -> list[str]:
     """A line for each node: its workers and their shards; `owned`: whether shards belong to workers at all."""
-    owners = [(names[rank] if rank < len(names) else "a node to come", rank) for rank in range(placement.workers)]
+    owners = [(names[rank] if rank < len(names) else "a node to come", rank) for rank in range(layout.workers)]
     lines = []
     for name, group in groupby(owners, key=lambda owner: owner[0]):
-        own = [(rank, placement.range_of(rank)) for _, rank in group]
+        own = [(rank, placement.range_of(layout.group_of(rank))) for _, rank in group]
         held = (f"worker {rank}: {f'{r.start}-{r.stop - 1}' if owned else 'any shard'}" for rank, r in own)
         lines.append(f"  {name}: " + ", ".join(held))
     return lines

@@ -13,12 +13,20 @@ CHUNK = 64  # samples a forward pass; fixed, for bits depend on it
 
 @torch.no_grad()
 def evaluate(
-    workload: Workload, model: torch.nn.Module, precision: Precision, group: Group, loader_processes: int
+    workload: Workload,
+    model: torch.nn.Module,
+    precision: Precision,
+    group: Group,
+    loader_processes: int,
+    in_step: bool = False,
 ) -> dict[str, float]:
     """The workload's held-out metrics; every worker calls it and gets the same.
 
     Each fixed chunk of the split is summed alone and by one worker; a row of zeros stands for the others, so the
     sum over workers is exact, and the rows are added in their order in fp64.
+
+    Args:
+        in_step: whether all workers have to take as many forward passes; those with less to do take one for nothing.
     """
     samples = workload.samples("heldout")
     chunks = torch.arange(len(samples)).split(CHUNK)
@@ -38,6 +46,10 @@ def evaluate(
                 rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=host_of(group.device))
             values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
             rows[c] = torch.stack([torch.as_tensor(v, device=host_of(group.device)).double() for v in values])
+        if in_step and len(mine) * group.world < len(chunks):
+            (_, batch), *_ = batches(samples, iter([(0, chunks[0].numpy())]), 0, group.device)
+            with precision.autocast():
+                workload.sums(model, batch)
     finally:
         model.train(was_training)
     rows, names = _agree(rows, names, len(chunks), group)

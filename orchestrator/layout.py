@@ -4,6 +4,8 @@ A replica group holds the model once, in parts; its workers train together on th
 different groups with the same part hold the same: gradients are summed among them.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.shards import Placement, even_placement
@@ -77,3 +79,16 @@ def unit_placement(parallel: Parallel, layout: Layout, placement: Placement) -> 
     """The same in units_of."""
     units, each = units_of(parallel, layout, placement.shards)
     return Placement((*(bound // each for bound in placement.bounds[:-1]), units))
+
+
+def room_for_whole(told: Sequence[tuple[str, bool, int, int]], layout: Layout) -> bool:
+    """Whether the hosts have room for the whole state, once for each worker that would take it along.
+
+    Half of what is free is left to what else happens there.
+
+    Args:
+        told: by rank: the host, whether the worker would take it along, bytes of its part, free bytes of its host.
+    """
+    whole = sum(part for _, _, part, _ in told[: layout.size])
+    carriers = Counter(host for host, carries, _, _ in told if carries)
+    return all(2 * whole * carriers[host] <= free for host, _, _, free in told)

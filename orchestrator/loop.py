@@ -50,8 +50,9 @@ def train(
     try:
         while state.step < plan.total_steps:
             if plan.evaluates_after(state.step) and state.evaluated_step != state.step:
-                using, among = state.evaluation(workload, group)
-                metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes)
+                using, among, in_step = state.evaluation(workload, group)
+                processes = plan.config.loader_processes
+                metrics = evaluate(using, state.model, state.precision, among, processes, in_step)
                 observer.evaluated(state.step, metrics)
                 state.evaluated_step = state.step
             totals = gradients.compute(state.step, observer.stop_wanted())

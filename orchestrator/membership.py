@@ -179,13 +179,13 @@ class Membership:
             if self.excluded(self._last):
                 self.end_run("the worker that wrote down the state of the stop was lost; earlier checkpoints are kept")
             return
-        there = sorted(self.roster.ready.values(), key=lambda m: (-m.step, not m.holds.all, m.rank))
-        if not there or there[0].step < 0 or not there[0].holds.all:
-            self.end_run("")
+        there = self.roster.by_state()
+        if not there:
+            order = self.roster.form(time.time())  # parts of a state: its holders write it down after one more step
+            self._give_seats(order) if order and order[0].step >= 0 else self.end_run("")
             return
         self._last = there[0].id
-        for place, member in enumerate(there):
-            self._answers[member.id] = Order("stop", lead=place == 0)
+        self._answers |= {m.id: Order("stop", lead=m.id == self._last) for m in there}
         self.roster.ready.clear()
         self.notify()
 
@@ -193,7 +193,7 @@ class Membership:
         """End the generation at its next step boundary; `kind` as in events.Incident."""
         if self.roster.training and self.begun and not self._pausing:
             self._pausing = kind
-            self._tell_seated("pause")
+            self._tell_seated("stop" if self.stopping else "pause")
 
     def abandon(self) -> None:
         """The run is over: whoever trains stops at once, whoever waits is told."""

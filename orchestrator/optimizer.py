@@ -36,3 +36,9 @@ def parameter_groups(config: RunConfig, model: nn.Module) -> Iterable[dict[str, 
         return
     yield {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay}
     yield {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+
+
+def parameter_order(config: RunConfig, model: nn.Module) -> list[str]:
+    """Names of the parameters in the order of the optimizer of a whole model."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in parameter_groups(config, model) for p in group["params"]]

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from orchestrator.config import RunConfig
 from orchestrator.group import Group
 from orchestrator.precision import Precision
-from orchestrator.splits import Seating, SplitState
+from orchestrator.splits import Seating, SplitEvaluation, SplitState
 from workloads.workload import Batch, Sums, Workload
 
 
@@ -78,7 +78,7 @@ class StageState(SplitState):
     ) -> None:
         own = nn.ModuleList(pieces)
         keep_only(model, own)
-        super().__init__(config, model, own, order, precision, at)
+        super().__init__(config, model, own, order, precision, at, [p for p, stages in tied if at.part in stages[1:]])
         self.pieces_in_order, self.side = list(pieces), side
         self.tied = [(parameter, stages) for parameter, stages in tied if at.part in stages]
         held = at.inside.gather_objects([name for name, t in model.state_dict().items() if not t.is_meta])
@@ -115,7 +115,7 @@ class StageState(SplitState):
             yield name, self._from(self._owner[name], tensor)
 
     def _whole_optimizer(self) -> Iterator[tuple[str, Tensor]]:
-        mine = {name: value for name, value, _ in self._optimizer_entries()}
+        mine = dict(self._optimizer_entries())
         told = self.seating.inside.gather_objects([(name, v.shape, v.dtype) for name, v in mine.items()])
         found = [
             (int(name.split(".")[1]), part, name, *kind) for part, names in enumerate(told) for name, *kind in names
@@ -124,9 +124,15 @@ class StageState(SplitState):
             like = mine[name] if part == self.seating.part else torch.empty(shape, dtype=dtype, device="meta")
             yield name, self._from(part, like)
 
-    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
+    def parts(self) -> dict[str, Tensor]:
+        """See SplitState; a tied parameter is its first stage's."""
+        mine = {f"model.{name}" for name, owner in self._owner.items() if owner == self.seating.part}
+        return {name: t for name, t in super().parts().items() if name in mine or name.startswith("optimizer.")}
+
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group, bool]:
         """See TrainingState."""
-        return StageEvaluation(workload, self), self.seating.across
+        using: Any = StageEvaluation(workload, self)
+        return using, self.seating.across, False
 
     def refresh(self) -> None:
         """Bring the copies of tied parameters up to date."""
@@ -213,6 +219,9 @@ class StageModule(nn.Module):
 
     def forward(self, hidden: Tensor, random_state: Tensor | None = None, *, place: Tensor) -> Any:
         number, first = int(place), random_state is None
+        if not self.live and not first:
+            # Torch gives memory as it lies; NaN would stay in running statistics, whatever overwrites them.
+            hidden = hidden.masked_fill(torch.ones_like(hidden, dtype=torch.bool), 0.0)
         if self.live and first:
             torch.manual_seed(self.seeds[number])
         elif self.live and random_state is not None:
@@ -263,16 +272,13 @@ def schedule(kind: str, stage: Stage, microbatches: int, loss: Callable[[Tensor,
     return made(stage, microbatches, loss_fn=loss, scale_grads=False)
 
 
-class StageEvaluation:
+class StageEvaluation(SplitEvaluation):
     """A workload as `evaluate` uses it, whose sums come out of the last stage."""
 
     def __init__(self, workload: Workload, state: StageState) -> None:
+        super().__init__(workload, state.seating.inside)
         state.refresh()
-        self._workload = workload
         self._state, self._module = state, StageModule(state, workload)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._workload, name)
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Of one microbatch; every worker of the replica group calls it, and has them."""

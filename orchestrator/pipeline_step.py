@@ -23,6 +23,7 @@ class PipelineGradients(TogetherGradients):
 
     def __init__(self, plan: Plan, workload: Workload, state: StageState, placement: Placement, processes: int) -> None:
         self._stage = state
+        self._needs = state.first or state.last or workload.pieces_read  # batches
         super().__init__(plan, workload, state, placement, processes)
         self._module = StageModule(state, workload)
         self._schedules: dict[tuple[int, int], Any] = {}
@@ -32,7 +33,7 @@ class PipelineGradients(TogetherGradients):
         self._step, self._nominal, self._stop = 0, 1.0, False
 
     def _requests(self, step: int) -> Iterator[Request]:
-        if self._stage.first or self._stage.last:
+        if self._needs:
             yield from super()._requests(step)
 
     def _pass(self, step: int, nominal: float, stop: bool) -> None:
@@ -53,8 +54,7 @@ class PipelineGradients(TogetherGradients):
 
     def _run(self, step: int, shards: list[int], size: int) -> None:
         """Shards of as many samples each, through all stages."""
-        needs = self._stage.first or self._stage.last
-        self._on_way = [(shard, self._fed() if needs else None) for shard in shards]
+        self._on_way = [(shard, self._fed() if self._needs else None) for shard in shards]
         self._module.batches = [fed[1] if fed else None for _, fed in self._on_way]
         self._module.seeds = [derive_seed("step", self._plan.config.seed, step, shard) for shard in shards]
         places = torch.arange(len(shards))

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Recorder(Observer):
         self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, halfway)
         self.reporter = Reporter(coordinator)
         self._writer = BackgroundWriter(self.store, lambda saved: self.reporter.event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
-        self.pause = False
+        self.pause = self.stopping = False  # asked for at the next step boundary: a pause, the stop of the run
         self.checkpoint_asked = False
         self._seat: Seat | None = None
         self._first, self._step = False, 0
@@ -52,7 +52,7 @@ class Recorder(Observer):
         """A new generation begins."""
         if self._seat is None or (seat.rank == 0 and not self.leads):
             self._checkpointed_s = time.time()
-        self._seat, self.pause = seat, False
+        self._seat, self.pause, self.stopping = seat, False, False
         self.reporter.take_over(seat.rank == 0, seat.recorded)
 
     def settle_precision(self, workload: Workload, state: TrainingState, group: Group) -> Plan:
@@ -79,6 +79,25 @@ class Recorder(Observer):
             self.store.identity = self._plan.identity()
             state.precision = Precision(kind, group.device.type)
         return self._plan
+
+    def load_newest(self, state: TrainingState, group: Group, on_bad: Callable[[str], None]) -> float:
+        """All workers take over the newest whole checkpoint, if there is one; every worker of the group calls it.
+
+        Args:
+            on_bad: gets a line for each checkpoint that had to be passed over.
+
+        Returns:
+            Seconds that it took to load.
+        """
+        started = time.perf_counter()
+        if group.rank == 0:
+            loaded = self.store.load_newest(on_bad)
+            if loaded:
+                state.load(loaded.tensors, loaded.step)
+        load_s = time.perf_counter() - started
+        if group.world > 1:
+            state.receive(group, lambda step: self.sabotage("restore", step))
+        return load_s
 
     def begin(self, step: int) -> None:
         """The first step of a generation is about to be taken, with `step` done."""
@@ -154,11 +173,16 @@ class Recorder(Observer):
             every.seconds and time.time() - self._checkpointed_s >= every.seconds
         )
         self.checkpoint_asked |= bool(due)
-        if not self.checkpoint_asked or self._writer.busy:  # with slow storage the next one waits, not training
+        if not self.checkpoint_asked or self.writing:  # with slow storage the next one waits, not training
             return False
         self.checkpoint_asked = False
         self._checkpointed_s = time.time()
         return True
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer.busy
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """See Observer."""
@@ -175,43 +199,6 @@ class Recorder(Observer):
     def close(self) -> None:
         """Send what is left."""
         self.reporter.close()
-
-
-class SplitRecorder(Recorder):
-    """The first replica group puts the state together for a checkpoint; rank 0 says when, and writes it."""
-
-    group: Any = None  # inside the first replica group; None elsewhere
-
-    def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:
-        if self.group is None:
-            return
-        if self.group.broadcast_object(self.leads and self._is_due(state, steps)):
-            self._write(state)
-
-    def _write(self, state: TrainingState) -> None:
-        snapshot = state.snapshot()
-        if self.leads:
-            self._writer.submit(state.step, lambda: snapshot)
-
-    def checkpoint_now(self, state: TrainingState, lead: bool) -> None:
-        """See Recorder; every worker of the first replica group calls it."""
-        if self.group is not None and self.group.broadcast_object(state.step > self._writer.newest_step):
-            self._write(state)
-        self._writer.wait()
-        self.reporter.flush()
-
-    def write_taken_along(self, step: int, snapshot: dict[str, Any]) -> None:
-        """A whole state that is in this worker's hands."""
-        if step > self._writer.newest_step:
-            self._writer.submit(step, lambda: snapshot)
-        self._writer.wait()
-        self.reporter.flush()
-
-
-def recorder_for(plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> Recorder:
-    """The recorder of the run's --parallel."""
-    kind = SplitRecorder if plan.config.parallel.splits else Recorder
-    return kind(plan, uri, coordinator, saboteur)
 
 
 def save_trained(plan: Plan, uri: str, workload: Workload, model: nn.Module) -> None:

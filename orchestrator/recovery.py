@@ -22,16 +22,22 @@ FLAPS, FLAP_WINDOW_S, LEFT_OUT_S = 3, 600.0, 60.0
 
 @dataclass(frozen=True)
 class Holding:
-    """Which of how many parts of the state a member has; `whole`: it took all of them along from a step boundary."""
+    """Which of how many parts of the state a member has.
+
+    Attributes:
+        whole: whether it took all of them along from a step boundary.
+        saved: whether a checkpoint was written there.
+    """
 
     part: int = 0
     parts: int = 1
     whole: bool = False
+    saved: bool = False
 
     @property
-    def all(self) -> bool:
-        """Whether that is the whole state."""
-        return self.whole or self.parts == 1
+    def settled(self) -> bool:
+        """Whether it takes no others to stop with this state: it is in one hand, or in storage."""
+        return self.saved or self.parts == 1
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,11 @@ class Roster:
 
     def _leaves(self, member: Member) -> bool:
         return self._going(member) or member.id in self.unwanted
+
+    def by_state(self) -> list[Member]:
+        """Those who wait for a seat, one that can stop with the newest state first; none where nobody can alone."""
+        order = sorted(self.ready.values(), key=lambda m: (-m.step, not m.holds.settled, m.rank))
+        return order if order and order[0].step >= 0 and order[0].holds.settled else []
 
     def missing(self) -> int:
         """How many more members training waits for."""

@@ -118,7 +118,7 @@ class ReplicaRoster(Roster):
         others = [m for m in (*self.ready.values(), *self.seated.values()) if not self._leaves(m)]
         if not self._leaves(member) or not self._most(len(others)):
             return False
-        return self._choice(others)[1] >= member.step
+        return member.holds.saved or self._choice(others)[1] >= member.step
 
     def missing(self) -> int:
         """See Roster."""

@@ -111,6 +111,8 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     taken |= {"name": config.name, "storage": config.storage}
     if "workers" not in given and "workers" not in known:
         taken["workers"] = config.workers
+    if "parallel" in given and "pipeline_schedule" not in given and config.parallel.kind != "pipeline":
+        taken["pipeline_schedule"] = config.pipeline_schedule  # the stored one goes with a pipeline alone
     resumed = dataclasses.replace(old, **taken)
     check_together(resumed)
     return resumed

@@ -1,5 +1,6 @@
 """From a whole model to a worker's part of it: fully_shard, parallelize_module, stages of a pipeline."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from orchestrator.group import Group
 from orchestrator.layout import layout_of
+from orchestrator.optimizer import parameter_order
 from orchestrator.pipeline import build_stage
 from orchestrator.plan import Plan
 from orchestrator.precision import Precision
 from orchestrator.shards import derive_seed
-from orchestrator.splits import SplitState, parameter_order, seating
+from orchestrator.splits import SplitState, seating
 from orchestrator.state import TrainingState
 from workloads.workload import Workload
 
@@ -39,9 +41,17 @@ def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
     return SplitState(config, model, model, order, precision, at)
 
 
+MESHES = itertools.count()
+
+
 def mesh_of(group: Group) -> DeviceMesh:
-    """The workers of a replica group, as torch's parallel modules take them."""
-    return DeviceMesh.from_group(group.process_group, group.device.type)
+    """The workers of a replica group, as torch's parallel modules take them.
+
+    Torch remembers for meshes that are equal which piece is this worker's. Those of two generations are equal, for a
+    mesh knows its own rank and does not compare it: a worker that has another rank by now would hold the wrong piece.
+    The name of the dimension tells them apart.
+    """
+    return DeviceMesh.from_group(group.process_group, group.device.type, mesh_dim_names=(f"mesh{next(MESHES)}",))
 
 
 def spread(model: nn.Module, workload: Workload, inside: Group) -> None:

@@ -1,15 +1,16 @@
 """A worker that holds a part of the model (--parallel other than ddp).
 
 Torch's parallel modules belong to one process group: every generation builds the model anew and takes over what this
-worker held, if it has the same part again. At a step boundary two workers of each replica group take the whole state
-along, so that any regrouping can begin with it.
+worker held, if it has the same part again. At a planned pause two workers of each replica group take the whole state
+along, so that any regrouping can begin with it; where their hosts have no room for that, and when the run is to stop,
+the replica group writes a checkpoint in parts instead.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import NonFiniteLossError
-from orchestrator.layout import Layout, layout_of, unit_placement
+from orchestrator.layout import Layout, layout_of, room_for_whole, unit_placement
 from orchestrator.recovery import Holding
 from orchestrator.seats import OVER, Order, Seat
 from orchestrator.worker import Worker, train_worker
@@ -22,12 +23,19 @@ def train_split_worker(task: dict[str, Any]) -> str:
 
 @dataclass
 class Kept:
-    """What a worker takes from one generation to the next: its pieces, and the whole state if it carries that."""
+    """What a worker takes from one generation to the next.
+
+    Attributes:
+        pieces: what it holds.
+        whole: the whole state, if it carries that: in the host's memory, as much again as a worker of ddp needs for it.
+        sha256: of the weights, if a checkpoint was written.
+    """
 
     step: int
     holds: Holding
     pieces: dict[str, Any]
     whole: dict[str, Any]
+    sha256: str
 
 
 class SplitWorker(Worker):
@@ -38,6 +46,7 @@ class SplitWorker(Worker):
         self._kept: Kept | None = None
         self._restored = False
         self._whole: dict[str, Any] = {}
+        self._sha256 = ""
 
     def _new_state(self, workload: Any, device: Any) -> str:
         from orchestrator.devices import kind_of
@@ -50,7 +59,7 @@ class SplitWorker(Worker):
 
     def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
         """See Worker; what this worker holds at the end is kept."""
-        self._restored, self._whole, self._workload = False, {}, workload
+        self._restored, self._whole, self._sha256, self._workload = False, {}, "", workload
         try:
             over, _ = super()._sit(seat, workload, device, has_state)
             return over, self._restored or has_state
@@ -60,10 +69,10 @@ class SplitWorker(Worker):
 
     def _keep(self, seat: Seat) -> None:
         state = self._state
-        holds = Holding(seat.rank % seat.size, seat.size, bool(self._whole))
-        pieces = state.pieces() if state.split else state.tensors()
-        self._kept = Kept(state.step, holds, pieces, self._whole)
-        self._holds = holds
+        pieces = state.pieces() if state.split else {}
+        whole = self._whole if state.split else state.tensors()
+        self._holds = Holding(seat.rank % seat.size, seat.size, bool(whole), bool(self._sha256))
+        self._kept = Kept(state.step, self._holds, pieces, whole, self._sha256)
 
     def _restore(self, group: Any, seat: Seat) -> None:
         """See Worker; first builds this worker's part of the model, and fills it with what it held."""
@@ -78,7 +87,7 @@ class SplitWorker(Worker):
         whole = build_state(self._plan, self._workload, group.device) if layout.size == 1 else None
         state: Any = whole or build_part(self._plan, self._workload, group)
         self._state = state
-        self._recorder.group = state.seating.inside if state.split and seat.rank < layout.size else None
+        self._recorder.join(state, seat.rank < layout.size)
         if kept is not None and kept.step == seat.step:
             self._take_over(kept, Holding(seat.rank % layout.size, layout.size))
         super()._restore(group, seat)
@@ -88,14 +97,12 @@ class SplitWorker(Worker):
 
     def _take_over(self, kept: Kept, now: Holding) -> None:
         state = self._state
-        if (kept.holds.part, kept.holds.parts) != (now.part, now.parts):
-            if kept.whole:
-                state.load(kept.whole, kept.step)
-        elif state.split:
-            state.load_pieces(kept.pieces, kept.step)
+        if state.split:
             state.handing = kept.whole
-        else:
-            state.load(kept.pieces, kept.step)
+        if state.split and (kept.holds.part, kept.holds.parts) == (now.part, now.parts):
+            state.load_pieces(kept.pieces, kept.step)
+        elif kept.whole:
+            state.load(kept.whole, kept.step)
 
     def _train(self, workload: Any, group: Any, seat: Seat) -> bool:
         """See Worker; what concerns the whole state is done by whole replica groups."""
@@ -115,18 +122,31 @@ class SplitWorker(Worker):
             recorder.checkpoint_now(state, recorder.leads)
             raise
         if not finished:
-            self._whole = state.snapshot()
+            self._leave(group)
             return False
         memory = memory_bytes(state)
         recorder.checkpoint_now(state, recorder.leads)
-        using, among = state.evaluation(workload, group)
-        metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes)
+        using, among, in_step = state.evaluation(workload, group)
+        metrics = evaluate(using, state.model, state.precision, among, plan.config.loader_processes, in_step)
         recorder.evaluated(state.step, metrics)
         if seat.rank < seat.size:
             self._save_parts(workload, group)
         recorder.reporter.flush()
         arguments = (self.id, seat.generation, state.sha256(), metrics, memory)
         return bool(ray.get(self._coordinator.finish.remote(*arguments)))
+
+    def _leave(self, group: Any) -> None:
+        """The generation ends at a step boundary: take the state along, or write it down."""
+        state, recorder = self._state, self._recorder
+        held = sum(t.numel() * t.element_size() for t in state.pieces().values())
+        told = group.gather_objects((recorder.stopping, (self._host, state.carries, held, available_bytes())))
+        stops, hosts = any(stop for stop, _ in told), [host for _, host in told]
+        if not stops and room_for_whole(hosts, state.seating.layout):
+            self._whole = state.tensors()
+            return
+        recorder.checkpoint_now(state, recorder.leads)
+        self._sha256 = state.sha256()
+        group.broadcast_object(None)  # rank 0 has it written
 
     def _save_parts(self, workload: Any, group: Any) -> None:
         """Put the model together, which rank 0 saves."""
@@ -141,16 +161,19 @@ class SplitWorker(Worker):
             save_trained(self._plan, self._task["uri"], workload, model)
 
     def _obey(self, order: Order) -> str:
-        """See Worker; the state of a stop is the whole one that was taken along."""
+        """See Worker; the state of a stop is in storage, written by the whole replica group before it parted."""
         import ray
 
         kept = self._kept
         if order.word != "stop" or kept is None or kept.holds.parts == 1:
             return super()._obey(order)
-        from orchestrator.state import sha256_of
-
-        self._recorder.write_taken_along(kept.step if order.lead else -1, kept.whole)
         if order.lead:
-            weights = ((name.removeprefix("model."), t) for name, t in kept.whole.items() if name.startswith("model."))
-            ray.get(self._coordinator.stopped.remote(kept.step, sha256_of(weights)))
+            ray.get(self._coordinator.stopped.remote(kept.step, kept.sha256))
         return OVER
+
+
+def available_bytes() -> int:
+    """Memory of this host that can still be used."""
+    from orchestrator.nodewatch import psutil_of_ray
+
+    return int(psutil_of_ray().virtual_memory().available)

@@ -4,24 +4,22 @@ The optimizer works on plain tensors: of a parameter that is spread over workers
 in the DTensor's memory. What is saved is the whole state, by the names that it has without any split.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from orchestrator.checkpoint import Described, Loaded
 from orchestrator.config import RunConfig
 from orchestrator.group import Group
 from orchestrator.layout import Layout
-from orchestrator.optimizer import build_optimizer, parameter_groups
+from orchestrator.optimizer import build_optimizer
 from orchestrator.precision import Precision
 from orchestrator.state import TrainingState, sha256_of
-from workloads.workload import Workload
-
-Described = list[tuple[str, torch.Size, torch.dtype]]
+from workloads.workload import Batch, Sums, Workload
 
 
 @dataclass
@@ -57,12 +55,18 @@ def piece_like(whole: Tensor, like: Tensor) -> Tensor:
     return local(distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None))
 
 
-def whole_like(piece: Tensor, like: Tensor) -> Tensor:
-    """The whole of which every worker has a piece, cut as `like` is."""
+def as_cut(piece: Tensor, like: Tensor) -> Tensor:
+    """The same piece, known to be one where it is cut as `like` is."""
     if not isinstance(like, DTensor) or piece.shape != local(like).shape:
         return piece
     shape: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(piece, like.device_mesh, like.placements, run_check=False, **shape).full_tensor()
+    return DTensor.from_local(piece, like.device_mesh, like.placements, run_check=False, **shape)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which every worker of the replica group has a piece; all of it call it."""
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole
 
 
 class SplitState(TrainingState):
@@ -71,22 +75,31 @@ class SplitState(TrainingState):
     Args:
         order: names of all parameters that are trained, as the optimizer of a whole model numbers them.
         own: the modules that this worker computes.
+        copies: parameters among them that another worker of the replica group trains.
     """
 
     split = True
 
     def __init__(
-        self, config: RunConfig, model: nn.Module, own: nn.Module, order: list[str], precision: Precision, at: Seating
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        own: nn.Module,
+        order: list[str],
+        precision: Precision,
+        at: Seating,
+        copies: Sequence[nn.Parameter] = (),
     ) -> None:
         self.seating, self._own, self._config = at, own, config
-        named = dict(model.named_parameters())
-        self.numbers = [i for i, name in enumerate(order) if not named[name].is_meta]
+        named, foreign = dict(model.named_parameters()), {id(p) for p in copies}
+        self.numbers = [i for i, n in enumerate(order) if not named[n].is_meta and id(named[n]) not in foreign]
         self.held = [named[order[i]] for i in self.numbers]  # what forward and backward know
         pieces = nn.ParameterList(nn.Parameter(local(p).detach()) for p in self.held)
         super().__init__(model, build_optimizer(config, pieces), precision)
         place = {id(p): place for place, p in enumerate(pieces)}
         assert [place[id(p)] for p in self.parameters] == list(range(len(pieces)))
         self._count = len(order)
+        self._place = {number: place for place, number in enumerate(self.numbers)}
         self.handing: dict[str, Tensor] = {}  # the whole state, where this worker took it along
 
     @property
@@ -98,24 +111,32 @@ class SplitState(TrainingState):
         """Own parameters and buffers by name, the live ones."""
         return {name: t for name, t in self.model.state_dict().items() if not t.is_meta}
 
-    def _optimizer_entries(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name in a snapshot, the optimizer's tensor, the parameter) of own parameters."""
-        for place, entry in self.optimizer.state_dict()["state"].items():
-            for key, value in entry.items():
+    def _optimizer_entries(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in a snapshot, the optimizer's tensor, known to be a piece where it is one) of own parameters.
+
+        In the same order on all workers, wherever their state came from.
+        """
+        for place, entry in sorted(self.optimizer.state_dict()["state"].items()):
+            for key, value in sorted(entry.items()):
                 if value is not None:
-                    yield f"optimizer.{self.numbers[place]}.{key}", torch.as_tensor(value), self.held[place]
+                    yield f"optimizer.{self.numbers[place]}.{key}", as_cut(torch.as_tensor(value), self.held[place])
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and buffers of the whole model in state_dict order; every worker of the replica group calls it."""
-        whole: dict[str, Any] = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
-        yield from ((name, whole[name]) for name in self.model.state_dict())
+        """Parameters and buffers of the whole model in state_dict order, one at a time.
+
+        Every worker of the replica group calls it.
+        """
+        yield from ((name, gathered(tensor)) for name, tensor in self.model.state_dict().items())
 
     def _whole_optimizer(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value, parameter in self._optimizer_entries():
-            yield name, whole_like(value, parameter)
+        yield from ((name, gathered(value)) for name, value in self._optimizer_entries())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state, on the first and the last worker of the replica group; all of it call it."""
+        """The whole state, on the first and the last worker of the replica group; all of it call it.
+
+        Each of the two needs memory for all parameters, buffers and optimizer state, on the host: as much as a worker
+        that holds the model whole. For what may be too large for that there are checkpoints in parts.
+        """
         named: dict[str, Tensor] = {}
         keeps = self.carries
         with self.seating.inside.others_wait():
@@ -132,55 +153,93 @@ class SplitState(TrainingState):
         """Whether this worker takes the whole state along from a step boundary: two of a group, for one may leave."""
         return self.seating.part in (0, self.seating.layout.size - 1)
 
+    def parts(self) -> dict[str, Tensor]:
+        """What this worker has to write of a checkpoint, by the names of a snapshot; DTensors where it is cut."""
+        return {f"model.{name}": t.detach() for name, t in self._weights().items()} | dict(self._optimizer_entries())
+
     def pieces(self) -> dict[str, Tensor]:
         """What this worker holds, by the names of a snapshot."""
-        kept = {f"model.{name}": local(t) for name, t in self._weights().items()}
-        kept |= {name: value for name, value, _ in self._optimizer_entries()}
-        return {name: t.detach() for name, t in kept.items()}
+        kept = {f"model.{name}": t for name, t in self._weights().items()} | dict(self._optimizer_entries())
+        return {name: local(t).detach() for name, t in kept.items()}
+
+    def room(self, described: Described) -> dict[str, Tensor]:
+        """See TrainingState; DTensors for pieces. Raises KeyError where a tensor of the model is missing."""
+        live = {f"model.{name}": t for name, t in self._weights().items()}
+        if missing := live.keys() - described.keys():
+            raise KeyError(min(missing))
+        found: dict[str, Tensor] = {}
+        for name, (shape, dtype) in described.items():
+            like = live.get(name, self._holder(name))
+            if like is not None:
+                cut = shape == like.shape
+                found[name] = as_cut(torch.empty_like(local(like)), like) if cut else torch.empty(shape, dtype=dtype)
+        return found
+
+    def _holder(self, name: str) -> Tensor | None:
+        """The own parameter whose optimizer state goes by `name`."""
+        place = self._place.get(int(name.split(".")[1])) if name.startswith("optimizer.") else None
+        return None if place is None else self.held[place]
 
     @torch.no_grad()
     def load_pieces(self, pieces: Mapping[str, Tensor], step: int) -> None:
         """Take over what `pieces` gave on a worker with the same part."""
         for name, tensor in self._weights().items():
-            local(tensor).copy_(pieces[f"model.{name}"])
+            local(tensor).copy_(local(pieces[f"model.{name}"]))
         entries: dict[int, dict[str, Tensor]] = {}
         for name, tensor in pieces.items():
             if name.startswith("optimizer."):
                 _, number, key = name.split(".", 2)
-                if int(number) in self.numbers:
-                    place = self.numbers.index(int(number))
-                    entries.setdefault(place, {})[key] = self._like_parameter(place, tensor)
+                place = self._place.get(int(number))
+                if place is not None:
+                    entries.setdefault(place, {})[key] = self._like_parameter(place, local(tensor))
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
         self.step = step
 
+    def _cutter(self) -> Callable[[str, Tensor], Tensor | None]:
+        """Gives this worker's piece of a tensor of a whole snapshot, by name; None: it holds nothing of it."""
+        live = {f"model.{name}": t for name, t in self._weights().items()}
+
+        def cut(name: str, whole: Tensor) -> Tensor | None:
+            like = live.get(name, self._holder(name))
+            if like is None:
+                return None
+            return piece_like(whole, like) if whole.shape == like.shape else whole
+
+        return cut
+
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Take over this worker's part of a whole snapshot."""
-        cut = {f"model.{name}": piece_like(tensors[f"model.{name}"], t) for name, t in self._weights().items()}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                number = int(name.split(".")[1])
-                if number in self.numbers:
-                    parameter = self.held[self.numbers.index(number)]
-                    cut[name] = piece_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
-        self.load_pieces(cut, step)
-        self.handing = dict(tensors)
+        cut = self._cutter()
+        pieces = {name: cut(name, tensor) for name, tensor in tensors.items()}
+        self.load_pieces({name: piece for name, piece in pieces.items() if piece is not None}, step)
+
+    def take_checkpoint(self, loaded: Loaded) -> None:
+        """See TrainingState."""
+        (self.load_pieces if loaded.cut else self.load)(loaded.tensors, loaded.step)
+
+    def receive(self, group: Group, halfway: Callable[[int], None] = lambda step: None) -> None:
+        """See TrainingState: of rank 0's whole state if it took that along, else each part of who holds it.
+
+        In either case a worker keeps of what comes only what is its own.
+        """
+        if group.broadcast_object(bool(self.handing)):
+            whole = self.handing if group.rank == 0 else {}
+            self._receive(group, whole, halfway, self.load_pieces, self._cutter())
+        else:
+            across = self.seating.across
+            self._receive(across, self.pieces() if across.rank == 0 else {}, halfway, self.load_pieces)
 
     def sha256(self) -> str:
         """See sha256_of, of the whole model; every worker of the replica group calls it."""
         with self.seating.inside.others_wait():
             return sha256_of(self.whole_weights())
 
-    def handed_over(self, group: Group) -> dict[str, Tensor]:
-        """See TrainingState: what was taken along, else what the first replica group holds."""
-        carried = group.broadcast_object(bool(self.handing))
-        if carried:
-            return self.handing
-        return self.tensors() if group.rank < self.seating.layout.size else {}
-
-    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
-        """See TrainingState: the workers of a replica group evaluate together."""
-        return workload, self.seating.across
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group, bool]:
+        """See TrainingState: side by side, but with tensor parallelism a replica group together."""
+        together = self._config.parallel.kind == "tensor"
+        using: Any = SplitEvaluation(workload, group)
+        return using, self.seating.across if together else group, not together
 
     def gradient_norm(self) -> Tensor:
         """See TrainingState: norms of parameters in the optimizer's order, then their norm, as on one worker.
@@ -197,7 +256,7 @@ class SplitState(TrainingState):
                 if cut and adds:
                     squares[number] = torch.linalg.vector_norm(piece.grad) ** 2
                 else:
-                    norm = torch.linalg.vector_norm(whole_like(piece.grad, parameter))
+                    norm = torch.linalg.vector_norm(gathered(as_cut(piece.grad, parameter)))
                     norms[number] = norm if self.speaks else 0.0
             both = torch.stack([squares, norms])
             self.seating.inside.sum(both)
@@ -221,7 +280,16 @@ class SplitState(TrainingState):
                 yield place, gradient
 
 
-def parameter_order(config: RunConfig, model: nn.Module) -> list[str]:
-    """Names of the parameters in the order of the optimizer of a whole model."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in parameter_groups(config, model) for p in group["params"]]
+class SplitEvaluation:
+    """A workload as `evaluate` uses it, whose forward passes wait for other workers of `group`."""
+
+    def __init__(self, workload: Workload, group: Group) -> None:
+        self._workload, self._group = workload, group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._workload, name)
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """See Workload."""
+        with self._group.others_wait():
+            return self._workload.sums(model, batch)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from orchestrator.checkpoint import Described, Loaded, whole
 from orchestrator.devices import host_of
 from orchestrator.group import Group
 from orchestrator.precision import Precision
@@ -64,17 +65,13 @@ class TrainingState:
         """The modules that this worker computes."""
         return self.model
 
-    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group]:
-        """What evaluates the model, and those among whom the held-out samples are shared out."""
-        return workload, group
+    def evaluation(self, workload: Workload, group: Group) -> tuple[Workload, Group, bool]:
+        """What evaluates the model, those among whom the held-out samples are shared out, and whether in step."""
+        return workload, group, False
 
     def gradient_norm(self) -> Tensor:
         """Of all parameters together."""
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-
-    def handed_over(self, group: Group) -> dict[str, Tensor]:
-        """On rank 0, what it hands to the others."""
-        return self.tensors() if group.rank == 0 else {}
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -122,6 +119,14 @@ class TrainingState:
             self.outer = tensors["outer.momentum"].to(self.parameters[0].device, copy=True)
         self.step = step
 
+    def room(self, described: Described) -> dict[str, Tensor]:
+        """Empty tensors for what this worker takes of a checkpoint that holds these."""
+        return whole(described)
+
+    def take_checkpoint(self, loaded: Loaded) -> None:
+        """Take over a checkpoint that was read with `room`."""
+        self.load(loaded.tensors, loaded.step)
+
     def _like_parameter(self, index: int, tensor: Tensor) -> Tensor:
         # Fused optimizers walk memory: a buffer must have its parameter's layout, not merely its shape.
         parameter = self.parameters[index]
@@ -135,7 +140,23 @@ class TrainingState:
         Args:
             halfway: called with the number of steps before the middle one of the messages.
         """
-        tensors = self.handed_over(group)
+        self._receive(group, self.tensors() if group.rank == 0 else {}, halfway, self.load)
+
+    def _receive(
+        self,
+        group: Group,
+        tensors: dict[str, Tensor],
+        halfway: Callable[[int], None],
+        load: Callable[[Mapping[str, Tensor], int], None],
+        cut: Callable[[str, Tensor], Tensor | None] = lambda name, tensor: tensor,
+    ) -> None:
+        """See receive.
+
+        Args:
+            tensors: on rank 0, what is handed over.
+            load: takes over what has come, and the number of its steps.
+            cut: what of a tensor that has come is kept until then.
+        """
         described = [(name, t.shape, t.dtype) for name, t in tensors.items()]
         described, step, evaluated = group.broadcast_object((described, self.step, self.evaluated_step))
         if not step:
@@ -157,14 +178,16 @@ class TrainingState:
                 start = 0
                 for name, shape, dtype in part:
                     raw_tensor = flat[start : start + _size(shape, dtype)].clone()
-                    received[name] = raw_tensor.view(dtype).reshape(shape)
+                    kept = cut(name, raw_tensor.view(dtype).reshape(shape))
+                    if kept is not None:
+                        received[name] = kept
                     start += _size(shape, dtype)
         if self.step != step:
-            self.load(received, step)
+            load(received, step)
         self.evaluated_step = evaluated
 
 
-Described = tuple[str, torch.Size, torch.dtype]
+Sent = tuple[str, torch.Size, torch.dtype]
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
@@ -175,9 +198,9 @@ def _size(shape: torch.Size, dtype: torch.dtype) -> int:
     return shape.numel() * dtype.itemsize
 
 
-def _parts(described: list[Described]) -> Iterator[list[Described]]:
+def _parts(described: list[Sent]) -> Iterator[list[Sent]]:
     """Stretches of about MESSAGE_BYTES: hundreds of small messages would cost more than their bytes."""
-    part: list[Described] = []
+    part: list[Sent] = []
     held = 0
     for item in described:
         part.append(item)

@@ -98,7 +98,7 @@ class Worker:
         """From the first line to the last."""
         self._connect_line()
         from orchestrator.build import prepare_torch, settle_loader
-        from orchestrator.recorder import recorder_for
+        from orchestrator.split_recorder import recorder_for
         from workloads.registry import WORKLOADS
 
         prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
@@ -155,8 +155,8 @@ class Worker:
 
     def _told(self, word: str, generation: int) -> None:
         """An order from the coordinator, in the wire's thread."""
-        if word == "pause" and self._seat and generation == self._seat.generation:
-            self._recorder.pause = True
+        if word in ("pause", "stop") and self._seat and generation == self._seat.generation:
+            self._recorder.pause, self._recorder.stopping = True, word == "stop"
         elif word == "fault":
             self._saboteur.do(generation)
         elif word == "checkpoint" and self._recorder:
@@ -232,18 +232,15 @@ class Worker:
         return self._serve_store().store if seat.rank == 0 else reach_store(seat.store)
 
     def _restore(self, group: Any, seat: Seat) -> None:
-        """All get the state of rank 0, which loads the newest whole checkpoint if nobody has any."""
+        """All get the state of rank 0, or the newest whole checkpoint if nobody has any."""
         import ray
 
         started, load_s, rejected = time.perf_counter(), 0.0, list[str]()
-        if seat.step < 0 and seat.rank == 0:
-            loaded = self._recorder.store.load_newest(rejected.append)
-            if loaded:
-                self._state.load(loaded.tensors, loaded.step)
-            load_s = time.perf_counter() - started
+        if seat.step < 0:
+            load_s = self._recorder.load_newest(self._state, group, rejected.append)
         elif seat.rank == 0:
             self._recorder.reporter.flush()  # a joiner may be the last one left, and has not kept earlier steps
-        if (seat.share or seat.step < 0) and group.world > 1:
+        if seat.share and seat.step >= 0 and group.world > 1:
             self._state.receive(group, lambda step: self._recorder.sabotage("restore", step))
         if seat.rank == 0:
             arguments = (seat, self._state.step, load_s, time.perf_counter() - started, rejected)

@@ -46,6 +46,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
     " orchestrator.accelerators orchestrator.slices orchestrator.sliced orchestrator.incident",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
+    " orchestrator.partfiles"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
@@ -64,8 +65,8 @@ FLOORS: dict[int, str] = {
     " orchestrator.reporter orchestrator.charts orchestrator.spoken orchestrator.liveview orchestrator.checkup"
     " workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
-    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker orchestrator.worker_device"
-    " orchestrator.slice_rooms",
+    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker orchestrator.split_recorder"
+    " orchestrator.worker_device orchestrator.slice_rooms",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword"

@@ -96,6 +96,11 @@ class Workload(Protocol):
         """How the parameters of each layer are split among `parts` workers, by torch's parallelize_module."""
         ...
 
+    @property
+    def pieces_read(self) -> bool:
+        """Whether all pieces look at the batch, not the first one and `finish` alone."""
+        ...
+
     def pieces(self, model: nn.Module) -> list["Piece"]:
         """The model cut into consecutive pieces, from a batch to what `finish` takes."""
         ...

@@ -51,6 +51,11 @@ def run_distributed(
     return results
 
 
+def give_other_ranks() -> None:
+    """The processes that are there have other ranks in the next run, as workers have in the next generation."""
+    _POOL.turn()
+
+
 class _Process:
     """A spawned process and the pipe to it."""
 
@@ -114,6 +119,9 @@ class _Pool:
         for process in used:
             process.end()
             self._processes.remove(process)
+
+    def turn(self) -> None:
+        self._processes.reverse()
 
     def close(self) -> None:
         self._forget(list(self._processes))

@@ -95,7 +95,7 @@ def test_a_stop_is_led_by_who_has_the_newest_step(tmp_path):
         run.steps(1, by=[a, b])
         run.members.stopping = True
         run.members.pause()
-        assert await a.told() == await b.told() == ("pause", 1)
+        assert await a.told() == await b.told() == ("stop", 1)
         b.step = 2
         assert await asyncio.gather(a.join(), b.join()) == [Order("stop", lead=False), Order("stop", lead=True)]
         assert run.journal.open is None, "a stop is no incident"

@@ -15,10 +15,12 @@ from orchestrator.storage import Folder
 KILL = Fault("kill", rank=0, step=2)
 
 
-def run(folder: Path, weights: str = "aa", status: str = "finished", ledgers: str = "wxyz", **fired: str) -> RunFolder:
+def run(
+    folder: Path, weights: str = "aa", status: str = "finished", ledgers: str = "wxyz", loss: float = 1.0, **fired: str
+) -> RunFolder:
     """The folder of a run of as many steps as `ledgers`; `fired`: fault number after an f -> problem."""
     made = RunFolder(Folder(str(folder)))
-    records = [{"step": n, "samples": 8, "ledger": letter, "loss": 1.0} for n, letter in enumerate(ledgers, 1)]
+    records = [{"step": n, "samples": 8, "ledger": letter, "loss": loss} for n, letter in enumerate(ledgers, 1)]
     made.metrics(records)
     lines = [{"event": "fault_fired", "fault": int(f[1:]), "problem": text, "step": 2} for f, text in fired.items()]
     (folder / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -55,3 +57,15 @@ def test_a_node_is_found_by_its_number_among_those_that_ever_trained():
     members = [Member(name, name, 1, "cpu", 5, rank, ("", 0)) for rank, name in enumerate("cb")]
     found = [schedule.target(number, members, nodes) for number in range(3)]
     assert [m.node if m else None for m in found] == ["b", "c", None]
+
+
+def test_within_a_tolerance_only_samples_must_be_the_same(tmp_path):
+    undisturbed = run(tmp_path / "a")
+    near = run(tmp_path / "near", weights="bb", loss=1.0005, f0="")
+    far = run(tmp_path / "far", weights="bb", loss=1.002, f0="")
+    other = run(tmp_path / "other", ledgers="wxQz", f0="")
+    assert problems([KILL], undisturbed, near, 1e-3) == []
+    assert len(problems([KILL], undisturbed, near)) == 2
+    for bad in (far, other):
+        (line,) = problems([KILL], undisturbed, bad, 1e-3)
+        assert "used other samples, or has another loss" in line

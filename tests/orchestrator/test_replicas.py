@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.layout import Layout, group_placement, layout_of, unit_placement, units_of, usable
+from orchestrator.layout import Layout, group_placement, layout_of, room_for_whole, unit_placement, units_of, usable
 from orchestrator.recovery import Holding, Member
 from orchestrator.replicas import ReplicaRoster, must_share
 from orchestrator.values import Parallel
@@ -174,3 +174,38 @@ def test_a_holder_on_a_node_that_goes_hands_its_state_on():
     order = r.form(LATER)
     assert order[0].step == 5
     assert len(order) == 2
+
+
+def test_the_whole_state_is_taken_along_where_every_host_has_room_for_it():
+    """Parts of 30 and 20 bytes; of each group of two, both would carry the 50."""
+    one, two = Layout(2, 2), Layout(4, 2)
+    told = [("a", True, 30, 200), ("a", True, 20, 200)]
+    assert room_for_whole(told, one)
+    assert not room_for_whole([("a", True, 30, 199), ("a", True, 20, 199)], one)
+    assert not room_for_whole(told * 2, two)
+    assert room_for_whole([*told, ("b", True, 30, 200), ("b", True, 20, 200)], two)
+    assert not room_for_whole([*told, ("b", True, 30, 200), ("c", True, 20, 99)], two)
+
+
+def test_a_holder_leaves_when_its_state_is_in_storage():
+    r = roster("tensor=2", 3)
+    sit(r, train(r, "ab"))
+    r.join(member("c"), LATER)
+    r.draining = frozenset({"n-a"})
+    come_back(r, 5)
+    assert not any(r.must_leave(m) for m in r.ready.values()), "nobody else has its part"
+    r.ready["a"] = dataclasses.replace(r.ready["a"], holds=Holding(0, 2, saved=True))
+    assert [m.id for m in r.ready.values() if r.must_leave(m)] == ["a"]
+    del r.ready["a"]
+    assert {m.step for m in r.form(LATER)} == {-1}
+
+
+def test_a_stop_is_led_by_one_hand_or_by_who_has_it_written():
+    r = roster("pipeline=2", 2)
+    sit(r, train(r, "ab"))
+    come_back(r, 5)
+    assert not r.by_state(), "together they have the state, but it is nowhere whole"
+    r.ready["b"] = dataclasses.replace(r.ready["b"], holds=Holding(1, 2, saved=True))
+    assert r.by_state()[0].id == "b"
+    r.ready["b"] = dataclasses.replace(r.ready["b"], step=4)
+    assert not r.by_state(), "an older state"

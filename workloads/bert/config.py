@@ -119,8 +119,6 @@ class BertConfig(RunConfig):
             raise UserError(
                 f"--parallel {parallel}: {size.layers} layers make {size.layers + 2} stages at most; use fewer"
             )
-        if parallel.kind == "pipeline" and self.attention == "document":
-            raise UserError("--attention document: stages hand no documents on; leave it out, or use tensor or fsdp")
 
     def architecture(self) -> Architecture:
         """The network's size: `model`'s, with the numbers that were given in its place."""

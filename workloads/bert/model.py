@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workloads.bert.config import Architecture, BertConfig
-from workloads.workload import Piece
+from workloads.workload import Batch, Piece
 
 EPSILON = 1e-12  # of LayerNorm, as in the authors' code (github.com/google-research/bert, modeling.py)
 INITIAL_STD = 0.02
@@ -198,13 +198,14 @@ def build(config: BertConfig, vocab_size: int, pad_id: int) -> Bert:
     return Bert(config.architecture(), vocab_size, config.sequence_length, config.dropout, pad_id)
 
 
-def _through(layer: nn.Module, hidden_BTD: Tensor, _: object) -> Tensor:
-    through_BTD: Tensor = layer(hidden_BTD, None)
+def _through(layer: nn.Module, hidden_BTD: Tensor, batch: Batch | None) -> Tensor:
+    allowed_B1TT = same_document(batch["documents"]) if batch and "documents" in batch else None
+    through_BTD: Tensor = layer(hidden_BTD, allowed_B1TT)
     return through_BTD
 
 
 def pieces(model: Bert) -> list[Piece]:
-    """Embeddings, layers and head one by one, for a pipeline; sequences are full, so nobody is kept from attending."""
+    """Embeddings, layers and head one by one, for a pipeline."""
     encoder, head = model.bert, model.cls["predictions"]
     layers = [Piece(functools.partial(_through, layer), layer) for layer in encoder.encoder["layer"].children()]
     last = Piece(lambda hidden, batch: head(hidden.flatten(0, 1).index_select(0, batch["masked"])), head)

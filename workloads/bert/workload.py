@@ -120,6 +120,11 @@ class BertWorkload:
         assert isinstance(model, bert.Bert)
         return list(model.bert.encoder["layer"].children())
 
+    @property
+    def pieces_read(self) -> bool:
+        """Where tokens attend to their own documents only, every layer has to know which those are."""
+        return self._config.attention == "document"
+
     def pieces(self, model: nn.Module) -> list[Piece]:
         """Embeddings, layers, head."""
         assert isinstance(model, bert.Bert)

@@ -159,6 +159,11 @@ class ResnetWorkload:
         """The residual blocks."""
         return models.blocks(model)
 
+    @property
+    def pieces_read(self) -> bool:
+        """Images go in at the front."""
+        return False
+
     def pieces(self, model: nn.Module) -> list[Piece]:
         """Stem, residual blocks, classifier."""
         return models.pieces(model)

@@ -1,0 +1,170 @@
+"""The notes of a worker that holds a part of the model: the first replica group writes checkpoints together.
+
+At a step boundary each of its workers makes a file of what it holds, in memory (partfiles.py), and trains on while that
+is written. At later boundaries they tell each other what is written; when all of it is, rank 0 writes the manifest that
+makes it a checkpoint. What a generation leaves unfinished is none, and the next one begins with writing one.
+"""
+
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.checkpoint import PARTS, Entries
+from orchestrator.errors import CheckpointError
+from orchestrator.events import CheckpointSaved
+from orchestrator.group import Group
+from orchestrator.injector import Saboteur
+from orchestrator.plan import Plan
+from orchestrator.recorder import Recorder
+from orchestrator.state import TrainingState
+
+
+@dataclass
+class Pending:
+    """A checkpoint whose files are being written; alike in all workers of the first replica group, but for `files`.
+
+    Attributes:
+        stall_s: how long training waited for it.
+        since_s: when writing began, time.perf_counter.
+    """
+
+    step: int
+    files: Future[Entries]
+    stall_s: float
+    since_s: float
+
+
+class SplitRecorder(Recorder):
+    """See Recorder.
+
+    Attributes:
+        group: inside the first replica group; None elsewhere, and where a worker holds all.
+    """
+
+    def __init__(self, plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> None:
+        super().__init__(plan, uri, coordinator, saboteur)
+        self.group: Group | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Pending | None = None
+        self._finishing: Future[None] | None = None  # rank 0's
+        self._saved_step = -1
+
+    @property
+    def writing(self) -> bool:
+        """See Recorder."""
+        return super().writing or self._pending is not None or self._finishing is not None
+
+    def join(self, state: Any, first: bool) -> None:
+        """A generation begins with a state that this worker has built.
+
+        Args:
+            first: whether it is in the first replica group.
+        """
+        self.group = state.seating.inside if state.split and first else None
+        if self._pending is not None:
+            self._pending, self.checkpoint_asked = None, True
+
+    def load_newest(self, state: TrainingState, group: Group, on_bad: Callable[[str], None]) -> float:
+        """See Recorder: each worker reads what it holds; one that cannot speaks for all.
+
+        A checkpoint of a run that held the model whole is one file, which every worker reads, and keeps its part of.
+        """
+        started = time.perf_counter()
+        for step in reversed(group.broadcast_object(self.store.steps() if group.rank == 0 else [])):
+            loaded, problem = None, ""
+            try:
+                with group.others_wait():  # for storage
+                    loaded = self.store.load(step, state.room)
+            except CheckpointError as error:
+                problem = str(error)
+            self.sabotage("restore", step)
+            problems = [told for told in group.gather_objects(problem) if told]
+            if problems:
+                on_bad(problems[0])
+                continue
+            assert loaded is not None
+            state.take_checkpoint(loaded)
+            self._saved_step = step
+            break
+        return time.perf_counter() - started
+
+    def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:
+        if not state.split:
+            super()._checkpoint_if_due(state, steps)
+        elif self.group is not None:
+            self._look_after_manifest()
+            name = self._exchange(_new_name() if self.leads and self._is_due(state, steps) else "")
+            if name:
+                self._begin(state, name)
+
+    def _begin(self, state: Any, name: str) -> None:
+        """Make this worker's file and have it written into the folder `name`."""
+        from orchestrator.partfiles import stage
+
+        assert self.group is not None
+        started = time.perf_counter()
+        files = {f"{name}/{file}": content for file, content in stage(state.parts(), self.group).items()}
+        now = time.perf_counter()
+        self._pending = Pending(state.step, self._pool.submit(self.store.write, state.step, files), now - started, now)
+
+    def _exchange(self, name: str) -> str:
+        """Tell each other what is written; returns the `name` of rank 0: of a checkpoint that is due, or ""."""
+        assert self.group is not None
+        pending = self._pending
+        written = pending.files.result() if pending and pending.files.done() else None
+        told = self.group.gather_objects((name, written))
+        entries = [found for _, found in told if found is not None]
+        if pending and len(entries) == len(told):
+            self._pending, self._saved_step = None, pending.step
+            if self.leads:
+                together = {file: entry for found in entries for file, entry in found.items()}
+                self._finishing = self._pool.submit(self._finish, pending, together)
+        return str(told[0][0])
+
+    def _finish(self, pending: Pending, entries: Entries) -> None:
+        size = self.store.finish(pending.step, entries)
+        write_s = time.perf_counter() - pending.since_s
+        self.reporter.event(CheckpointSaved(pending.step, size, round(pending.stall_s, 6), round(write_s, 6)))
+
+    def _look_after_manifest(self, until_done: bool = False) -> None:
+        """Re-raise what went wrong with the last one."""
+        if self._finishing is not None and (until_done or self._finishing.done()):
+            self._finishing.result()
+            self._finishing = None
+
+    def _settle(self) -> None:
+        """Until what is being written is a checkpoint."""
+        assert self.group is not None
+        with self.group.others_wait():
+            if self._pending is not None:
+                wait([self._pending.files])
+            self._exchange("")
+            self._look_after_manifest(until_done=True)
+            self.group.broadcast_object(None)  # rank 0 has done it
+
+    def checkpoint_now(self, state: TrainingState, lead: bool) -> None:
+        """See Recorder; every worker of the first replica group calls it."""
+        if not state.split:
+            super().checkpoint_now(state, lead)
+            return
+        if self.group is not None:
+            self._settle()
+            name = self.group.broadcast_object(_new_name() if state.step > self._saved_step else "")
+            if name:
+                self._begin(state, name)
+                self._settle()
+        self.reporter.flush()
+
+
+def _new_name() -> str:
+    """Of a folder that no other attempt at a checkpoint writes to."""
+    return PARTS + uuid.uuid4().hex[:8]
+
+
+def recorder_for(plan: Plan, uri: str, coordinator: Any, saboteur: Saboteur) -> Recorder:
+    """The recorder of the run's --parallel."""
+    kind = SplitRecorder if plan.config.parallel.splits else Recorder
+    return kind(plan, uri, coordinator, saboteur)
