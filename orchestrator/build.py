@@ -23,10 +23,8 @@ def prepare_torch(threads: int, same_bits: bool) -> None:
 
 
 def settle_loader(plan: Plan, workload: Workload) -> Plan:
-    """The plan with the number of loader processes that suits the data, where it was left open."""
-    if plan.config.loader_processes >= 0:
-        return plan
-    return plan.with_config(loader_processes=max(2, plan.config.threads) if workload.decodes else 0)
+    """The plan without loader processes, where their number was left open and the data needs none."""
+    return plan if plan.config.loader_processes >= 0 or workload.decodes else plan.with_config(loader_processes=0)
 
 
 def build_state(plan: Plan, workload: Workload, device: torch.device) -> TrainingState:

@@ -4,6 +4,7 @@ import torch
 
 from orchestrator.feed import batches
 from orchestrator.group import Group
+from orchestrator.plan import Request
 from orchestrator.precision import Precision
 from workloads.workload import Workload
 
@@ -24,7 +25,7 @@ def evaluate(
     mine = range(len(chunks) * group.rank // group.world, len(chunks) * (group.rank + 1) // group.world)
     was_training = model.training
     model.eval()
-    requests = ((0, chunks[c].numpy()) for c in mine)
+    requests = (Request(0, chunks[c].numpy()) for c in mine)
     rows: torch.Tensor | None = None
     names: list[str] = []
     try:

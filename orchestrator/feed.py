@@ -1,61 +1,136 @@
-"""Microbatches in the order they are asked for, prepared ahead by processes where that pays."""
+"""Microbatches in the order they are asked for, prepared ahead by processes where that pays.
 
-from collections.abc import Iterable, Iterator
+How many processes, and how far ahead: foresight.py, from what is measured. Neither changes a bit.
+"""
+
+import os
+import time
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
-from orchestrator.errors import DataError
+from orchestrator import foresight
+from orchestrator.loaders import LOADERS, Made
+from orchestrator.plan import Request
 from workloads.workload import Batch, Samples
 
-Request = tuple[int, NDArray[np.int64]]  # (epoch, sample indices)
-
-
 Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
+FIRST = 2  # processes before anything was measured
+WEIGHT = 0.1  # of the newest measurement, in a mean that forgets
+MEMORY_SHARE = 0.25  # of this worker's part of the machine's memory, for what lies ready
 
 
-class _Microbatches(Dataset[Fed | DataError]):
-    """A map from a request to its batch, in the form that torch's DataLoader takes.
-
-    A DataError is handed over as a value: torch would wrap its one line into a loader process's traceback.
-    """
-
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
-
-    def __getitem__(self, request: Request) -> Fed | DataError:
-        epoch, indices = request
-        try:
-            return indices, self._samples.microbatch(indices, epoch)
-        except DataError as error:
-            return error
-
-
-def batches(samples: Samples, requests: Iterable[Request], processes: int, device: torch.device) -> Iterator[Fed]:
-    """The (indices, batch) of `requests`, in their order, batches on `device`.
+def batches(
+    samples: Samples, requests: Iterable[Request], processes: int, device: torch.device
+) -> Generator[Fed, None, None]:
+    """The (indices, batch) of `requests`, in their order, batches on `device`; close it when no more is wanted.
 
     Args:
-        processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
+        processes: that prepare batches ahead; -1: as many as are needed, at most as many as this process has threads,
+            but 2; 0 prepares each when it is asked for, in this process.
 
     Raises:
         DataError: a sample cannot be read.
+        TrainingError: loader processes die.
     """
-    microbatches = _Microbatches(samples)
-    if processes:
-        loader: Iterable[Fed | DataError] = DataLoader(
-            microbatches,
-            sampler=requests,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=processes,
-            prefetch_factor=4,
-            pin_memory=device.type == "cuda",
-        )
-    else:
-        loader = (microbatches[request] for request in requests)
-    for fed in loader:
-        if isinstance(fed, DataError):
-            raise fed
-        indices, batch = fed
-        yield indices, {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    made = _Ahead(samples, requests, processes) if processes else (_here(samples, request) for request in requests)
+    return _to_gpu(made, device) if device.type == "cuda" else _fed(made)
+
+
+def _here(samples: Samples, request: Request) -> Fed:
+    return request.indices, samples.microbatch(request.indices, request.epoch, request.progress)
+
+
+def _fed(made: "Iterator[Fed] | _Ahead") -> Generator[Fed, None, None]:
+    try:
+        yield from made
+    finally:
+        if isinstance(made, _Ahead):
+            made.close()
+
+
+def _to_gpu(made: "Iterator[Fed] | _Ahead", device: torch.device) -> Generator[Fed, None, None]:
+    """The same on a GPU; a thread copies the next batch to pinned memory meanwhile."""
+
+    def pinned() -> Fed | None:
+        found = next(iter(made), None)
+        return found and (found[0], {name: tensor.pin_memory() for name, tensor in found[1].items()})
+
+    with ThreadPoolExecutor(1, "pin") as thread:
+        coming = thread.submit(pinned)
+        try:
+            while (found := coming.result()) is not None:
+                coming = thread.submit(pinned)
+                yield found[0], {name: tensor.to(device, non_blocking=True) for name, tensor in found[1].items()}
+        finally:
+            coming.cancel() or coming.exception()
+            if isinstance(made, _Ahead):
+                made.close()
+
+
+class _Ahead:
+    """Batches that loader processes make; this process makes them until those have started."""
+
+    def __init__(self, samples: Samples, requests: Iterable[Request], processes: int) -> None:
+        self._samples, self._requests = samples, iter(requests)
+        self._feed = LOADERS.open(samples)
+        self._most = processes if processes > 0 else max(FIRST, torch.get_num_threads())
+        self._wanted = processes if processes > 0 else min(FIRST, self._most)
+        self._measures = processes < 0
+        self._given = self._taken = self._largest = 0
+        self._room = int(MEMORY_SHARE * _memory_bytes() * min(1.0, torch.get_num_threads() / (os.cpu_count() or 1)))
+        self._make_s = self._use_s = 0.0
+        self._since = 0.0  # when the last batch was handed over
+
+    def __iter__(self) -> Iterator[Fed]:
+        return self
+
+    def __next__(self) -> Fed:
+        if self._since:
+            self._use_s = _mean(self._use_s, time.perf_counter() - self._since)
+        self._give()
+        if self._given == self._taken:  # no loader has started, or nothing is left
+            fed = _here(self._samples, next(self._requests))
+        else:
+            made = LOADERS.take(self._feed, self._taken)
+            self._taken += 1
+            self._learn(made)
+            self._give()
+            fed = made.indices, made.batch
+        self._since = time.perf_counter()
+        return fed
+
+    def _learn(self, made: Made) -> None:
+        self._largest = max(self._largest, made.bytes)
+        self._make_s = _mean(self._make_s, made.seconds)
+        if self._measures and self._use_s:
+            self._wanted = max(self._wanted, foresight.loaders(self._make_s, self._use_s, self._most))
+
+    def _give(self) -> None:
+        """Hand out what may be made now."""
+        if not LOADERS.ready():
+            return
+        LOADERS.grow(self._wanted)
+        limit = foresight.ahead(self._wanted, self._largest, self._room)
+        while self._given - self._taken < limit and (request := next(self._requests, None)) is not None:
+            LOADERS.give(self._feed, self._given, self._samples, request)
+            self._given += 1
+
+    def close(self) -> None:
+        LOADERS.forget(self._feed)
+
+
+def _mean(so_far: float, newest: float) -> float:
+    return so_far + WEIGHT * (newest - so_far) if so_far else newest
+
+
+def _memory_bytes() -> int:
+    """Of this machine, or what its container may use of it."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(whole, int(text)) if text.isdigit() else whole

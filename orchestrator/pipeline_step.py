@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.feed import Fed, Request
+from orchestrator.feed import Fed
 from orchestrator.pipeline import Stage, StageModule, StageState, schedule
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, Request
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.split_step import SideBySideGradients, TogetherGradients
 from orchestrator.splits import SplitState

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from orchestrator.feed import Request
 from orchestrator.layout import units_of
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, Request
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.split_build import tree_sum
 from orchestrator.splits import SplitState
@@ -45,12 +44,11 @@ class SideBySideGradients(TogetherGradients):
     """fsdp, hsdp: as many shards at a time as a replica group has workers; what is placed are such units."""
 
     def _requests(self, step: int) -> Iterator[Request]:
-        schedule, seed = self._plan.schedule, self._plan.config.seed
         for later in range(step, self._plan.total_steps):
             for unit in self._own:
                 shard, _ = self._mine(later, unit)
                 if shard >= 0:
-                    yield schedule.indices(seed, later, shard)
+                    yield self._plan.request(later, shard)
 
     def _mine(self, step: int, unit: int) -> tuple[int, bool]:
         """(the shard that this worker computes in a unit, -1 for none; whether it counts)."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.errors import NonFiniteLossError, TrainingError
-from orchestrator.feed import Fed, Request, batches
+from orchestrator.feed import Fed, batches
 from orchestrator.group import Group
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, Request
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.state import TrainingState
@@ -98,12 +98,11 @@ class ShardedGradients:
         self._samples, self._data_s = 0, 0.0
 
     def _requests(self, step: int) -> Iterator[Request]:
-        schedule, seed = self._plan.schedule, self._plan.config.seed
         for later in range(step, self._plan.total_steps):
             for shard in self._own:
-                epoch, indices = schedule.indices(seed, later, shard)
-                if len(indices):
-                    yield epoch, indices
+                request = self._plan.request(later, shard)
+                if len(request.indices):
+                    yield request
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any shard's loss is not finite."""
@@ -185,6 +184,7 @@ class ShardedGradients:
             self._statistics.fold(self._reducer.extra[self._rows :], self._samples, step + 1)
 
     def close(self) -> None:
+        self._feed.close()
         self._reducer.close()
         self._statistics.close()
 
@@ -233,7 +233,8 @@ class DdpGradients:
 
     def _requests(self, step: int) -> Iterator[Request]:
         for later in range(step, self._plan.total_steps):
-            yield self._part(later)[:2]
+            epoch, indices, _ = self._part(later)
+            yield Request(epoch, indices, later / self._plan.total_steps)
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any worker's loss is not finite."""
@@ -277,4 +278,5 @@ class DdpGradients:
                 buffer.copy_(part.view_as(buffer))
 
     def close(self) -> None:
+        self._feed.close()
         del self._module

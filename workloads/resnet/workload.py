@@ -40,7 +40,7 @@ class ImageSamples:
     def __len__(self) -> int:
         return len(self.images)
 
-    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+    def microbatch(self, indices: NDArray[np.int64], epoch: int, progress: float = 1.0) -> Batch:
         """{"images": float32 [m, C, H, W], "labels": int64 [m]}; raises DataError naming a file."""
         loaded, labels = self._loaded(indices, epoch)
         augmented = [
@@ -90,6 +90,7 @@ class ResnetWorkload:
     def __init__(self, config: ResnetConfig) -> None:
         self.config = config
         self._opened: dict[Split, ImageSet] = {}
+        self._samples: dict[Split, ImageSamples] = {}
 
     def _open(self, split: Split) -> ImageSet:
         if split not in self._opened:
@@ -128,11 +129,18 @@ class ResnetWorkload:
 
     def samples(self, split: Split) -> ImageSamples:
         """The training split, augmented, or the held-out split as it is."""
-        return ImageSamples(self._open(split), split, self.config)
+        if split not in self._samples:
+            self._samples[split] = ImageSamples(self._open(split), split, self.config)
+        return self._samples[split]
 
     @property
     def varying_inputs(self) -> tuple[int, ...]:
         """None: images alone."""
+        return ()
+
+    @property
+    def turning_points(self) -> tuple[float, ...]:
+        """None: images keep their size."""
         return ()
 
     def nominal_count(self, samples: int) -> float:
