@@ -101,10 +101,10 @@ def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
     return Finished(started_s, wall_s, (folder / "stdout").read_text(), folder)
 
 
-def train(workload: str, arguments: Sequence[str], folder: Path) -> tuple[Finished, Path]:
+def train(workload: str, arguments: Sequence[str], folder: Path, **environment: str) -> tuple[Finished, Path]:
     """Our command line, to its end; also returns the run's folder."""
     command = ["-m", "orchestrator.run", workload, *arguments, "--storage", str(folder), "--name", "run"]
-    return run(command, folder), folder / "run"
+    return run(command, folder, **environment), folder / "run"
 
 
 def torchrun(processes: int, script: str, arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
