@@ -37,39 +37,43 @@ def batches(
         DataError: a sample cannot be read.
         TrainingError: loader processes die.
     """
-    made = _Ahead(samples, requests, processes) if processes else (_here(samples, request) for request in requests)
-    return _to_gpu(made, device) if device.type == "cuda" else _fed(made)
+    if not processes:
+        made: Iterator[Fed] = (_here(samples, request) for request in requests)
+        return _fed(made, device)
+    ahead = _Ahead(samples, requests, processes)
+    return _pinned(ahead, device) if device.type == "cuda" else _fed(ahead, device)
 
 
 def _here(samples: Samples, request: Request) -> Fed:
     return request.indices, samples.microbatch(request.indices, request.epoch, request.progress)
 
 
-def _fed(made: "Iterator[Fed] | _Ahead") -> Generator[Fed, None, None]:
+def _fed(made: Iterator[Fed], device: torch.device) -> Generator[Fed, None, None]:
     try:
-        yield from made
+        for indices, batch in made:
+            yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
     finally:
         if isinstance(made, _Ahead):
             made.close()
 
 
-def _to_gpu(made: "Iterator[Fed] | _Ahead", device: torch.device) -> Generator[Fed, None, None]:
-    """The same on a GPU; a thread copies the next batch to pinned memory meanwhile."""
+def _pinned(ahead: "_Ahead", device: torch.device) -> Generator[Fed, None, None]:
+    """Batches on a GPU; a thread copies the next one to pinned memory meanwhile."""
+    ahead.wait_for_loaders()  # making batches in that thread would seed torch's generator under training
 
-    def pinned() -> Fed | None:
-        found = next(iter(made), None)
+    def pin() -> Fed | None:
+        found = next(ahead, None)
         return found and (found[0], {name: tensor.pin_memory() for name, tensor in found[1].items()})
 
     with ThreadPoolExecutor(1, "pin") as thread:
-        coming = thread.submit(pinned)
+        coming = thread.submit(pin)
         try:
             while (found := coming.result()) is not None:
-                coming = thread.submit(pinned)
+                coming = thread.submit(pin)
                 yield found[0], {name: tensor.to(device, non_blocking=True) for name, tensor in found[1].items()}
         finally:
-            coming.cancel() or coming.exception()
-            if isinstance(made, _Ahead):
-                made.close()
+            _ = coming.cancel() or coming.exception()
+            ahead.close()
 
 
 class _Ahead:
@@ -119,6 +123,11 @@ class _Ahead:
         while self._given - self._taken < limit and (request := next(self._requests, None)) is not None:
             LOADERS.give(self._feed, self._given, self._samples, request)
             self._given += 1
+
+    def wait_for_loaders(self) -> None:
+        """Until no batch is made in this process any more."""
+        while not LOADERS.ready(wait_s=1.0):
+            pass
 
     def close(self) -> None:
         LOADERS.forget(self._feed)

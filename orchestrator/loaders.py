@@ -99,13 +99,13 @@ class Loaders:
                 pass_fds=[theirs.fileno()],
             )
         self._control = ours
-        send(ours, ["torch", type(samples).__module__])
+        send(ours, ["torch", *samples.modules])
 
-    def ready(self) -> bool:
-        """Whether loaders can be forked already; does not wait for it."""
+    def ready(self, wait_s: float = 0.0) -> bool:
+        """Whether loaders can be forked already, or can within so many seconds."""
         with self._lock:
             assert self._control is not None
-            if not self._is_ready and wait([self._control], 0):
+            if not self._is_ready and wait([self._control], wait_s):
                 self._ask()
                 self._is_ready = True
             return self._is_ready

@@ -54,7 +54,7 @@ class PipelineGradients(TogetherGradients):
     def _run(self, step: int, shards: list[int], size: int) -> None:
         """Shards of as many samples each, through all stages."""
         needs = self._stage.first or self._stage.last
-        self._on_way = [(shard, self._fed() if needs else None) for shard in shards]
+        self._on_way = [(shard, self._fed(step, shard) if needs else None) for shard in shards]
         self._module.batches = [fed[1] if fed else None for _, fed in self._on_way]
         self._module.seeds = [derive_seed("step", self._plan.config.seed, step, shard) for shard in shards]
         places = torch.arange(len(shards))

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.layout import units_of
 from orchestrator.plan import Plan, Request
-from orchestrator.shards import Placement, derive_seed
+from orchestrator.shards import Placement
 from orchestrator.split_build import tree_sum
 from orchestrator.splits import SplitState
 from orchestrator.step import ShardedGradients, StepTotals
@@ -30,9 +30,9 @@ class TogetherGradients(ShardedGradients):
         self._part.seating.inside.sum(asked)
         return super().compute(step, bool(asked > 0))
 
-    def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
+    def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
         with self._group.others_wait():
-            super()._one_shard(shard, samples, nominal, stop)
+            super()._one_shard(step, shard, samples, nominal, stop)
         self._take()
 
     def _take(self) -> None:
@@ -66,14 +66,13 @@ class SideBySideGradients(TogetherGradients):
             self._reducer.start_shard(unit)
             shard, counts = self._mine(step, unit)
             if shard >= 0:
-                torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
                 with self._group.others_wait():
-                    self._one_of_unit(shard, counts, nominal, stop)
+                    self._one_of_unit(step, shard, counts, nominal, stop)
                 self._take()
             self._reducer.end_shard()
 
-    def _one_of_unit(self, shard: int, counts: bool, nominal: float, stop: bool) -> None:
-        indices, batch = self._fed()
+    def _one_of_unit(self, step: int, shard: int, counts: bool, nominal: float, stop: bool) -> None:
+        indices, batch = self._fed(step, shard)
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.model, batch)
         extra = self._extra(shard, sums, indices, len(indices), stop)

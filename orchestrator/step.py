@@ -136,25 +136,26 @@ class ShardedGradients:
             self._reducer.start_shard(shard)
             _, start, end = self._plan.schedule.places(step, shard)
             if end > start:
-                torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
-                self._one_shard(shard, end - start, nominal, stop)
+                self._one_shard(step, shard, end - start, nominal, stop)
             self._reducer.end_shard()
 
     def _all_rows(self) -> Tensor:
         """What all shards report, fp32 [shards * ROW]."""
         return self._reducer.extra[: self._rows]
 
-    def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
-        indices, batch = self._fed()
+    def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
+        indices, batch = self._fed(step, shard)
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.trained, batch)
         self._reducer.add_extra(self._extra(shard, sums, indices, samples, stop))
         self._state.precision.scaler.scale(sums.loss / nominal).backward()
 
-    def _fed(self) -> Fed:
+    def _fed(self, step: int, shard: int) -> Fed:
+        """The next samples; torch is seeded for them afterwards, for reading them here may have seeded it."""
         waiting_since = time.perf_counter()
         fed = next(self._feed)
         self._data_s += time.perf_counter() - waiting_since
+        torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
         return fed
 
     def _extra(self, shard: int, sums: Sums | None, indices: NDArray[np.int64], samples: int, stop: bool) -> Tensor:
@@ -244,10 +245,10 @@ class DdpGradients:
         _, indices, weight = self._part(step)
         self._state.optimizer.zero_grad(set_to_none=True)
         self._state.model.train()
-        torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
         waiting_since = time.perf_counter()
         fed, batch = next(self._feed)
         fed_s = time.perf_counter()
+        torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
         with self._state.precision.autocast():
             loss, count = self._module(batch)
         rows = torch.zeros(world, len(ROW), dtype=torch.float64, device=self._group.device)

@@ -32,7 +32,12 @@ class Sums:
 
 
 class Samples(Protocol):
-    """One split of the data, random access by sample index."""
+    """One split of the data, random access by sample index. Can be pickled."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What a process imports first that is to make microbatches; none of it may start a thread."""
+        ...
 
     def __len__(self) -> int: ...
 

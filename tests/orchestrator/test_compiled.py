@@ -44,6 +44,8 @@ class Net(nn.Module):
 
 
 class NetSamples:
+    modules = ()
+
     def __len__(self) -> int:
         return 75
 

@@ -25,6 +25,8 @@ CPU = torch.device("cpu")
 class Samples:
     """Batches of several types, shapes and strides; `deadly` kills its loader `times` times, `bad` cannot be read."""
 
+    modules = ("test_loaders",)
+
     def __init__(self, deadly: int = -1, times: int = 9, scratch: str = "", bad: int = -1, slow: int = -1) -> None:
         self.values = np.random.default_rng(0).normal(size=(100, 3, 4, 5)).astype(np.float32)
         self.deadly, self.times, self.scratch, self.bad, self.slow = deadly, times, scratch, bad, slow
@@ -70,7 +72,7 @@ def wait_until(condition, timeout_s, what):
 def ready():
     """Loaders can be forked, so that no batch is made in this process."""
     LOADERS.open(Samples())
-    wait_until(LOADERS.ready, 60, "the nursery")
+    wait_until(LOADERS.ready, 120, "the nursery")
     yield
     LOADERS.close()
 
@@ -162,7 +164,7 @@ from test_loaders import wait_until
 listening = socket.create_server(("127.0.0.1", 0))
 listening.set_inheritable(True)
 LOADERS.open(Samples())
-wait_until(LOADERS.ready, 60, "the nursery")
+wait_until(LOADERS.ready, 120, "the nursery")
 requests = (Request(0, np.arange(n, n + 4)) for n in range(90))
 reading = batches(Samples(slow=40), requests, 2, torch.device("cpu"))
 next(reading)

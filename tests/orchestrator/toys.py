@@ -78,6 +78,8 @@ class ToyModel(nn.Module):
 
 
 class ToySamples:
+    modules = ("toys",)
+
     def __init__(self, config: ToyConfig, split: Split) -> None:
         self._config, self._split = config, split
         random = np.random.default_rng([7, split == "train"])

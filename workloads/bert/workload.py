@@ -43,6 +43,7 @@ class BertSamples:
         self._seed = seed
         self._sep_id = sep_id
         self._short = short
+        self.modules = ("workloads.bert.workload",)
 
     def __len__(self) -> int:
         return len(self._sequences)
