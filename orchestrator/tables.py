@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, UserError
+from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.filecache import FileCache, TableFile
 from orchestrator.storage import Folder, cache_folder
 
@@ -140,5 +140,5 @@ class Table:
         for number in wanted:
             try:
                 self._cache.ensure(self._files[number], self._folder.read)
-            except (DataError, OSError):
+            except (OrchestratorError, OSError):
                 return  # whoever needs it will meet the same, and says so
