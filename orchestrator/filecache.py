@@ -142,7 +142,7 @@ class FileCache:
 def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
     """A file's bytes, fetched again once if they are not those of the manifest."""
     problem = ""
-    for _ in range(2):
+    for again in ("; fetching it again", ""):
         try:
             data = fetch(file.name)
         except OSError as error:
@@ -151,5 +151,5 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
         if found == file.sha256:
             return data
         problem = f"{len(data)} bytes with SHA-256 {found[:16]}... instead of {file.bytes} with {file.sha256[:16]}..."
-        log.warning("%s: %s; fetching it again", file.name, problem)
+        log.warning("%s: %s%s", file.name, problem, again)
     raise DataError(f"{file.name} is damaged: {problem}; prepare the data again, which mends this file alone")
