@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import events, finish, kept_in, result, run, start, wait_for_step, wait_until
+from commands import events, finish, kept_in, result, run, start, wait_until
 from PIL import Image
 
 SETTINGS = ["resnet", "--model", "resnet8", "--image-size", "32", "--batch-size", "32", "--shards", "4"]
@@ -45,7 +45,7 @@ def processes(word: str) -> dict[int, int]:
 @pytest.mark.long  # tests/orchestrator/test_loaders.py has the processes, and CI has 40 minutes
 @pytest.mark.timeout(600)
 def test_killed_workers_and_killed_loaders_change_nothing(cluster: str, tmp_path: Path) -> None:
-    data, before = ["--data", photos(tmp_path / "photos"), "--steps", "60"], set(processes("loader_process"))
+    data, before = ["--data", photos(tmp_path / "photos"), "--steps", "200"], set(processes("loader_process"))
     room = ["--resources-per-worker", "CPU=0.5"]
     plain = run(
         *SETTINGS, *data, "--workers", "1", "--loader-processes", "0", *room, *kept_in(tmp_path, "plain", cluster)
@@ -54,9 +54,14 @@ def test_killed_workers_and_killed_loaders_change_nothing(cluster: str, tmp_path
     (tmp_path / "faults.toml").write_text(FAULTS)
     given = ["--workers", "2", "--loader-processes", "2", "--faults", str(tmp_path / "faults.toml"), *room]
     killed = start([*SETTINGS, *data, *given, *kept_in(tmp_path, "killed", cluster)])
-    wait_for_step(tmp_path / "killed", 4)
-    ours = {pid: parent for pid, parent in processes("loader_process").items() if pid not in before}
-    os.kill(next(pid for pid, parent in ours.items() if parent in ours), signal.SIGKILL)  # not a nursery
+
+    def loaders() -> list[int]:
+        """Those that a nursery has forked."""
+        ours = {pid: parent for pid, parent in processes("loader_process").items() if pid not in before}
+        return [pid for pid, parent in ours.items() if parent in ours]
+
+    wait_until(lambda: bool(loaders()), 120, "loader processes")
+    os.kill(loaders()[0], signal.SIGKILL)
     done = finish(killed)
     assert done.status == 0, done.err
     assert result(tmp_path / "killed")["weights_sha256"] == result(tmp_path / "plain")["weights_sha256"]
