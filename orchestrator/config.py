@@ -120,7 +120,7 @@ class RunConfig:
 
     loader_processes: int = setting(-1, result=False, low=-1, high=256)
     """Processes per worker that decode and augment ahead. 0: none, in the training process. -1: none for data that is
-    decoded already; else as many as keep up with training, which is measured, up to a worker's threads, at least 2."""
+    decoded already; else as many as a worker has threads, at least 2."""
 
     shuffle_window: int = setting(16, low=1)
     """Files of prepared data (parquet:URI) whose samples are mixed at a time; data in memory is mixed as a whole."""

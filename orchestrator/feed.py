@@ -1,27 +1,52 @@
-"""Microbatches in the order they are asked for, prepared ahead by processes where that pays.
+"""Microbatches in the order they are asked for, prepared ahead by processes where that pays: torch's DataLoader.
 
-How many processes, and how far ahead: foresight.py, from what is measured. Neither changes a bit.
+Loader processes are forks of multiprocessing's fork server, not of the worker. A fork of the worker would hold its
+connections, so that others would not see them closed when it is killed, and the locks that its threads had taken.
 """
 
+import itertools
+import multiprocessing
+import multiprocessing.forkserver
 import os
-import time
+import re
+import threading
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
-from orchestrator import foresight
-from orchestrator.loaders import LOADERS, Made
+from orchestrator.errors import DataError
 from orchestrator.plan import Request
 from workloads.workload import Batch, Samples
 
 Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
-FIRST = 2  # processes before anything was measured
-WEIGHT = 0.1  # of the newest measurement, in a mean that forgets
+AHEAD = 4  # microbatches a process, as many as bridge a step that takes longer than others
 MEMORY_SHARE = 0.25  # of this worker's part of the machine's memory, for what lies ready
+LOST = re.compile(r"DataLoader worker \(pid")  # torch's words where one has ended by itself
+
+
+class LoaderLostError(RuntimeError):
+    """A loader process is gone, and the microbatches that it was making."""
+
+
+class _Microbatches(Dataset[Fed | DataError]):
+    """A map from a request to its batch, in the form that torch's DataLoader takes.
+
+    A DataError is handed over as a value: torch would wrap its one line into a loader process's traceback.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitem__(self, request: Request) -> Fed | DataError:
+        try:
+            return request.indices, self._samples.microbatch(request.indices, request.epoch, request.progress)
+        except DataError as error:
+            return error
 
 
 def batches(
@@ -30,111 +55,96 @@ def batches(
     """The (indices, batch) of `requests`, in their order, batches on `device`; close it when no more is wanted.
 
     Args:
-        processes: that prepare batches ahead; -1: as many as are needed, at most as many as this process has threads,
-            but 2; 0 prepares each when it is asked for, in this process.
+        processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
 
     Raises:
         DataError: a sample cannot be read.
-        TrainingError: loader processes die.
+        LoaderLostError: a loader process was killed.
     """
-    if not processes:
-        made: Iterator[Fed] = (_here(samples, request) for request in requests)
-        return _fed(made, device)
-    ahead = _Ahead(samples, requests, processes)
-    return _pinned(ahead, device) if device.type == "cuda" else _fed(ahead, device)
+    microbatches = _Microbatches(samples)
+    here = (microbatches[request] for request in requests)
+    made = _ahead(microbatches, samples, requests, processes) if processes else here
+    for fed in made:
+        if isinstance(fed, DataError):
+            raise fed
+        indices, batch = fed
+        yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
 
 
-def _here(samples: Samples, request: Request) -> Fed:
-    return request.indices, samples.microbatch(request.indices, request.epoch, request.progress)
+def depth(processes: int, microbatch_bytes: int, room_bytes: int) -> tuple[int, int]:
+    """(processes, microbatches that each has in the works or ready): what fits into `room_bytes`, at least one."""
+    fitting = max(1, room_bytes // microbatch_bytes) if microbatch_bytes else AHEAD * processes
+    used = min(processes, fitting)
+    return used, min(AHEAD, fitting // used)
 
 
-def _fed(made: Iterator[Fed], device: torch.device) -> Generator[Fed, None, None]:
+def get_ready(samples: Samples) -> None:
+    """Start the fork server; it imports what the samples need while this process does something else."""
+    multiprocessing.set_forkserver_preload(["torch", "ray", *samples.modules])
+    multiprocessing.forkserver.ensure_running()
+
+
+def _ahead(
+    microbatches: _Microbatches, samples: Samples, requests: Iterable[Request], processes: int
+) -> Iterator[Fed | DataError]:
+    coming = iter(requests)
+    first = next(coming, None)
+    if first is None:
+        return
+    used, each = depth(processes, _bytes(samples, first), _room())
+    get_ready(samples)
+    loader: Iterable[Fed | DataError] = DataLoader(
+        microbatches,
+        sampler=itertools.chain([first], coming),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=used,
+        prefetch_factor=each,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_end_with_worker,
+    )
     try:
-        for indices, batch in made:
-            yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
-    finally:
-        if isinstance(made, _Ahead):
-            made.close()
+        yield from loader
+    except RuntimeError as error:
+        if not LOST.match(str(error)):
+            raise
+        raise LoaderLostError(
+            "a loader process was killed, as when memory runs out; fewer --loader-processes or less data in a "
+            "microbatch need less"
+        ) from None
 
 
-def _pinned(ahead: "_Ahead", device: torch.device) -> Generator[Fed, None, None]:
-    """Batches on a GPU; a thread copies the next one to pinned memory meanwhile."""
-    ahead.wait_for_loaders()  # making batches in that thread would seed torch's generator under training
+def _end_with_worker(_: int) -> None:
+    """In a loader process, whose own parent is the fork server: end when the worker has, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
-    def pin() -> Fed | None:
-        found = next(ahead, None)
-        return found and (found[0], {name: tensor.pin_memory() for name, tensor in found[1].items()})
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
 
-    with ThreadPoolExecutor(1, "pin") as thread:
-        coming = thread.submit(pin)
-        try:
-            while (found := coming.result()) is not None:
-                coming = thread.submit(pin)
-                yield found[0], {name: tensor.to(device, non_blocking=True) for name, tensor in found[1].items()}
-        finally:
-            _ = coming.cancel() or coming.exception()
-            ahead.close()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-class _Ahead:
-    """Batches that loader processes make; this process makes them until those have started."""
-
-    def __init__(self, samples: Samples, requests: Iterable[Request], processes: int) -> None:
-        self._samples, self._requests = samples, iter(requests)
-        self._feed = LOADERS.open(samples)
-        self._most = processes if processes > 0 else max(FIRST, torch.get_num_threads())
-        self._wanted = processes if processes > 0 else min(FIRST, self._most)
-        self._measures = processes < 0
-        self._given = self._taken = self._largest = 0
-        self._room = int(MEMORY_SHARE * _memory_bytes() * min(1.0, torch.get_num_threads() / (os.cpu_count() or 1)))
-        self._make_s = self._use_s = 0.0
-        self._since = 0.0  # when the last batch was handed over
-
-    def __iter__(self) -> Iterator[Fed]:
-        return self
-
-    def __next__(self) -> Fed:
-        if self._since:
-            self._use_s = _mean(self._use_s, time.perf_counter() - self._since)
-        self._give()
-        if self._given == self._taken:  # no loader has started, or nothing is left
-            fed = _here(self._samples, next(self._requests))
-        else:
-            made = LOADERS.take(self._feed, self._taken)
-            self._taken += 1
-            self._learn(made)
-            self._give()
-            fed = made.indices, made.batch
-        self._since = time.perf_counter()
-        return fed
-
-    def _learn(self, made: Made) -> None:
-        self._largest = max(self._largest, made.bytes)
-        self._make_s = _mean(self._make_s, made.seconds)
-        if self._measures and self._use_s:
-            self._wanted = max(self._wanted, foresight.loaders(self._make_s, self._use_s, self._most))
-
-    def _give(self) -> None:
-        """Hand out what may be made now."""
-        if not LOADERS.ready():
-            return
-        LOADERS.grow(self._wanted)
-        limit = foresight.ahead(self._wanted, self._largest, self._room)
-        while self._given - self._taken < limit and (request := next(self._requests, None)) is not None:
-            LOADERS.give(self._feed, self._given, self._samples, request)
-            self._given += 1
-
-    def wait_for_loaders(self) -> None:
-        """Until no batch is made in this process any more."""
-        while not LOADERS.ready(wait_s=1.0):
-            pass
-
-    def close(self) -> None:
-        LOADERS.forget(self._feed)
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the device; a GPU copies what is pinned while the host goes on."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
-def _mean(so_far: float, newest: float) -> float:
-    return so_far + WEIGHT * (newest - so_far) if so_far else newest
+def _bytes(samples: Samples, request: Request) -> int:
+    """Of a microbatch, by one sample of it; 0 where that cannot be read, which training will tell."""
+    try:
+        one = samples.microbatch(request.indices[:1], request.epoch, request.progress)
+    except DataError:
+        return 0
+    return sum(tensor.nbytes for tensor in one.values()) * len(request.indices)
+
+
+def _room() -> int:
+    """Bytes for what lies ready: a share of this worker's part of the memory."""
+    part = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+    return int(MEMORY_SHARE * _memory_bytes() * part)
 
 
 def _memory_bytes() -> int:

@@ -43,21 +43,19 @@ FLOORS: dict[int, str] = {
     1: "orchestrator.layout orchestrator.replicas"
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
-    " orchestrator.foresight",
+    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"
     " orchestrator.logbooks workloads.workload workloads.preparation workloads.exporting workloads.predicting"
-    " orchestrator.parcels"
     " orchestrator.redact orchestrator.toolchain orchestrator.feed orchestrator.step orchestrator.evaluate"
     " orchestrator.loop orchestrator.build orchestrator.split_build orchestrator.split_step orchestrator.pipeline"
     " orchestrator.pipeline_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
-    " orchestrator.compiled orchestrator.trial orchestrator.loaders orchestrator.loader_process",
+    " orchestrator.compiled orchestrator.trial",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"

@@ -1,7 +1,6 @@
 """Augmentation and microbatches: every sample a pure function of (seed, epoch, its index)."""
 
 import functools
-import os
 import warnings
 
 import numpy as np
@@ -13,7 +12,6 @@ from preparing import do, job
 
 from orchestrator.errors import DataError
 from orchestrator.feed import batches
-from orchestrator.loaders import LOADERS
 from orchestrator.plan import Request
 from workloads.resnet import data
 from workloads.resnet.augment import Augmentation, normalize
@@ -147,15 +145,9 @@ def test_loader_processes_give_the_same_bits(source, image_folder, tmp_path, mon
     augment = "crop-flip" if source == "digits" else "resized-crop-flip"
     samples = ResnetWorkload(ResnetConfig(data=spec, augment=augment, image_size=32)).samples("train")
     requests = [Request(epoch, np.array([epoch % 3, 4, 1])) for epoch in range(6)]
-    feed = LOADERS.open(samples)
-    assert LOADERS.ready(wait_s=60.0)
-    assert len(os.listdir(f"/proc/{LOADERS._nursery.pid}/task")) == 1, "what is forked has no threads"
     for processes in (1, 3):
         read = batches(samples, requests, processes, torch.device("cpu"))
         for request, (_, batch) in zip(requests, read, strict=True):
             here = samples.microbatch(request.indices, request.epoch)
             assert torch.equal(batch["images"], here["images"])
             assert torch.equal(batch["labels"], here["labels"])
-    assert len(LOADERS.pids) == 3
-    LOADERS.forget(feed)
-    LOADERS.close()
