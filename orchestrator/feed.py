@@ -21,7 +21,8 @@ from workloads.workload import Batch, Samples
 Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
 FIRST = 2  # processes before anything was measured
 WEIGHT = 0.1  # of the newest measurement, in a mean that forgets
-MEMORY_SHARE = 0.25  # of this worker's part of the machine's memory, for what lies ready
+MEMORY_SHARE = 0.125  # of this worker's part of the machine's memory, for what lies ready; as much for an evaluation
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 
 
 def batches(
@@ -140,6 +141,5 @@ def _mean(so_far: float, newest: float) -> float:
 def _memory_bytes() -> int:
     """Of this machine, or what its container may use of it."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(whole, int(text)) if text.isdigit() else whole
+    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
+    return min([whole, *(int(limit) for limit in limits if limit.isdigit())])
