@@ -25,7 +25,8 @@ from workloads.workload import Batch, Samples
 
 Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
 AHEAD = 4  # microbatches a process, as many as bridge a step that takes longer than others
-MEMORY_SHARE = 0.25  # of this worker's part of the machine's memory, for what lies ready
+MEMORY_SHARE = 0.125  # of this worker's part of the machine's memory, for what lies ready; as much for an evaluation
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 LOST = re.compile(r"DataLoader worker \(pid")  # torch's words where one has ended by itself
 
 
@@ -150,6 +151,5 @@ def _room() -> int:
 def _memory_bytes() -> int:
     """Of this machine, or what its container may use of it."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(whole, int(text)) if text.isdigit() else whole
+    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
+    return min([whole, *(int(limit) for limit in limits if limit.isdigit())])

@@ -42,7 +42,7 @@ def prepare(workload: str, images: int, folder: Path) -> str:
 
 def train(settings: Namespace, workload: str) -> tuple[list[tuple[float, list[float]]], int]:
     """Memory in MB, by seconds since the first step, of each worker with its loaders and of the command; and steps."""
-    with commands.visit() as folder:
+    with commands.visit(alone=False) as folder:
         data = prepare(workload, settings.images, folder)
         arguments = [
             *JOBS[workload], "--data", data, "--workers", "2", "--steps", NEVER, "--checkpoint-every", "60s",
