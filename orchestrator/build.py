@@ -5,6 +5,7 @@ import os
 import torch
 
 from orchestrator.devices import move
+from orchestrator.feed import get_ready
 from orchestrator.optimizer import build_optimizer
 from orchestrator.plan import Plan
 from orchestrator.precision import Precision
@@ -24,10 +25,12 @@ def prepare_torch(threads: int, same_bits: bool) -> None:
 
 
 def settle_loader(plan: Plan, workload: Workload) -> Plan:
-    """The plan with the number of loader processes that suits the data, where it was left open."""
-    if plan.config.loader_processes >= 0:
-        return plan
-    return plan.with_config(loader_processes=max(2, plan.config.threads) if workload.decodes else 0)
+    """The plan with the number of loader processes that suits the data, where it was left open; starts their server."""
+    if plan.config.loader_processes < 0:
+        plan = plan.with_config(loader_processes=max(2, plan.config.threads) if workload.decodes else 0)
+    if plan.config.loader_processes:
+        get_ready(workload.samples("train"))
+    return plan
 
 
 def build_state(plan: Plan, workload: Workload, device: torch.device) -> TrainingState:

@@ -1,5 +1,6 @@
 """What `orchestrator.doctor` looks at on this machine and on every node of a cluster, and what to do about it."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from orchestrator.errors import UserError
+from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.storage import Folder, cache_folder
 
 GB = 1e9
@@ -112,8 +113,8 @@ def storage(folder: Folder) -> Finding:
         same = hashlib.sha256(folder.read(name)).digest() == hashlib.sha256(data).digest()
         read = time.perf_counter()
         folder.delete(name)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
+    except (OSError, OrchestratorError) as error:
+        reason = " ".join(str(error).split())[:300]
         return Finding("problem", f"storage {folder.uri}: {reason}", "check its address, your rights and credentials")
     if not same:
         return Finding("problem", f"storage {folder.uri} gave back other bytes than were written", "do not train on it")
@@ -202,7 +203,9 @@ def on_nodes(where: str) -> Iterator[Finding]:
     yield ok(f"cluster: {len(alive)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs")
     mine = {name: importlib.metadata.version(name) for name in ("ray", "torch", "transformers", "pyarrow")}
     folder, probe = Folder(where), f".doctor-{uuid.uuid4().hex[:8]}"
-    folder.write(probe, b"here")
+    refused = contextlib.suppress(OSError, OrchestratorError)  # `here` has found out why
+    with refused:
+        folder.write(probe, b"here")
     try:
         for node in alive:
             name, started = node["NodeManagerAddress"], time.time()
@@ -214,7 +217,8 @@ def on_nodes(where: str) -> Iterator[Finding]:
                 continue
             yield from judge_node(name, said, (started, time.time()), mine)
     finally:
-        folder.delete(probe)
+        with refused:
+            folder.delete(probe)
     for node in alive[1:NODES_TIMED]:
         sent = task(os.urandom, alive[0]["NodeID"]).remote(SENT_BYTES)
         ray.wait([sent], fetch_local=False)

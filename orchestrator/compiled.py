@@ -1,10 +1,11 @@
 """--compile: the model's forward and backward compiled by torch, before a worker takes its first seat.
 
 The same bits for any number of workers: every worker compiles one graph, from the run's first microbatch, with shapes
-that are fixed but for those that the workload declares as varying. What has another shape (the last microbatch of an
-epoch) is computed without the compiler: that depends on the samples alone, not on who has seen which before. A graph
-that would have to be compiled anew is refused. Compiled code differs with the CPU's vector unit and the C++ compiler,
-the `machine`: bits are promised for one kind of it.
+that are fixed but for those that the workload declares as varying; and one more for each turning point of the run, from
+which on inputs have other shapes. Another number of samples (the last microbatch of an epoch) is computed without the
+compiler: that depends on the samples alone, not on who has seen which before. A graph that would have to be compiled
+anew is refused. Compiled code differs with the CPU's vector unit and the C++ compiler, the `machine`: bits are promised
+for one kind of it.
 """
 
 import fcntl
@@ -34,30 +35,33 @@ LEAST = 2  # torch gives sizes of 0 and 1 graphs of their own, whatever was mark
 
 
 class CompiledModel(nn.Module):
-    """A model that is compiled at its first microbatch of `samples`, and called as it is for others.
+    """A model that is compiled for microbatches of `samples`, and called as it is for others.
 
     Args:
         varying: places of the inputs whose first dimension is not the number of samples.
+
+    Attributes:
+        calls: of what is compiled, until it is `sealed`: from then on nothing is compiled any more.
     """
 
     def __init__(self, model: nn.Module, samples: int, varying: tuple[int, ...]) -> None:
         super().__init__()
         self._model, self._samples, self._varying = model, samples, varying
         self._compiled = torch.compile(model, fullgraph=True, dynamic=False)
-        self.ready = False
+        self.calls, self.sealed = 0, False
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Raises RuntimeError where a whole microbatch needs another graph than the first one."""
+        """Raises RuntimeError where a whole microbatch needs a graph that there is none of when this was sealed."""
         if len(inputs[0]) != self._samples or any(len(inputs[place]) < LEAST for place in self._varying):
             output: Tensor = self._model(*inputs)
-        elif self.ready:
+        elif self.sealed:
             with torch.compiler.set_stance("fail_on_recompile"):
                 output = self._compiled(*inputs)
         else:
             for place in self._varying:
                 torch._dynamo.mark_dynamic(inputs[place], 0)
             output = self._compiled(*inputs)
-            self.ready = True
+            self.calls += 1
         return output
 
 
@@ -80,7 +84,7 @@ def compile_for(
     started = time.monotonic()
     try:
         with _cache(plan.config.threads, device) as machine:
-            state.trained = _first_microbatch(plan, workload, state, device)
+            state.trained = _first_microbatches(plan, workload, state, device)
     except OrchestratorError:
         raise
     except Exception as error:
@@ -128,19 +132,22 @@ def _machine(device: torch.device) -> str:
     return f"{pick_vec_isa()}, {toolchain.version()}"
 
 
-def _first_microbatch(plan: Plan, workload: Workload, state: TrainingState, device: torch.device) -> nn.Module:
-    """Forward and backward of the run's first microbatch, as in a step; leaves the state as it was."""
-    schedule, buffers = plan.schedule, [(buffer, buffer.clone()) for buffer in state.model.buffers()]
-    request = schedule.indices(plan.config.seed, 0, 0)
-    indices, batch = next(batches(workload.samples("train"), [request], 0, device))
-    model = CompiledModel(state.model, len(indices), workload.varying_inputs)
+def _first_microbatches(plan: Plan, workload: Workload, state: TrainingState, device: torch.device) -> nn.Module:
+    """Forward and backward of the run's first microbatch, as in a step, once for every shape that it could have.
+
+    Leaves the state as it was.
+    """
+    buffers, request = [(buffer, buffer.clone()) for buffer in state.model.buffers()], plan.request(0, 0)
+    requests = [request._replace(progress=share) for share in (0.0, *workload.turning_points)]
+    model = CompiledModel(state.model, len(request.indices), workload.varying_inputs)
     # Its momentum is a constant of the graph.
     statistics = RunningStatistics(state.model) if plan.config.sync == "allreduce" else None
     state.model.train()
     try:
-        with state.precision.autocast():
-            sums = workload.sums(model, batch)
-        state.precision.scaler.scale(sums.loss / workload.nominal_count(len(indices))).backward()
+        for indices, batch in batches(workload.samples("train"), requests, 0, device):
+            with state.precision.autocast():
+                sums = workload.sums(model, batch)
+            state.precision.scaler.scale(sums.loss / workload.nominal_count(len(indices))).backward()
     finally:
         if statistics:
             statistics.close()
@@ -148,7 +155,8 @@ def _first_microbatch(plan: Plan, workload: Workload, state: TrainingState, devi
             buffer.copy_(kept)
         for parameter in state.parameters:
             parameter.grad = None
-    if not model.ready:
+    model.sealed = True
+    if model.calls < len(requests):
         raise TrainingError(
             "--compile true: this run's microbatches are too small; leave it out, or use fewer --shards"
         )

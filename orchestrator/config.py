@@ -119,7 +119,8 @@ class RunConfig:
     result then also depends on the kind of CPU or GPU, and on that compiler."""
 
     loader_processes: int = setting(-1, result=False, low=-1, high=256)
-    """Processes per worker that decode and augment ahead. 0: none, in the training process. -1: by kind of data."""
+    """Processes per worker that decode and augment ahead. 0: none, in the training process. -1: none for data that is
+    decoded already; else as many as a worker has threads, at least 2."""
 
     shuffle_window: int = setting(16, low=1)
     """Files of prepared data (parquet:URI) whose samples are mixed at a time; data in memory is mixed as a whole."""

@@ -88,15 +88,16 @@ class Coordinator:
         if self._members.stopping:
             self._members.pause()
 
-    async def report(self, records: list[dict[str, Any]], events: list[Event]) -> None:
-        """Committed steps and events of rank 0, in order."""
+    async def report(self, records: list[dict[str, Any]], events: list[Event], keep: bool = False) -> None:
+        """Committed steps and events of rank 0, in order; `keep` waits until all that was told is in storage."""
         if self._journal.check_owner():
             self._end("failed", "another command has taken this run over", 1)
             return
         self._journal.steps(records)
         self._start_faults()
-        if events:
-            self._journal.log(*events)
+        self._journal.log(*events)
+        if keep:
+            await asyncio.to_thread(self._journal.flush)
 
     async def is_over(self) -> bool:
         """Whether the run has ended."""

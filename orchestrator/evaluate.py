@@ -5,6 +5,7 @@ import torch
 from orchestrator.devices import host_of
 from orchestrator.feed import batches
 from orchestrator.group import Group
+from orchestrator.plan import Request
 from orchestrator.precision import Precision
 from workloads.workload import Workload
 
@@ -33,7 +34,7 @@ def evaluate(
     mine = range(len(chunks) * group.rank // group.world, len(chunks) * (group.rank + 1) // group.world)
     was_training = model.training
     model.eval()
-    requests = ((0, chunks[c].numpy()) for c in mine)
+    requests = (Request(0, chunks[c].numpy()) for c in mine)
     rows: torch.Tensor | None = None
     names: list[str] = []
     try:
@@ -47,7 +48,7 @@ def evaluate(
             values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
             rows[c] = torch.stack([torch.as_tensor(v, device=host_of(group.device)).double() for v in values])
         if in_step and len(mine) * group.world < len(chunks):
-            (_, batch), *_ = batches(samples, iter([(0, chunks[0].numpy())]), 0, group.device)
+            (_, batch), *_ = batches(samples, [Request(0, chunks[0].numpy())], 0, group.device)
             with precision.autocast():
                 workload.sums(model, batch)
     finally:

@@ -75,7 +75,7 @@ class Exporter:
     ) -> None:
         self._name, self._config, self._workload, self._exporting = name, config, workload, exporting
         self._choices, self._trained, self._files, self._scratch = choices, trained, files, scratch
-        self._processes = max(2, config.threads) if workload.decodes else 0
+        self._processes = -1 if workload.decodes else 0
         self._external = False
         self._metrics: dict[nn.Module, dict[str, float]] = {}
         torch.set_num_threads(choices.threads)

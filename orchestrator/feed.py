@@ -1,6 +1,18 @@
-"""Microbatches in the order they are asked for, prepared ahead by processes where that pays."""
+"""Microbatches in the order they are asked for, prepared ahead by processes where that pays: torch's DataLoader.
 
-from collections.abc import Iterable, Iterator
+Loader processes are forks of multiprocessing's fork server, not of the worker. A fork of the worker would hold its
+connections, so that others would not see them closed when it is killed, and the locks that its threads had taken.
+"""
+
+import itertools
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import re
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,12 +20,18 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from orchestrator.errors import DataError
+from orchestrator.plan import Request
 from workloads.workload import Batch, Samples
 
-Request = tuple[int, NDArray[np.int64]]  # (epoch, sample indices)
-
-
 Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
+AHEAD = 4  # microbatches a process, as many as bridge a step that takes longer than others
+MEMORY_SHARE = 0.125  # of this worker's part of the machine's memory, for what lies ready; as much for an evaluation
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
+LOST = re.compile(r"DataLoader worker \(pid")  # torch's words where one has ended by itself
+
+
+class LoaderLostError(RuntimeError):
+    """A loader process is gone, and the microbatches that it was making."""
 
 
 class _Microbatches(Dataset[Fed | DataError]):
@@ -26,39 +44,86 @@ class _Microbatches(Dataset[Fed | DataError]):
         self._samples = samples
 
     def __getitem__(self, request: Request) -> Fed | DataError:
-        epoch, indices = request
         try:
-            return indices, self._samples.microbatch(indices, epoch)
+            return request.indices, self._samples.microbatch(request.indices, request.epoch, request.progress)
         except DataError as error:
             return error
 
 
-def batches(samples: Samples, requests: Iterable[Request], processes: int, device: torch.device) -> Iterator[Fed]:
-    """The (indices, batch) of `requests`, in their order, batches on `device`.
+def batches(
+    samples: Samples, requests: Iterable[Request], processes: int, device: torch.device
+) -> Generator[Fed, None, None]:
+    """The (indices, batch) of `requests`, in their order, batches on `device`; close it when no more is wanted.
 
     Args:
         processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
 
     Raises:
         DataError: a sample cannot be read.
+        LoaderLostError: a loader process was killed.
     """
     microbatches = _Microbatches(samples)
-    if processes:
-        loader: Iterable[Fed | DataError] = DataLoader(
-            microbatches,
-            sampler=requests,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=processes,
-            prefetch_factor=4,
-            pin_memory=device.type == "cuda",
-        )
-    else:
-        loader = (microbatches[request] for request in requests)
-    for fed in loader:
+    here = (microbatches[request] for request in requests)
+    made = _ahead(microbatches, samples, requests, processes) if processes else here
+    for fed in made:
         if isinstance(fed, DataError):
             raise fed
         indices, batch = fed
         yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
+
+
+def depth(processes: int, microbatch_bytes: int, room_bytes: int) -> tuple[int, int]:
+    """(processes, microbatches that each has in the works or ready): what fits into `room_bytes`, at least one."""
+    fitting = max(1, room_bytes // microbatch_bytes) if microbatch_bytes else AHEAD * processes
+    used = min(processes, fitting)
+    return used, min(AHEAD, fitting // used)
+
+
+def get_ready(samples: Samples) -> None:
+    """Start the fork server; it imports what the samples need while this process does something else."""
+    multiprocessing.set_forkserver_preload(["torch", "ray", *samples.modules])
+    multiprocessing.forkserver.ensure_running()
+
+
+def _ahead(
+    microbatches: _Microbatches, samples: Samples, requests: Iterable[Request], processes: int
+) -> Iterator[Fed | DataError]:
+    coming = iter(requests)
+    first = next(coming, None)
+    if first is None:
+        return
+    used, each = depth(processes, _bytes(samples, first), _room())
+    get_ready(samples)
+    loader: Iterable[Fed | DataError] = DataLoader(
+        microbatches,
+        sampler=itertools.chain([first], coming),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=used,
+        prefetch_factor=each,
+        multiprocessing_context="forkserver",
+        worker_init_fn=_end_with_worker,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not LOST.match(str(error)):
+            raise
+        raise LoaderLostError(
+            "a loader process was killed, as when memory runs out; fewer --loader-processes or less data in a "
+            "microbatch need less"
+        ) from None
+
+
+def _end_with_worker(_: int) -> None:
+    """In a loader process, whose own parent is the fork server: end when the worker has, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -66,3 +131,25 @@ def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     if device.type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def _bytes(samples: Samples, request: Request) -> int:
+    """Of a microbatch, by one sample of it; 0 where that cannot be read, which training will tell."""
+    try:
+        one = samples.microbatch(request.indices[:1], request.epoch, request.progress)
+    except DataError:
+        return 0
+    return sum(tensor.nbytes for tensor in one.values()) * len(request.indices)
+
+
+def _room() -> int:
+    """Bytes for what lies ready: a share of this worker's part of the memory."""
+    part = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+    return int(MEMORY_SHARE * _memory_bytes() * part)
+
+
+def _memory_bytes() -> int:
+    """Of this machine, or what its container may use of it."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.exists()]
+    return min([whole, *(int(limit) for limit in limits if limit.isdigit())])

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 from orchestrator.errors import DataError
 
+LEFT_BEHIND_S = 3600.0  # age at which an unfinished file belongs to no living process
 log = logging.getLogger("orchestrator.filecache")
 
 
@@ -44,6 +46,10 @@ class FileCache:
     def __init__(self, folder: Path, limit_bytes: int, keep_open: int) -> None:
         self._folder, self._limit_bytes, self._keep_open = folder, limit_bytes, keep_open
         self._tables: OrderedDict[str, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens its own maps."""
+        return {**self.__dict__, "_tables": OrderedDict()}
 
     def table(self, file: TableFile, fetch: Callable[[str], bytes]) -> Any:
         """The pyarrow.Table of a file.
@@ -115,6 +121,10 @@ class FileCache:
 
     def _make_room(self, newest: Path) -> None:
         """Throw away what is too much; maps of it that are open stay good."""
+        for path in self._folder.glob(".*.arrow.*"):  # of processes that were killed while they wrote
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
+                    path.unlink()
         found = []
         for path in self._folder.glob("*.arrow"):
             with contextlib.suppress(FileNotFoundError):
@@ -132,7 +142,7 @@ class FileCache:
 def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
     """A file's bytes, fetched again once if they are not those of the manifest."""
     problem = ""
-    for _ in range(2):
+    for again in ("; fetching it again", ""):
         try:
             data = fetch(file.name)
         except OSError as error:
@@ -141,5 +151,5 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
         if found == file.sha256:
             return data
         problem = f"{len(data)} bytes with SHA-256 {found[:16]}... instead of {file.bytes} with {file.sha256[:16]}..."
-        log.warning("%s: %s; fetching it again", file.name, problem)
+        log.warning("%s: %s%s", file.name, problem, again)
     raise DataError(f"{file.name} is damaged: {problem}; prepare the data again, which mends this file alone")

@@ -92,7 +92,7 @@ class History:
 def read_history(uri: str) -> History:
     """Read a run folder, a local one or a URI; raises UserError where there is no run."""
     try:
-        folder = RunFolder(Folder(uri))
+        folder = RunFolder(Folder(uri, "RUN"))
     except UserError as error:
         raise UserError(str(error).replace("--storage ", "")) from None
     config = folder.config()

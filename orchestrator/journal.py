@@ -53,6 +53,7 @@ class Journal:
         self._plan, self._token, self._started_s = plan, token, started_s
         self._listener = listener or Listener()
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
+        self.flush = self._folder.flush
         self.superseded, self._check_at_s = False, 0.0
         self.recorded = 0  # newest step in metrics.jsonl
         self.best = 0  # the most it ever was
@@ -105,7 +106,7 @@ class Journal:
 
     def log(self, *events: Event) -> None:
         """Append events, unless another command owns the run by now."""
-        if not self.superseded:
+        if events and not self.superseded:
             self._folder.events(events)
             for event in events:
                 self._listener.event(record(event, time.time()))

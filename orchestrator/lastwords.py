@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestratorError, StorageError
+from orchestrator.errors import OrchestratorError
 from orchestrator.failure import NONE, UNKNOWN, Failure, Place, kind_of, resume_command, short
 from orchestrator.journal import Journal
 from orchestrator.nodewatch import NodeWatch
@@ -109,7 +109,7 @@ def kept(found: Failure, run: Journal | RunFolder, resume: str) -> Failure:
         step = step or (run.recorded if isinstance(run, Journal) else run.last_step())
         if newest := run.newest("checkpoint_saved", "checkpoint_loaded"):
             checkpoint = newest["step"]
-    except (StorageError, OSError):  # storage may be what failed, and that is to be told all the same
+    except (OrchestratorError, OSError):  # storage may be what failed, and that is to be told all the same
         log.exception("the run folder cannot be read")
         checkpoint = UNKNOWN
     return dataclasses.replace(
@@ -125,7 +125,7 @@ def command_failed(error: Exception, folder: RunFolder, plan: Plan) -> Failure:
     """How a command failed that has no coordinator to ask; its traceback goes to errors.log, or else to ray.log."""
     try:
         folder.error("".join(traceback.format_exception(error)))
-    except (StorageError, OSError):
+    except (OrchestratorError, OSError):
         log.exception("logs/errors.log cannot be written")
         log.error("what was to be written there:", exc_info=error)
     text = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"

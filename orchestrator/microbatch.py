@@ -89,8 +89,8 @@ class Microbatches:
 
     def read(self, unit: Unit) -> tuple[NDArray[np.int64], dict[str, torch.Tensor]]:
         """(sample indices, batch on the CPU); raises DataError."""
-        epoch, indices = self._plan.schedule.indices(self._plan.config.seed, unit.step, unit.shard)
-        return indices, self._samples.microbatch(indices, epoch)
+        epoch, indices, progress = self._plan.request(unit.step, unit.shard)
+        return indices, self._samples.microbatch(indices, epoch, progress)
 
     def compute(self, unit: Unit, data_s: float, fed: tuple[NDArray[np.int64], dict[str, torch.Tensor]]) -> Computed:
         """Forward and backward with the parameters that are there; raises NonFiniteLossError.

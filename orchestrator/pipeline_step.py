@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.feed import Fed, Request
+from orchestrator.feed import Fed
 from orchestrator.pipeline import Stage, StageModule, StageState, schedule
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, Request
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.split_step import SideBySideGradients, TogetherGradients
 from orchestrator.splits import SplitState
@@ -54,7 +54,7 @@ class PipelineGradients(TogetherGradients):
 
     def _run(self, step: int, shards: list[int], size: int) -> None:
         """Shards of as many samples each, through all stages."""
-        self._on_way = [(shard, self._fed() if self._needs else None) for shard in shards]
+        self._on_way = [(shard, self._fed(step, shard) if self._needs else None) for shard in shards]
         self._module.batches = [fed[1] if fed else None for _, fed in self._on_way]
         self._module.seeds = [derive_seed("step", self._plan.config.seed, step, shard) for shard in shards]
         places = torch.arange(len(shards))

@@ -3,12 +3,30 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
 from orchestrator.digest import digest
 from orchestrator.settings import settings
 from orchestrator.shards import Schedule, sample_order
+
+
+class Request(NamedTuple):
+    """A microbatch, as samples are asked for it.
+
+    Attributes:
+        epoch: that it belongs to.
+        indices: int64 [microbatch], the samples.
+        progress: share of the run's steps that are done before it, 0 to 1; 1 outside of training.
+    """
+
+    epoch: int
+    indices: NDArray[np.int64]
+    progress: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,10 @@ class Plan:
     @property
     def total_steps(self) -> int:
         return self.config.steps or (self.config.epochs or 0) * self.schedule.steps_per_epoch
+
+    def request(self, step: int, shard: int) -> Request:
+        """The microbatch of one shard of one step, without indices where the shard is empty."""
+        return Request(*self.schedule.indices(self.config.seed, step, shard), step / self.total_steps)
 
     def epoch_of(self, step: int) -> int:
         return step // self.schedule.steps_per_epoch

@@ -41,7 +41,7 @@ def write_part(out: str, number: int, spec: str, compression: str, preparation: 
     import pyarrow as pa
     from pyarrow import parquet
 
-    folder, made, files = Folder(out, "--out", PATIENCE_S), preparation.make(part), {}
+    folder, made, files, schema = Folder(out, "--out", PATIENCE_S), preparation.make(part), {}, {}
     for split, table in made.tables.items():
         sink = pa.BufferOutputStream()
         parquet.write_table(table, sink, compression=compression)
@@ -49,7 +49,9 @@ def write_part(out: str, number: int, spec: str, compression: str, preparation: 
         file = TableFile(f"{split}-{number:05d}.parquet", table.num_rows, len(data), hashlib.sha256(data).hexdigest())
         folder.write(file.name, data)
         files[split] = asdict(file)
-    record = {"number": number, "spec": spec, "files": files, "broken": list(made.broken), "notes": dict(made.notes)}
+        schema = {column.name: str(column.type) for column in table.schema}
+    record = {"number": number, "spec": spec, "files": files, "schema": schema}
+    record |= {"broken": list(made.broken), "notes": dict(made.notes)}
     folder.write(_record_name(number), json.dumps(record).encode())
     return record
 
@@ -75,7 +77,7 @@ class Job:
         for number, spec in enumerate(self.specs):
             if Path(_record_name(number)).name in there:
                 record = json.loads(self.folder.read(_record_name(number)))
-                if record["spec"] == spec and all(map(self._whole, record["files"].values())):
+                if record["spec"] == spec and "schema" in record and all(map(self._whole, record["files"].values())):
                     self.records[number] = record
 
     def _whole(self, file: Mapping[str, Any]) -> bool:
@@ -112,9 +114,10 @@ class Job:
                 raise UserError(f"--source {self.given.source}: gives no {split} samples; give more")
         about, broken = self.preparation.about([record["notes"] for record in done]), self.broken()
         sums = [file.sha256 for split in SPLITS for file in files[split]]
+        schema = next(record["schema"] for record in done if record["schema"])
         return Manifest(
             self.workload, self.given.source, self.given.licence, files, about, tuple(broken[:NAMED]), len(broken),
-            digest([sums, about]),
+            digest([sums, about]), schema, self.given.origin,
         )  # fmt: skip
 
     def finish(self) -> Manifest:
@@ -178,6 +181,7 @@ def parser(workload: str) -> argparse.ArgumentParser:
     made = Parser(prog=f"python -m orchestrator.prepare {workload}", allow_abbrev=False)
     made.add_argument("--source", required=True, help="as --data of the run: imagefolder:DIR, text:GLOB, docs, ...")
     made.add_argument("--out", required=True, help="folder or URI (s3://...) that gets the files")
+    made.add_argument("--origin", default="", help="where the source is from, such as its address, for the manifest")
     made.add_argument("--licence", default="", help="terms of the source, for the manifest")
     made.add_argument("--file-mb", type=float, default=64.0, help="size of a file, about [64 MB]")
     made.add_argument("--max-broken", type=float, default=0.001, help="share of samples that may be unreadable [0.001]")

@@ -32,9 +32,8 @@ class Recorder(Observer):
         self._plan, self._saboteur = plan, saboteur
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience))
         self._open = plan.config.precision == "auto"
-        halfway = lambda step: self.sabotage("checkpoint", step)  # noqa: E731
         folder = self._folder.folder.child("checkpoints")
-        self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, halfway)
+        self.store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, self._halfway)
         self.reporter = Reporter(coordinator)
         self._writer = BackgroundWriter(self.store, lambda saved: self.reporter.event(CheckpointSaved(**saved)))  # type: ignore[arg-type]
         self.pause = self.stopping = False  # asked for at the next step boundary: a pause, the stop of the run
@@ -108,6 +107,11 @@ class Recorder(Observer):
         """Do what a rehearsal has for this worker at a moment other than a step's begin."""
         if self._seat is not None:
             self._saboteur.at(moment, self._seat.rank, self._seat.workers, step)
+
+    def _halfway(self, step: int) -> None:
+        """A checkpoint is about to be whole; what was said of the steps before it is in storage then."""
+        self.sabotage("checkpoint", step)
+        self.reporter.keep()
 
     def stop_wanted(self) -> bool:
         """See Observer; a step is about to begin."""

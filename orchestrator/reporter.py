@@ -65,6 +65,16 @@ class Reporter:
         """Send what is left, and wait for it."""
         self._send()
 
+    def keep(self) -> None:
+        """Send what is left, and wait until storage has all that was sent, or is known to be away."""
+        import ray
+
+        self._send()
+        try:
+            ray.get(self._coordinator.report.remote([], [], True))
+        except ray.exceptions.RayError:
+            log.warning("the logs are not in storage yet", exc_info=True)
+
     def close(self) -> None:
         """Send what is left and end."""
         self._closing = True

@@ -20,9 +20,9 @@ from torch import Tensor
 from orchestrator import loop
 from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.evaluate import evaluate
-from orchestrator.feed import Request, batches
+from orchestrator.feed import batches
 from orchestrator.group import Group
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, Request
 from orchestrator.reduce import TreeReducer
 from orchestrator.schedule import learning_rate
 from orchestrator.shards import Placement, derive_seed
@@ -103,14 +103,14 @@ class Rounds:
         return range(step, min(step + self._plan.config.local_steps, self._plan.total_steps))
 
     def _requests(self) -> Iterator[Request]:
-        schedule, seed, step = self._plan.schedule, self._plan.config.seed, self._state.step
+        step = self._state.step
         while step < self._plan.total_steps:
             steps = self._steps_from(step)
             for shard in self._own:
                 for later in steps:
-                    epoch, indices = schedule.indices(seed, later, shard)
-                    if len(indices):
-                        yield epoch, indices
+                    request = self._plan.request(later, shard)
+                    if len(request.indices):
+                        yield request
             step = steps.stop
 
     def _read(self) -> Tensor:
@@ -221,6 +221,7 @@ class Rounds:
 
     def close(self) -> None:
         """Leave the state of the last committed round."""
+        self._feed.close()
         if self._open:
             self._write(self._base)
             self._count_batches()

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from orchestrator.feed import Request
 from orchestrator.layout import units_of
-from orchestrator.plan import Plan
-from orchestrator.shards import Placement, derive_seed
+from orchestrator.plan import Plan, Request
+from orchestrator.shards import Placement
 from orchestrator.split_build import tree_sum
 from orchestrator.splits import SplitState
 from orchestrator.step import ShardedGradients, StepTotals
@@ -31,9 +30,9 @@ class TogetherGradients(ShardedGradients):
         self._part.seating.inside.sum(asked)
         return super().compute(step, bool(asked > 0))
 
-    def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
+    def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
         with self._group.others_wait():
-            super()._one_shard(shard, samples, nominal, stop)
+            super()._one_shard(step, shard, samples, nominal, stop)
         self._take()
 
     def _take(self) -> None:
@@ -45,12 +44,11 @@ class SideBySideGradients(TogetherGradients):
     """fsdp, hsdp: as many shards at a time as a replica group has workers; what is placed are such units."""
 
     def _requests(self, step: int) -> Iterator[Request]:
-        schedule, seed = self._plan.schedule, self._plan.config.seed
         for later in range(step, self._plan.total_steps):
             for unit in self._own:
                 shard, _ = self._mine(later, unit)
                 if shard >= 0:
-                    yield schedule.indices(seed, later, shard)
+                    yield self._plan.request(later, shard)
 
     def _mine(self, step: int, unit: int) -> tuple[int, bool]:
         """(the shard that this worker computes in a unit, -1 for none; whether it counts)."""
@@ -68,14 +66,13 @@ class SideBySideGradients(TogetherGradients):
             self._reducer.start_shard(unit)
             shard, counts = self._mine(step, unit)
             if shard >= 0:
-                torch.manual_seed(derive_seed("step", self._plan.config.seed, step, shard))
                 with self._group.others_wait():
-                    self._one_of_unit(shard, counts, nominal, stop)
+                    self._one_of_unit(step, shard, counts, nominal, stop)
                 self._take()
             self._reducer.end_shard()
 
-    def _one_of_unit(self, shard: int, counts: bool, nominal: float, stop: bool) -> None:
-        indices, batch = self._fed()
+    def _one_of_unit(self, step: int, shard: int, counts: bool, nominal: float, stop: bool) -> None:
+        indices, batch = self._fed(step, shard)
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.model, batch)
         extra = self._extra(shard, sums, indices, len(indices), stop)

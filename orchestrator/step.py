@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.devices import compute_now, seed
 from orchestrator.errors import NonFiniteLossError, TrainingError
-from orchestrator.feed import Fed, Request, batches
+from orchestrator.feed import Fed, batches
 from orchestrator.group import Group
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, Request
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.state import TrainingState
@@ -99,12 +99,11 @@ class ShardedGradients:
         self._samples, self._data_s = 0, 0.0
 
     def _requests(self, step: int) -> Iterator[Request]:
-        schedule, seed = self._plan.schedule, self._plan.config.seed
         for later in range(step, self._plan.total_steps):
             for shard in self._own:
-                epoch, indices = schedule.indices(seed, later, shard)
-                if len(indices):
-                    yield epoch, indices
+                request = self._plan.request(later, shard)
+                if len(request.indices):
+                    yield request
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any shard's loss is not finite."""
@@ -138,8 +137,7 @@ class ShardedGradients:
             self._reducer.start_shard(shard)
             _, start, end = self._plan.schedule.places(step, shard)
             if end > start:
-                seed(self._group.device, derive_seed("step", self._plan.config.seed, step, shard))
-                self._one_shard(shard, end - start, nominal, stop)
+                self._one_shard(step, shard, end - start, nominal, stop)
             self._reducer.end_shard()
             compute_now(self._group.device)
 
@@ -147,17 +145,19 @@ class ShardedGradients:
         """What all shards report, fp32 [shards * ROW]."""
         return self._reducer.extra[: self._rows]
 
-    def _one_shard(self, shard: int, samples: int, nominal: float, stop: bool) -> None:
-        indices, batch = self._fed()
+    def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
+        indices, batch = self._fed(step, shard)
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.trained, batch)
         self._reducer.add_extra(self._extra(shard, sums, indices, samples, stop))
         self._state.precision.scaler.scale(sums.loss / nominal).backward()
 
-    def _fed(self) -> Fed:
+    def _fed(self, step: int, shard: int) -> Fed:
+        """The next samples; torch is seeded for them afterwards, for reading them here may have seeded it."""
         waiting_since = time.perf_counter()
         fed = next(self._feed)
         self._data_s += time.perf_counter() - waiting_since
+        seed(self._group.device, derive_seed("step", self._plan.config.seed, step, shard))
         return fed
 
     def _extra(self, shard: int, sums: Sums | None, indices: NDArray[np.int64], samples: int, stop: bool) -> Tensor:
@@ -187,6 +187,7 @@ class ShardedGradients:
             self._statistics.fold(self._reducer.extra[self._rows :], self._samples, step + 1)
 
     def close(self) -> None:
+        self._feed.close()
         self._reducer.close()
         self._statistics.close()
 
@@ -235,7 +236,8 @@ class DdpGradients:
 
     def _requests(self, step: int) -> Iterator[Request]:
         for later in range(step, self._plan.total_steps):
-            yield self._part(later)[:2]
+            epoch, indices, _ = self._part(later)
+            yield Request(epoch, indices, later / self._plan.total_steps)
 
     def compute(self, step: int, stop: bool) -> StepTotals:
         """See GradientSource; raises NonFiniteLossError on every worker if any worker's loss is not finite."""
@@ -245,10 +247,10 @@ class DdpGradients:
         _, indices, weight = self._part(step)
         self._state.optimizer.zero_grad(set_to_none=True)
         self._state.model.train()
-        torch.manual_seed(derive_seed("step", self._plan.config.seed, step, self._group.rank))
         waiting_since = time.perf_counter()
         fed, batch = next(self._feed)
         fed_s = time.perf_counter()
+        seed(self._group.device, derive_seed("step", self._plan.config.seed, step, self._group.rank))
         with self._state.precision.autocast():
             loss, count = self._module(batch)
         rows = torch.zeros(world, len(ROW), dtype=torch.float64, device=self._group.device)
@@ -279,4 +281,5 @@ class DdpGradients:
                 buffer.copy_(part.view_as(buffer))
 
     def close(self) -> None:
+        self._feed.close()
         del self._module

@@ -7,7 +7,7 @@ FOLDER/train-00000.parquet ...   samples of the training split; heldout-00000.pa
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, UserError
+from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.filecache import FileCache, TableFile
 from orchestrator.storage import Folder, cache_folder
 
@@ -31,12 +31,14 @@ class Manifest:
 
     Attributes:
         workload: that it was prepared for.
-        source, licence: where it came from, and under which terms it may be used, as they were given.
+        source, origin, licence: what it was made from, where that is from, and under which terms it may be used, as
+            they were given.
         files: of each split, in order.
         about: what the workload wants to know of it.
         broken: names of samples that could not be read, and are not in it; at most the first hundred.
         broken_count: of all of them.
         fingerprint: changes when any sample does.
+        schema: column -> type, as Arrow names it.
     """
 
     workload: str
@@ -47,6 +49,8 @@ class Manifest:
     broken: tuple[str, ...]
     broken_count: int
     fingerprint: str
+    schema: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
 
     def samples(self, split: str) -> int:
         return sum(file.samples for file in self.files[split])
@@ -56,7 +60,8 @@ class Manifest:
         return tuple(file.samples for file in self.files["train"])
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
+        counts = {split: self.samples(split) for split in self.files}
+        return json.dumps({"format": FORMAT, "samples": counts, **asdict(self)}, indent=1) + "\n"
 
 
 def read_manifest(uri: str, workload: str) -> Manifest:
@@ -72,6 +77,7 @@ def read_manifest(uri: str, workload: str) -> Manifest:
         content = json.loads(text)
         if content.pop("format") != FORMAT:
             raise UserError(f"--data parquet:{uri}: of another version of this program; {advice}")
+        content.pop("samples", None)  # for people; the files have them
         files = {split: tuple(TableFile(**file) for file in content["files"][split]) for split in SPLITS}
         found = Manifest(**{**content, "files": files, "broken": tuple(content["broken"])})
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -134,5 +140,5 @@ class Table:
         for number in wanted:
             try:
                 self._cache.ensure(self._files[number], self._folder.read)
-            except (DataError, OSError):
+            except (OrchestratorError, OSError):
                 return  # whoever needs it will meet the same, and says so

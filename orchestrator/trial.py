@@ -57,7 +57,7 @@ def measure(plan: Plan, workload: Workload, model: nn.Module, group: Group) -> d
     schedule, config = plan.schedule, plan.config
     size = schedule.microbatch_size if config.reduce == "fixed" else config.batch_size // group.world
     indices = schedule.order(config.seed, 0, schedule.size, 0, min(size, schedule.size))
-    batch = {n: t.to(group.device) for n, t in workload.samples("train").microbatch(indices, 0).items()}
+    batch = {n: t.to(group.device) for n, t in workload.samples("train").microbatch(indices, 0, 0.0).items()}
     model = copy.deepcopy(model).train()
     kinds = {kind: Precision(kind, group.device.type) for kind in candidates(plan, group.device)}
 

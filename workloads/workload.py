@@ -32,15 +32,21 @@ class Sums:
 
 
 class Samples(Protocol):
-    """One split of the data, random access by sample index."""
+    """One split of the data, random access by sample index. Can be pickled."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What a process imports first that is to make microbatches; none of it may start a thread."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+    def microbatch(self, indices: NDArray[np.int64], epoch: int, progress: float = 1.0) -> Batch:
         """The samples at `indices` (int64 [microbatch]) as CPU tensors, first dimension [microbatch].
 
-        A pure function of (configuration, epoch, indices), each sample of (seed, epoch, its index) alone: which
-        other samples are in the microbatch changes nothing of it. Must not depend on, nor need to keep, the
+        A pure function of (configuration, epoch, indices, progress), each sample of (seed, epoch, its index, progress)
+        alone: which other samples are in the microbatch changes nothing of it. `progress` is the share of the run's
+        steps that are done, 1 outside of training. Must not depend on, nor need to keep, the
         state of any global generator (it may reseed torch's). Raises DataError naming a sample that cannot
         be read.
         """
@@ -78,6 +84,11 @@ class Workload(Protocol):
     @property
     def varying_inputs(self) -> tuple[int, ...]:
         """Places of the model's inputs whose first dimension is not the number of samples, for --compile."""
+        ...
+
+    @property
+    def turning_points(self) -> tuple[float, ...]:
+        """Shares of the run from which on training inputs have other shapes than before, for --compile."""
         ...
 
     def nominal_count(self, samples: int) -> float:

@@ -50,11 +50,15 @@ class Finished:
 
 
 @contextmanager
-def visit() -> Iterator[Path]:
-    """A scratch folder for one command; when it ends, the command's processes are gone and so is the folder."""
-    if others := _clusters():
+def visit(alone: bool = True) -> Iterator[Path]:
+    """A scratch folder for one command; when it ends, the command's processes are gone and so is the folder.
+
+    Args:
+        alone: wait until nobody else's cluster is up, for what is timed.
+    """
+    if alone and (others := _clusters()):
         paired.say(f"waiting: a Ray cluster of somebody else's is up (gcs_server, process {others[0]})")
-    if not wait_until(lambda: not _clusters(), QUIET_TIMEOUT_S):
+    if not wait_until(lambda: not (alone and _clusters()), QUIET_TIMEOUT_S):
         raise RuntimeError(f"a Ray cluster is up on this machine (gcs_server, process {_clusters()}); stop it first")
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))  # short: Ray puts sockets below it
     try:
@@ -101,10 +105,10 @@ def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
     return Finished(started_s, wall_s, (folder / "stdout").read_text(), folder)
 
 
-def train(workload: str, arguments: Sequence[str], folder: Path) -> tuple[Finished, Path]:
+def train(workload: str, arguments: Sequence[str], folder: Path, **environment: str) -> tuple[Finished, Path]:
     """Our command line, to its end; also returns the run's folder."""
     command = ["-m", "orchestrator.run", workload, *arguments, "--storage", str(folder), "--name", "run"]
-    return run(command, folder), folder / "run"
+    return run(command, folder, **environment), folder / "run"
 
 
 def torchrun(processes: int, script: str, arguments: Sequence[str], folder: Path, **environment: str) -> Finished:

@@ -3,7 +3,8 @@
     python tests/bench/memory.py --minutes 15 --out memory.json
 
 resnet8 from prepared JPEG files, more of them than the cache on disk may hold, and BERT from prepared tokens; two
-workers. Every two seconds each worker's own memory is read (USS: pages that no other process shares). The first
+workers. Every two seconds the memory of each worker and of its loader processes is read, and that of the command with
+its coordinator (USS: pages that no other process shares). The first
 --warm-up share of the time is left out; a line is laid through the rest by least squares. Target: the line rises by
 less than 1 % of its mean an hour, or by less than its standard error.
 """
@@ -11,6 +12,7 @@ less than 1 % of its mean an hour, or by less than its standard error.
 import statistics
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ EVERY_S = 2.0
 NEVER = "1000000"
 TARGET_SHARE = 0.01
 JOBS = {
-    "resnet": ["--model", "resnet8", "--image-size", "32", "--data-cache", "0.01"],
+    "resnet": ["--model", "resnet8", "--image-size", "32", "--data-cache", "0.1"],
     "bert": ["--hidden-size", "64", "--sequence-length", "64", "--lr", "0.0003"],
 }
 
@@ -38,9 +40,9 @@ def prepare(workload: str, images: int, folder: Path) -> str:
     return f"parquet:{folder / 'prepared'}"
 
 
-def train(settings: Namespace, workload: str) -> list[tuple[float, list[float]]]:
-    """Seconds since the first step, and each worker's own memory in MB."""
-    with commands.visit() as folder:
+def train(settings: Namespace, workload: str) -> tuple[list[tuple[float, list[float]]], int]:
+    """Memory in MB, by seconds since the first step, of each worker with its loaders and of the command; and steps."""
+    with commands.visit(alone=False) as folder:
         data = prepare(workload, settings.images, folder)
         arguments = [
             *JOBS[workload], "--data", data, "--workers", "2", "--steps", NEVER, "--checkpoint-every", "60s",
@@ -49,7 +51,7 @@ def train(settings: Namespace, workload: str) -> list[tuple[float, list[float]]]
         ]  # fmt: skip
         process = commands.start(["-m", "orchestrator.run", workload, *arguments], folder)
         try:
-            return watch(settings, folder)
+            return watch(settings, folder, process.pid), len(commands.records(folder / "run" / "metrics.jsonl"))
         except (AssertionError, OSError) as error:
             raise SystemExit(f"{error!r}\n{commands.said(folder)}") from error
         finally:
@@ -57,16 +59,33 @@ def train(settings: Namespace, workload: str) -> list[tuple[float, list[float]]]
             process.wait()
 
 
-def watch(settings: Namespace, folder: Path) -> list[tuple[float, list[float]]]:
+def watch(settings: Namespace, folder: Path, command: int) -> list[tuple[float, list[float]]]:
     metrics = folder / "run" / "metrics.jsonl"
     assert commands.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 300), "no step in 300 s"
     events = commands.records(folder / "run" / "events.jsonl")
     pids = next(event["pids"] for event in events if event["event"] == "generation_started")
     found, started = [], time.monotonic()
     while (now_s := time.monotonic() - started) < settings.minutes * 60:
-        found.append((now_s, [own_mb(pid) for pid in pids]))
+        below = children()
+        found.append((now_s, [*(sum(map(own_mb, family(pid, below))) for pid in pids), own_mb(command)]))
         time.sleep(EVERY_S)  # the period of the samples, not a wait for anything
     return found
+
+
+def children() -> dict[int, list[int]]:
+    """Process -> those that it has started."""
+    found: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):  # it has ended
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                found.setdefault(parent, []).append(int(entry.name))
+    return found
+
+
+def family(pid: int, below: dict[int, list[int]]) -> list[int]:
+    """A process and all that it has started, by themselves or through others."""
+    return [pid, *(other for child in below.get(pid, []) for other in family(child, below))]
 
 
 def own_mb(pid: int) -> float:
@@ -95,21 +114,22 @@ def main() -> None:
     parser.add_argument("--workloads", type=paired.words(list(JOBS)), default=list(JOBS))
     parser.add_argument("--minutes", type=float, default=15.0, help="of training for each [15]")
     parser.add_argument("--warm-up", type=float, default=0.2, help="share of them left out [0.2]")
-    parser.add_argument("--images", type=int, default=2000, help="JPEG files of about 30 kB [2000]")
+    parser.add_argument("--images", type=int, default=5000, help="JPEG files of about 30 kB [5000]")
     settings = parser.parse_args()
     report = paired.header("memory", settings)
     report["runs"] = []
     for workload in settings.workloads:
         paired.say(f"{workload}: {settings.minutes:g} minutes")
-        samples = train(settings, workload)
+        samples, steps = train(settings, workload)
         kept = [(at_s, mb) for at_s, mb in samples if at_s >= settings.warm_up * settings.minutes * 60]
-        lines = [line([at_s for at_s, _ in kept], [mb[i] for _, mb in kept]) for i in range(2)]
+        *lines, command = [line([at_s for at_s, _ in kept], [mb[i] for _, mb in kept]) for i in range(3)]
         tenth = max(1, len(samples) // 10)
         course = [
             round(statistics.median(mb[0] for _, mb in samples[i : i + tenth]), 1)
             for i in range(0, len(samples), tenth)
         ]
-        report["runs"].append({"workload": workload, "workers": lines, "first_workers_mb_by_tenths": course})
+        found = {"workload": workload, "steps": steps, "workers": lines, "command": command}
+        report["runs"].append({**found, "first_workers_mb_by_tenths": course})
     paired.emit(report, settings.out)
 
 

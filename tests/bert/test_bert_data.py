@@ -173,9 +173,11 @@ def test_changed_text_and_settings_get_entries_of_their_own(config, text, cache)
     assert len(list(cache.glob("entries/*"))) == 3
 
 
-def test_processes_that_prepare_at_once_agree(config, cache):
+def test_of_processes_that_prepare_at_once_one_does_the_work(config, cache, tmp_path):
     code = (
         "from workloads.bert import data; from workloads.bert.config import BertConfig\n"
+        f"write, log = data._write, open({str(tmp_path / 'log')!r}, 'a')\n"
+        "data._write = lambda *given: (write(*given), print('made', file=log))\n"
         f"config = BertConfig(data={config.data!r}, vocab_size=300, sequence_length=16)\n"
         "print(data.check(config).fingerprint)"
     )
@@ -185,6 +187,7 @@ def test_processes_that_prepare_at_once_agree(config, cache):
     assert [process.returncode for process in running] == [0, 0, 0]
     assert found == {data.check(config).fingerprint}
     assert len(list(cache.glob("entries/*"))) == 1
+    assert (tmp_path / "log").read_text().split() == ["made"]
 
 
 def test_paths_are_made_absolute(config, monkeypatch, text):

@@ -44,7 +44,7 @@ def parallel(draw, workload: str, chosen: dict[str, object], fields: dict[str, o
     chosen["workers"] = draw(st.sampled_from(["2", f"2:{chosen['shards']}"]))
     if kind.startswith("pipeline"):
         chosen["pipeline_schedule"] = draw(st.sampled_from(schedule.metadata["choices"]))
-    for name in ("reduce", "precision", "compile", "model", "heads", "layers", "intermediate_size", "attention"):
+    for name in ("reduce", "precision", "compile", "model", "heads", "layers", "intermediate_size", "short_length"):
         fields.pop(name, None)
 
 

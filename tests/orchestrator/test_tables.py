@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +175,15 @@ def test_the_manifest_is_plain_json(tmp_path):
     content = json.loads((tmp_path / "d" / MANIFEST).read_text())
     assert content["files"]["train"][0]["sha256"]
     assert content["licence"] == "MIT"
+    assert content["samples"] == {"train": 2, "heldout": 1}
+
+
+def test_what_killed_processes_left_does_not_stay(tmp_path):
+    """They wrote beside the place; the limit does not count such files."""
+    (tmp_path / "c").mkdir()
+    for name, age_s in ((".old.arrow.1a2b3c4d", 7200), (".new.arrow.1a2b3c4d", 1)):
+        (tmp_path / "c" / name).write_text("part")
+        os.utime(tmp_path / "c" / name, (time.time() - age_s,) * 2)
+    data = encoded([1, 2])
+    FileCache(tmp_path / "c", 10**9, 4).ensure(described(data, 2), Store(data))
+    assert [path.name for path in (tmp_path / "c").glob(".*arrow*")] == [".new.arrow.1a2b3c4d"]

@@ -78,6 +78,8 @@ class ToyModel(nn.Module):
 
 
 class ToySamples:
+    modules = ("toys",)
+
     def __init__(self, config: ToyConfig, split: Split) -> None:
         self._config, self._split = config, split
         random = np.random.default_rng([7, split == "train"])
@@ -89,7 +91,7 @@ class ToySamples:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def microbatch(self, indices: np.ndarray, epoch: int) -> Batch:
+    def microbatch(self, indices: np.ndarray, epoch: int, progress: float = 1.0) -> Batch:
         items = indices % 4 + 1 if self._config.items == "varying" else indices * 0
         factor = np.where((indices == self._config.blow_up) & (epoch == 0), 1e30, 1.0)
         factor = np.where(indices == self._config.nan_sample, np.nan, factor)
@@ -111,6 +113,7 @@ class ToyWorkload:
 
     decodes = False
     varying_inputs = ()
+    turning_points = ()
 
     def __init__(self, config: ToyConfig) -> None:
         self.config = config

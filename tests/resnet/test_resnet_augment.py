@@ -8,8 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preparing import do, job
 
 from orchestrator.errors import DataError
+from orchestrator.feed import batches
+from orchestrator.plan import Request
 from workloads.resnet import data
 from workloads.resnet.augment import Augmentation, normalize
 from workloads.resnet.config import ResnetConfig
@@ -132,16 +135,19 @@ def test_a_truncated_image_ends_training_with_its_name(image_folder):
         samples.microbatch(np.arange(3), 0)
 
 
-def test_forked_loader_processes_give_the_same_bits():
-    samples = digits("crop-flip")
-
-    class Microbatches(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, n):
-            return images(samples, range(8 * n, 8 * n + 8), epoch=n)
-
-    loader = torch.utils.data.DataLoader(Microbatches(), batch_size=None, num_workers=2, multiprocessing_context="fork")
-    for n, found in enumerate(loader):
-        assert torch.equal(found, Microbatches()[n])
+@pytest.mark.parametrize("source", ["digits", "imagefolder", "parquet"])
+def test_loader_processes_give_the_same_bits(source, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    spec = source if source == "digits" else f"imagefolder:{image_folder()}"
+    if source == "parquet":
+        do(job("resnet", spec, tmp_path / "out"))
+        spec = f"parquet:{tmp_path / 'out'}"
+    augment = "crop-flip" if source == "digits" else "resized-crop-flip"
+    samples = ResnetWorkload(ResnetConfig(data=spec, augment=augment, image_size=32)).samples("train")
+    requests = [Request(epoch, np.array([epoch % 3, 4, 1])) for epoch in range(6)]
+    for processes in (1, 3):
+        read = batches(samples, requests, processes, torch.device("cpu"))
+        for request, (_, batch) in zip(requests, read, strict=True):
+            here = samples.microbatch(request.indices, request.epoch)
+            assert torch.equal(batch["images"], here["images"])
+            assert torch.equal(batch["labels"], here["labels"])

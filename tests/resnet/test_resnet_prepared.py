@@ -6,6 +6,7 @@ from PIL import Image
 from preparing import do, job
 
 from orchestrator.errors import DataError, UserError
+from orchestrator.tables import read_manifest
 from workloads.resnet import data
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.workload import ResnetWorkload
@@ -124,3 +125,11 @@ def test_what_is_prepared_is_not_a_source(tmp_path):
     do(job("resnet", "digits", tmp_path / "out"))
     with pytest.raises(UserError, match="prepared already"):
         job("resnet", f"parquet:{tmp_path / 'out'}", tmp_path / "again")
+
+
+def test_the_manifest_says_what_it_holds_and_where_it_is_from(tmp_path):
+    told = ["--origin", "https://archive.ics.uci.edu/dataset/80", "--licence", "CC BY 4.0"]
+    found = do(job("resnet", "digits", tmp_path / "out", "--file-mb", "0.02", *told))
+    assert found.schema == {"image": "binary", "label": "int32", "name": "string"}
+    assert (found.source, found.origin, found.licence) == ("digits", told[1], told[3])
+    assert read_manifest(str(tmp_path / "out"), "resnet") == found

@@ -3,10 +3,13 @@
     FOLDER/entries/KEY/    one prepared text: its files and manifest.json (their sizes and SHA-256)
     FOLDER/facts/KEY.json  cheap facts about the sources (paths, sizes, times) -> the entry's key
 
-FOLDER is ORCHESTRATOR_CACHE, or ~/.cache/elastic-orchestrator. Everything is written beside its place and
-renamed, so processes that prepare the same text at once do the work twice and end with one entry.
+    FOLDER/turns/KEY       locked by the process that makes an entry; others wait, and find it made
+
+FOLDER is ORCHESTRATOR_CACHE, or ~/.cache/elastic-orchestrator. Everything is written beside its place and renamed, so
+that where a file system has no locks the work is done twice, with one entry at the end.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -72,6 +75,11 @@ def build_entry(key: str, write: Callable[[Path], None]) -> Path:
 
     Raises UserError where the cache cannot be written.
     """
+    with _turn(key):
+        return open_entry(key, verify=True) or _build(key, write)
+
+
+def _build(key: str, write: Callable[[Path], None]) -> Path:
     final = _entries() / key
     with _writable():
         _entries().mkdir(parents=True, exist_ok=True)
@@ -128,6 +136,19 @@ def _entries() -> Path:
 
 def _facts_file(facts: Any) -> Path:
     return cache_folder() / "facts" / f"{digest(facts)}.json"
+
+
+@contextmanager
+def _turn(key: str) -> Iterator[None]:
+    """Wait for whoever makes the same entry."""
+    with _writable():
+        folder = cache_folder() / "turns"
+        folder.mkdir(parents=True, exist_ok=True)
+        turn = (folder / key).open("w")
+    with turn:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

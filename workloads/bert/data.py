@@ -142,9 +142,10 @@ def check_settings(config: BertConfig) -> None:
     """Raises UserError where numbers are out of range or do not fit together."""
     for name in (
         "model", "hidden_size", "layers", "heads", "intermediate_size", "vocab_size", "sequence_length",
-        "mask_rate", "dropout",
+        "mask_rate", "dropout", "vocab_multiple", "short_length", "short_share",
     ):  # fmt: skip
         parse_value(BertConfig, name, getattr(config, name))
+    config.check_lengths()
     size = config.architecture()
     if size.hidden_size % size.heads:
         raise UserError(

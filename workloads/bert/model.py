@@ -20,6 +20,7 @@ from workloads.workload import Batch, Piece
 
 EPSILON = 1e-12  # of LayerNorm, as in the authors' code (github.com/google-research/bert, modeling.py)
 INITIAL_STD = 0.02
+NEVER = -10000.0  # a logit whose exponential is 0 beside any other's, within fp16; so is then its gradient
 
 
 class Embeddings(nn.Module):
@@ -150,6 +151,15 @@ class Head(nn.Module):
         self.decoder = nn.Linear(size.hidden_size, vocab_size, device="meta")  # both tensors are replaced
         self.decoder.weight, self.decoder.bias = embeddings.weight, self.bias
 
+    @torch.no_grad()
+    def widen(self, embeddings: nn.Embedding, more: int) -> None:
+        """Add rows that no token has: neither predicted nor learnt, for their gradients are 0."""
+        if more:
+            embeddings.weight = nn.Parameter(F.pad(embeddings.weight, (0, 0, 0, more)))
+            self.bias = nn.Parameter(F.pad(self.bias, (0, more), value=NEVER))
+            embeddings.num_embeddings = self.decoder.out_features = len(self.bias)
+            self.decoder.weight, self.decoder.bias = embeddings.weight, self.bias
+
     def forward(self, hidden_KD: Tensor) -> Tensor:
         hidden_KD = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden_KD)))
         logits_KV: Tensor = self.decoder(hidden_KD)
@@ -163,12 +173,16 @@ class Bert(nn.Module):
         size, dropout: as they were given.
     """
 
-    def __init__(self, size: Architecture, vocab_size: int, positions: int, dropout: float, pad_id: int) -> None:
+    def __init__(
+        self, size: Architecture, vocab_size: int, positions: int, dropout: float, pad_id: int, multiple: int = 1
+    ) -> None:
         super().__init__()
         self.size, self.dropout = size, dropout
         self.bert = Encoder(size, vocab_size, positions, dropout, pad_id)
-        self.cls = nn.ModuleDict({"predictions": Head(size, self.bert.embeddings.word_embeddings)})
+        head = Head(size, self.bert.embeddings.word_embeddings)
+        self.cls = nn.ModuleDict({"predictions": head})
         self._draw(pad_id)
+        head.widen(self.bert.embeddings.word_embeddings, -vocab_size % multiple)
 
     @torch.no_grad()
     def _draw(self, pad_id: int) -> None:
@@ -195,7 +209,8 @@ def build(config: BertConfig, vocab_size: int, pad_id: int) -> Bert:
     They are N(0, 0.02), biases 0, as in Devlin et al. 2019. There is one position embedding per token of a sequence;
     the output layer is tied to the token embeddings.
     """
-    return Bert(config.architecture(), vocab_size, config.sequence_length, config.dropout, pad_id)
+    sizes = (vocab_size, config.sequence_length, config.dropout, pad_id, config.vocab_multiple)
+    return Bert(config.architecture(), *sizes)
 
 
 def _through(layer: nn.Module, hidden_BTD: Tensor, batch: Batch | None) -> Tensor:

@@ -15,6 +15,7 @@ from workloads.bert import model as bert
 from workloads.bert.config import BertConfig
 from workloads.bert.data import prepare
 from workloads.bert.masking import Masking, document_numbers, heldout_seeds, train_seeds
+from workloads.bert.windows import window
 from workloads.bert.wordpiece import MASK, PAD, SEP
 from workloads.workload import Batch, Piece, Split, Sums
 
@@ -23,31 +24,41 @@ class BertSamples:
     """One split: packed sequences, masked when they are asked for."""
 
     def __init__(
-        self, sequences: NDArray[np.int32] | Table, masking: Masking, seed: int | None, sep_id: int | None
+        self,
+        sequences: NDArray[np.int32] | Table,
+        masking: Masking,
+        seed: int | None,
+        sep_id: int | None,
+        short: tuple[int, float] = (0, 0.0),
     ) -> None:
         """Args:
         sequences: token ids [sequences, T], or a table of them (column tokens).
         masking: how they are masked.
         seed: of the masking in training; None: held out, masked by fixed seeds.
         sep_id: what ends a document, where tokens attend to their own only.
+        short: (S, share): S tokens of each sequence are used in the first `share` of the run.
         """
         self._sequences = sequences
         self._masking = masking
         self._seed = seed
         self._sep_id = sep_id
+        self._short = short
+        self.modules = ("workloads.bert.workload",)
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
-        """The samples at `indices` [B].
+    def microbatch(self, indices: NDArray[np.int64], epoch: int, progress: float = 1.0) -> Batch:
+        """The samples at `indices` [B]; T is the short length where `progress` says so.
 
         Returns:
             input_ids: int64 [B, T]; masked: int64 [K], places in [B * T]; labels: int64 [K], the tokens
             there; documents, where tokens attend to their own only: int64 [B, T].
         """
         seeds = heldout_seeds(indices) if self._seed is None else train_seeds(self._seed, epoch, indices)
-        tokens = self._tokens(indices, epoch)
+        tokens, (short, share) = self._tokens(indices, epoch), self._short
+        if progress < share:
+            tokens = window(tokens, short, indices, epoch)
         masked = self._masking.apply(tokens, seeds)
         batch = {
             "input_ids": torch.from_numpy(masked.input_ids),
@@ -76,7 +87,13 @@ class BertWorkload:
         self._config = config
         self._prepared = prepare(config)
         vocabulary = self._prepared.vocabulary
-        self._masking = Masking(config.mask_rate, len(vocabulary), vocabulary.id(MASK), vocabulary.special_ids)
+        self._short = (config.short_length, config.short_share if config.short_length else 0.0)
+        masking = Masking(config.mask_rate, len(vocabulary), vocabulary.id(MASK), vocabulary.special_ids)
+        sep_id = vocabulary.id(SEP) if config.attention == "document" else None
+        self._samples: dict[Split, BertSamples] = {
+            "train": BertSamples(self._prepared.train, masking, config.seed, sep_id, self._short),
+            "heldout": BertSamples(self._prepared.heldout, masking, None, sep_id),
+        }
 
     @property
     def decodes(self) -> bool:
@@ -90,18 +107,21 @@ class BertWorkload:
 
     def samples(self, split: Split) -> BertSamples:
         """The training split, masked anew in every epoch, or the held-out one, masked alike in every run."""
-        sep_id = self._prepared.vocabulary.id(SEP) if self._config.attention == "document" else None
-        if split == "train":
-            return BertSamples(self._prepared.train, self._masking, self._config.seed, sep_id)
-        return BertSamples(self._prepared.heldout, self._masking, None, sep_id)
+        return self._samples[split]
 
     @property
     def varying_inputs(self) -> tuple[int, ...]:
         """The masked places, of which sequences have more or fewer."""
         return (1,)
 
+    @property
+    def turning_points(self) -> tuple[float, ...]:
+        """Where sequences become whole."""
+        _, share = self._short
+        return (share,) if 0.0 < share < 1.0 else ()
+
     def nominal_count(self, samples: int) -> float:
-        """Masked tokens expected in so many training sequences."""
+        """Masked tokens expected in so many training sequences, whole ones; each step divides by its own in the end."""
         return samples * max(1.0, self._config.mask_rate * self._prepared.maskable)
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:

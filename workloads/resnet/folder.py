@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,5 +87,6 @@ def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Imag
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
             return image.convert(mode)
     except Exception as error:  # as above
-        reason = " ".join(str(error).split()) or type(error).__name__
+        text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+        reason = " ".join(text.split()) or type(error).__name__
         raise DataError(f"{name or str(source)} cannot be decoded ({reason}); replace or remove it") from None

@@ -33,20 +33,22 @@ class ImageSamples:
     def __init__(self, images: ImageSet, split: Split, config: ResnetConfig) -> None:
         self.images, self.labels = images.images, images.labels
         self.seed, self._train = config.seed, split == "train"
-        self.kind = data.kind(config)
+        kind = data.kind(config)
+        self.mean, self.std, self._photos = kind.mean, kind.std, kind.photos
         self.size = data.image_size(config, images)
+        self.modules = ("workloads.resnet.workload", "orchestrator.vision_ops", "torchvision.transforms.v2")
         self.augmentation = Augmentation(data.augment_name(config) if split == "train" else "none", self.size)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def microbatch(self, indices: NDArray[np.int64], epoch: int) -> Batch:
+    def microbatch(self, indices: NDArray[np.int64], epoch: int, progress: float = 1.0) -> Batch:
         """{"images": float32 [m, C, H, W], "labels": int64 [m]}; raises DataError naming a file."""
         loaded, labels = self._loaded(indices, epoch)
         augmented = [
             self.augmentation(image, self.seed, epoch, int(index)) for image, index in zip(loaded, indices, strict=True)
         ]
-        images_mCHW = normalize(torch.stack(augmented), self.kind.mean, self.kind.std)
+        images_mCHW = normalize(torch.stack(augmented), self.mean, self.std)
         return {"images": images_mCHW, "labels": torch.from_numpy(labels)}
 
     def _loaded(self, indices: NDArray[np.int64], epoch: int) -> tuple[Iterable[Tensor], NDArray[np.int64]]:
@@ -73,9 +75,9 @@ class ImageSamples:
 
     def _decoded(self, source: str | bytes, name: str = "") -> Tensor:
         """An image uint8 [C, H, W], ready for the augmentation; of any size if that resizes."""
-        image = decode(source, name, "RGB" if len(self.kind.mean) == 3 else "L")
+        image = decode(source, name, "RGB" if len(self.mean) == 3 else "L")
         resizes = self.augmentation.resizes
-        if self.kind.photos and not resizes:
+        if self._photos and not resizes:
             image = v2().functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
             image = v2().functional.center_crop(image, [self.size])
         tensor: Tensor = v2().functional.pil_to_tensor(image)
@@ -90,6 +92,7 @@ class ResnetWorkload:
     def __init__(self, config: ResnetConfig) -> None:
         self.config = config
         self._opened: dict[Split, ImageSet] = {}
+        self._samples: dict[Split, ImageSamples] = {}
 
     def _open(self, split: Split) -> ImageSet:
         if split not in self._opened:
@@ -128,11 +131,18 @@ class ResnetWorkload:
 
     def samples(self, split: Split) -> ImageSamples:
         """The training split, augmented, or the held-out split as it is."""
-        return ImageSamples(self._open(split), split, self.config)
+        if split not in self._samples:
+            self._samples[split] = ImageSamples(self._open(split), split, self.config)
+        return self._samples[split]
 
     @property
     def varying_inputs(self) -> tuple[int, ...]:
         """None: images alone."""
+        return ()
+
+    @property
+    def turning_points(self) -> tuple[float, ...]:
+        """None: images keep their size."""
         return ()
 
     def nominal_count(self, samples: int) -> float:
