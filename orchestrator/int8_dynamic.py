@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from orchestrator.programs import Axes, Program, program_of, quiet
+from orchestrator.programs import WEIGHT_RANGE, Axes, Program, program_of, quiet
 
 SMALLEST = 1024  # numbers in a weight; below, int8 saves nothing
-RANGE = 127.0
+RANGE = float(WEIGHT_RANGE)
 
 
 class _Int8Graph:

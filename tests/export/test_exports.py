@@ -187,13 +187,7 @@ def test_fine_tuning_wins_back_what_int8_lost(digits, monkeypatch):
     from orchestrator import int8_static
 
     folder, _ = digits
-    real = int8_static.get_default_x86_inductor_quantization_config
-
-    def coarse(**chosen):
-        config = real(**chosen)
-        return dataclasses.replace(config, weight=dataclasses.replace(config.weight, quant_min=-2, quant_max=2))
-
-    monkeypatch.setattr(int8_static, "get_default_x86_inductor_quantization_config", coarse)
+    monkeypatch.setattr(int8_static, "WEIGHT_RANGE", 2)
     out, record = exported(folder, "static", "--calibration-samples", "64", "--fine-tune-steps", "40")
     before, after = (row(record, kind, "onnxruntime")["points_lost"] for kind in ("int8", "int8 fine-tuned"))
     assert before > 10
