@@ -43,7 +43,8 @@ FLOORS: dict[int, str] = {
     1: "orchestrator.layout orchestrator.replicas"
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
-    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook",
+    " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
+    " orchestrator.tally",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
@@ -62,11 +63,11 @@ FLOORS: dict[int, str] = {
     " orchestrator.reporter orchestrator.charts orchestrator.spoken orchestrator.liveview orchestrator.checkup"
     " workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
-    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker",
+    " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker orchestrator.scorer",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword"
-    " orchestrator.track orchestrator.clerk",
+    " orchestrator.track orchestrator.clerk orchestrator.score orchestrator.scoring",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name
 LOOP_SIDE = {"orchestrator.feed", "orchestrator.step", "orchestrator.evaluate", "orchestrator.loop"}
