@@ -74,7 +74,7 @@ class Journal:
         self._plan, self._token, self._started_s = plan, token, started_s
         self._listener = listener or Listener()
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
-        self.superseded = False
+        self.flush, self.superseded = self._folder.flush, False
         self._check_at_s = 0.0
         self.recorded = 0  # newest step in metrics.jsonl
         self.best = 0  # the most it ever was

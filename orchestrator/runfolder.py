@@ -67,9 +67,13 @@ class RunFolder:
         except ValueError:
             raise UserError(f"{self.uri}/{RESULT}: not valid JSON; delete it or use another --name") from None
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def flush(self) -> None:
+        """Write what is written in the background; raises StorageError where the storage is away for good."""
         if self._late:
             self._late.flush()
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        self.flush()
         self.folder.write(RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
     def take_ownership(self, token: str) -> None:

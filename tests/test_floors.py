@@ -56,7 +56,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.pipeline_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
-    " orchestrator.compiled orchestrator.trial",
+    " orchestrator.compiled orchestrator.trial orchestrator.wire",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
