@@ -11,9 +11,9 @@ from typing import Any
 
 from orchestrator.balancer import Balancer
 from orchestrator.errors import StorageError
-from orchestrator.events import Event, FaultFired, GenerationStarted, NodeDraining, PhaseBegan, WorkerFailed
+from orchestrator.events import Event, GenerationStarted, NodeDraining, PhaseBegan, WorkerFailed
 from orchestrator.failure import Failure, Place
-from orchestrator.injector import Schedule, drain_node
+from orchestrator.injector import Schedule
 from orchestrator.journal import Journal
 from orchestrator.lastwords import at_fault, describe, last_loss, what_is_kept
 from orchestrator.membership import Membership
@@ -48,8 +48,7 @@ class Coordinator:
         self._members = self.members_kind(*parts, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
         self._members.kill = lambda member: self._members.start(self._end_process(member))
-        self._watch, self._faults = NodeWatch(), Schedule(assignment.faults)
-        self._faults.fired |= self._journal.fired
+        self._watch, self._faults = NodeWatch(), Schedule(assignment.faults, self._journal, self._members)
         self._listening: asyncio.Future[int] | None = None
         self._finished, self._phase = dict[str, str](), "starting workers"
         self._noted: PhaseBegan | None = None
@@ -94,7 +93,7 @@ class Coordinator:
             self._end("failed", "another command has taken this run over", 1)
             return
         self._journal.steps(records)
-        self._start_faults()
+        self._faults.start()
         self._journal.log(*events)
         if keep:
             await asyncio.to_thread(self._journal.flush)
@@ -107,34 +106,8 @@ class Coordinator:
         """Whether fault `number` of the schedule happens now, on this rank; yes once."""
         if number in self._faults.fired:
             return False
-        self._note_fault(number, rank, "", "")
+        self._faults.note(number, rank)
         return True
-
-    def _note_fault(self, number: int, rank: int, node: str, problem: str) -> None:
-        self._faults.fired.add(number)
-        kind = self._faults.faults[number].kind
-        self._journal.log(FaultFired(number, kind, rank, node, self._journal.recorded, problem))
-
-    def _start_faults(self) -> None:
-        """Faults of nodes, and those that come by the clock."""
-        seated = self._members.roster.seated.values()
-        due = self._faults.due(self._journal.recorded, len(seated)) if self._members.begun else []
-        for number in due:
-            fault = self._faults.faults[number]
-            member = self._faults.target(number, seated, self._journal.nodes)
-            if fault.kind == "add-node":
-                self._note_fault(number, -1, "", "")
-            elif member is None:
-                continue
-            elif fault.kind == "drain":
-                self._faults.fired.add(number)
-                self._members.start(self._drain(number, member.node, fault.seconds))
-            else:
-                self._note_fault(number, member.rank, member.node, "")
-                self._members.desk.tell(member.id, "fault", number)
-
-    async def _drain(self, number: int, node: str, seconds: float) -> None:
-        self._note_fault(number, -1, node, await asyncio.to_thread(drain_node, node, seconds))
 
     async def phase(self, text: str) -> None:
         """What the workers are doing, for people."""
@@ -264,7 +237,7 @@ class Coordinator:
             if self._journal.problem:
                 self._fail(self._journal.problem, 1, "storage_error")
             self._note_phase(await self.status())
-            self._start_faults()
+            self._faults.start()
 
     def _note_phase(self, status: Status) -> None:
         """Write down what the run is about when that changes, for those who watch from elsewhere."""

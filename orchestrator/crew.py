@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.nodewatch import end_process
 from orchestrator.plan import Plan
 from orchestrator.served import Restored
 from orchestrator.server import Server
@@ -21,8 +22,11 @@ class Crew:
         handles: of the actors, in the order of their parameters.
     """
 
-    def __init__(self, plan: Plan, uri: str) -> None:
-        self._plan, self._uri = plan, uri
+    def __init__(self, plan: Plan, uri: str, loopback: bool) -> None:
+        """Args:
+        loopback: whether all workers are on this machine.
+        """
+        self._plan, self._uri, self._loopback = plan, uri, loopback
         self.era = 0
         self.handles: list[Any] = []
 
@@ -35,7 +39,8 @@ class Crew:
             label_selector=dict(self._plan.config.node_labels.items) or None,
             max_restarts=0,
         )
-        return actor_class.remote(self._plan, self._uri, number, ray.get_runtime_context().current_actor)
+        dispatcher = ray.get_runtime_context().current_actor
+        return actor_class.remote(self._plan, self._uri, number, dispatcher, self._loopback)
 
     async def stand(self) -> Restored:
         """Replace the servers that are missing, and put all to the newest checkpoint.
@@ -78,6 +83,16 @@ class Crew:
         import ray
 
         ray.kill(self.handles[number])
+
+    async def strike(self, number: int) -> str:
+        """SIGKILL to a server, for a rehearsal; returns why that is impossible, or ""."""
+        import ray
+
+        try:
+            await end_process(*await self.handles[number].place.remote())
+        except (IndexError, ray.exceptions.RayError) as error:
+            return f"server {number}: {type(error).__name__}"
+        return ""
 
     async def commit(self, step: int, count: float) -> None:
         """All servers have a step's gradients, of so many items: they take the step. Raises RayError."""

@@ -28,6 +28,7 @@ class Dispatcher(Keeper):
         self._asked, self._committing = False, False
         self._evaluation, self._evaluator = 0, ""  # after that many steps, and by whom
         self._ripe, self._finisher = False, ""  # whether the run may be finished, and by whom
+        self._halting = False  # a stop is being written down
         self._recorded_s, self._draining = time.time(), frozenset[str]()
         self._members.left, self._members.looked = self._left, self._look
         self._members.held = self._held_shards
@@ -46,7 +47,7 @@ class Dispatcher(Keeper):
         finished = Counted(self._plan.schedule.microbatches_in_step, max(0, restored.step))
         self._handout = Handout(finished, self._plan.total_steps, self._plan.config.staleness.steps)
         self._book.clear()
-        self._committing = self._saving = self._recovering = self._ripe = False
+        self._committing = self._saving = self._recovering = self._ripe = self._halting = False
         self._evaluation, self._evaluator, self._finisher = 0, "", ""
         self._recorded_s = self._saved_s = time.time()
         self._saved_step = restored.step
@@ -116,9 +117,10 @@ class Dispatcher(Keeper):
         if member.node in roster.draining and any(m.node not in roster.draining for m in roster.seated.values()):
             self._members.let_go(member)
             return Order("leave")
-        if self._committing or self._members.stopping or not roster.training:
+        if self._committing or not roster.training:
             return None
-        if self._evaluation:
+        stopping = self._members.stopping and not self._handout.complete
+        if self._evaluation and not stopping:
             if not self._evaluator:
                 self._evaluator = member_id
                 return self._job("evaluate", self._evaluation)
@@ -127,7 +129,7 @@ class Dispatcher(Keeper):
         if self._ripe and not self._finisher:
             self._finisher, self._phase = member_id, "evaluating and saving"
             return self._job("finish", self._handout.oldest)
-        unit = self._handout.take(member_id)
+        unit = self._handout.take(member_id, begin=not stopping)
         return Job("train", self._handout.oldest, len(roster.seated), unit) if unit else None
 
     def _job(self, kind: str, step: int) -> Job:
@@ -191,10 +193,15 @@ class Dispatcher(Keeper):
             self._draining = roster.draining
             self._checkpoint()
             self._members.notify()
-        idle = handout is None or not handout.holders
-        if self._members.stopping and idle and not (self._outcome or self._committing or self._ripe):
-            self._ripe = True
+        busy = self._outcome or self._committing or self._recovering or self._ripe or self._halting
+        if self._members.stopping and not busy and (handout is None or self._may_stop(handout)):
+            self._halting = True
             self._members.start(self._stop())
+
+    def _may_stop(self, handout: Handout) -> bool:
+        """Steps that are begun are finished first, so that a checkpoint fits any number of servers."""
+        nobody = not self._members.roster.seated
+        return not handout.complete and not handout.holders and (nobody or handout.between_steps)
 
     async def _stop(self) -> None:
         if self._handout is None or not self._members.begun:
@@ -202,7 +209,7 @@ class Dispatcher(Keeper):
         elif await self._last_checkpoint():
             await self.stopped(self._handout.oldest, "")
         else:
-            self._ripe = False
+            self._halting = False
 
     def _held_shards(self, member_id: str) -> range:
         held = sorted(unit.shard for unit in self._handout.held(member_id)) if self._handout else []

@@ -1,5 +1,8 @@
 """Held-out evaluation, shared among the workers, with the same bits for any number of them."""
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 
 from orchestrator.devices import host_of
@@ -7,12 +10,11 @@ from orchestrator.feed import batches
 from orchestrator.group import Group
 from orchestrator.plan import Request
 from orchestrator.precision import Precision
-from workloads.workload import Workload
+from workloads.workload import Samples, Workload
 
 CHUNK = 64  # samples a forward pass; fixed, for bits depend on it
 
 
-@torch.no_grad()
 def evaluate(
     workload: Workload,
     model: torch.nn.Module,
@@ -30,39 +32,59 @@ def evaluate(
         in_step: whether all workers have to take as many forward passes; those with less to do take one for nothing.
     """
     samples = workload.samples("heldout")
-    chunks = torch.arange(len(samples)).split(CHUNK)
-    mine = range(len(chunks) * group.rank // group.world, len(chunks) * (group.rank + 1) // group.world)
+    chunks = -(-len(samples) // CHUNK)
+    mine = range(chunks * group.rank // group.world, chunks * (group.rank + 1) // group.world)
+    names, own = sums_of(workload, model, precision, samples, mine, loader_processes, group.device, group.step_on)
+    if in_step and len(mine) * group.world < chunks:
+        sums_of(workload, model, precision, samples, [0], 0, group.device)
+    if chunks < group.world:  # some have computed nothing: they learn the rows' width from the others
+        names = max(group.gather_objects(names), key=len)
+    rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=host_of(group.device))
+    if mine:
+        rows[mine.start : mine.stop] = own
+    group.sum(rows)
+    return workload.metrics(totals(names, rows))
+
+
+@torch.no_grad()
+def sums_of(
+    workload: Workload,
+    model: torch.nn.Module,
+    precision: Precision,
+    samples: Samples,
+    chunks: Sequence[int],
+    loader_processes: int,
+    device: torch.device,
+    step_on: Callable[[], None] = lambda: None,
+) -> tuple[list[str], torch.Tensor]:
+    """What each of some chunks of a split adds to its totals.
+
+    Args:
+        chunks: their numbers; chunk c is the samples from c * CHUNK on, CHUNK of them but for the last.
+        step_on: called before each.
+
+    Returns:
+        The sums' names, and a row of them for each chunk, fp64 [len(chunks), len(names)], on the host's side.
+    """
+    requests = (Request(0, np.arange(c * CHUNK, min((c + 1) * CHUNK, len(samples)))) for c in chunks)
+    host = host_of(device)
+    names: list[str] = []
+    rows: list[torch.Tensor] = []
     was_training = model.training
     model.eval()
-    requests = (Request(0, chunks[c].numpy()) for c in mine)
-    rows: torch.Tensor | None = None
-    names: list[str] = []
     try:
-        for c, (_, batch) in zip(mine, batches(samples, requests, loader_processes, group.device), strict=True):
-            group.step_on()
+        for _, batch in batches(samples, requests, loader_processes, device):
+            step_on()
             with precision.autocast():
                 sums = workload.sums(model, batch)
             names = ["loss", "count", *sorted(sums.others)]
-            if rows is None:
-                rows = torch.zeros(len(chunks), len(names), dtype=torch.float64, device=host_of(group.device))
             values = [sums.loss, sums.count, *(sums.others[n] for n in sorted(sums.others))]
-            rows[c] = torch.stack([torch.as_tensor(v, device=host_of(group.device)).double() for v in values])
-        if in_step and len(mine) * group.world < len(chunks):
-            (_, batch), *_ = batches(samples, [Request(0, chunks[0].numpy())], 0, group.device)
-            with precision.autocast():
-                workload.sums(model, batch)
+            rows.append(torch.stack([torch.as_tensor(v, device=host).double() for v in values]))
     finally:
         model.train(was_training)
-    rows, names = _agree(rows, names, len(chunks), group)
-    group.sum(rows)
-    totals = dict(zip(names, rows.sum(0).tolist(), strict=True))
-    return workload.metrics(totals)
+    return names, torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.float64, device=host)
 
 
-def _agree(rows: torch.Tensor | None, names: list[str], chunks: int, group: Group) -> tuple[torch.Tensor, list[str]]:
-    """With more workers than chunks some have computed nothing: they learn the row's width from the others."""
-    if chunks < group.world:
-        names = max(group.gather_objects(names), key=len)
-    if rows is None:
-        rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=host_of(group.device))
-    return rows, names
+def totals(names: Sequence[str], rows: torch.Tensor) -> dict[str, float]:
+    """The sums of a whole split from those of its chunks, in their order."""
+    return dict(zip(names, rows.sum(0).tolist(), strict=True))

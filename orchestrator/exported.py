@@ -62,7 +62,7 @@ class Exported:
 
     def file(self, name: str) -> bytes:
         """The contents of a file beside the model; raises UserError where it is missing."""
-        return _read(self._folder, name)
+        return read_file(self._folder, name)
 
     def run(self, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The model's output for its inputs by name."""
@@ -73,6 +73,12 @@ class Exported:
 def open_exported(uri: str, threads: int) -> Exported:
     """An exported model's folder, local or a URI; raises UserError where it cannot be used."""
     need("onnxruntime")
+    folder, record = read_record(uri)
+    return Exported(uri, record, folder, _open(folder, record, threads))
+
+
+def read_record(uri: str) -> tuple[Folder, dict[str, Any]]:
+    """An exported model's folder, and its export.json; raises UserError where it cannot be used."""
     try:
         folder = Folder(uri, "MODEL")
     except UserError as error:
@@ -88,14 +94,14 @@ def open_exported(uri: str, threads: int) -> Exported:
         whole = False
     if not whole:
         raise UserError(f"{uri}/{ABOUT}: cannot be used by this version; export the run again")
-    return Exported(uri, record, folder, _open(folder, record, threads))
+    return folder, record
 
 
 def _open(folder: Folder, record: dict[str, Any], threads: int) -> Any:
     if record["external_data"] and not folder.is_local:
         raise UserError(f"{folder.uri}: a model over 2 GB is opened from a local disk; copy the folder to one")
     # Bytes where that is possible: storage need not be a file system.
-    model: str | bytes = folder.path(ONNX) if record["external_data"] else _read(folder, ONNX)
+    model: str | bytes = folder.path(ONNX) if record["external_data"] else read_file(folder, ONNX)
     try:
         return open_session(model, threads)
     except Exception as error:  # onnxruntime's have no common base
@@ -103,7 +109,8 @@ def _open(folder: Folder, record: dict[str, Any], threads: int) -> Any:
         raise UserError(f"{folder.uri}/{ONNX}: cannot be opened ({reason}); export the run again") from None
 
 
-def _read(folder: Folder, name: str) -> bytes:
+def read_file(folder: Folder, name: str) -> bytes:
+    """A file of an exported model; raises UserError where it cannot be read."""
     try:
         return folder.read(name)
     except OSError as error:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orchestrator.config import to_toml
 from orchestrator.errors import TrainingError, UserError
 from orchestrator.exported import ABOUT, FORMAT, ONNX, PROGRAM
 from orchestrator.measured import (
@@ -219,6 +220,7 @@ class Exporter:
             "quantize": self._choices.quantize,
             "run": run,
             "weights_sha256": sha256,
+            "config": to_toml(self._config, self._name),
             "inputs": {
                 name: {str(n): free for n, free in axes.items()}
                 for name, axes in zip(self._exporting.inputs, self._exporting.axes, strict=True)

@@ -8,6 +8,15 @@ workers = 3       # if so many train by then; else as soon as they do
 during = "step"   # or restore, checkpoint: halfway through the first handing over of state, or checkpoint, after it
 
 [[fault]]
+kind = "kill-server"  # with --sync parameter-server: of a server, by its number as rank
+rank = 0
+step = 30
+
+[[fault]]
+kind = "kill-coordinator"  # of none; Ray starts it anew
+step = 35
+
+[[fault]]
 kind = "drain"    # drain, node-loss, network-cut: of a node, by the rank of a worker on it; add-node: of none
 rank = 2          # or node = 1: the second node of those that ever trained in this run
 step = 40
@@ -24,7 +33,9 @@ from orchestrator.errors import UserError
 WORKER_KINDS = ("kill", "stop", "exception", "slow")
 NODE_KINDS = ("drain", "node-loss", "network-cut")
 MOMENTS = ("step", "restore", "checkpoint")
-KINDS = (*WORKER_KINDS, *NODE_KINDS, "add-node")
+SERVER, COORDINATOR = "kill-server", "kill-coordinator"
+WITHOUT_RANK = ("add-node", COORDINATOR)
+KINDS = (*WORKER_KINDS, *NODE_KINDS, SERVER, *WITHOUT_RANK)
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Fault:
     """One thing that goes wrong, once.
 
     Attributes:
-        rank: of the worker, or of a worker on the node; -1 for add-node, and where `node` is given.
+        rank: of the worker, or of a worker on the node, or the number of the parameter server; -1 for others, and where
+            `node` is given.
         node: its number in the order in which nodes came to train, from 0; -1: by rank.
         step: when that many steps are committed; -1: by time.
         time_s: seconds since the first generation began to train; -1: by step.
@@ -92,9 +104,10 @@ def _fault(table: dict[str, Any], where: str) -> Fault:
         raise UserError(f"{where}: give step or time_s, one of them")
     if "node" in table and ("rank" in table or kind not in NODE_KINDS):
         raise UserError(f"{where}: node: goes with {', '.join(NODE_KINDS)}, and without rank")
-    if kind != "add-node" and not {"rank", "node"} & set(table):
+    if kind not in WITHOUT_RANK and not {"rank", "node"} & set(table):
+        whose = "the number of a server as rank" if kind == SERVER else "the rank of a worker"
         alternative = " on the node, or the number of the node" if kind in NODE_KINDS else ""
-        raise UserError(f"{where}: {kind} needs the rank of a worker{alternative}")
+        raise UserError(f"{where}: {kind} needs {whose}{alternative}")
     fault = Fault(**table)
     if fault.during not in MOMENTS:
         raise UserError(f"{where}: during = {fault.during!r}: not known; use {', '.join(MOMENTS)}")

@@ -96,19 +96,30 @@ class Handout:
         """Workers that compute something."""
         return len(self._held)
 
-    def take(self, worker: str) -> Unit | None:
-        """The next unit, which `worker` holds from now on; None: nothing may be begun now."""
-        unit = self._pick()
+    @property
+    def between_steps(self) -> bool:
+        """Whether no step is begun and not finished."""
+        return not (self._held or self._returned or self._finished.beyond)
+
+    def take(self, worker: str, begin: bool = True) -> Unit | None:
+        """The next unit, which `worker` holds from now on; None: nothing may be begun now.
+
+        Args:
+            begin: whether it may be the first one of a step.
+        """
+        unit = self._pick(begin)
         if unit is not None:
             self._held.setdefault(worker, set()).add(unit)
         return unit
 
-    def _pick(self) -> Unit | None:
+    def _pick(self, begin: bool) -> Unit | None:
         while self._returned:
             unit = heapq.heappop(self._returned)
             if unit not in self._finished:
                 return unit
         while self._next.step < self._total and self._next.step <= self.oldest + self._bound:
+            if not (begin or self._next.shard or max(self._finished.beyond, default=-1) >= self._next.step):
+                break
             unit = self._next
             last = unit.shard + 1 >= self._finished.width(unit.step)
             self._next = Unit(unit.step + 1, 0) if last else Unit(unit.step, unit.shard + 1)

@@ -1,16 +1,20 @@
 """Makes the faults of a schedule happen: the coordinator's part decides when, the worker's part does it."""
 
+import asyncio
 import contextlib
 import logging
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.faults import WORKER_KINDS, Fault
+from orchestrator.events import FaultFired
+from orchestrator.faults import COORDINATOR, SERVER, WORKER_KINDS, Fault
+from orchestrator.journal import Journal
+from orchestrator.membership import Membership
 from orchestrator.recovery import Member
 
 PREEMPTION = 2  # autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
@@ -21,23 +25,32 @@ class InjectedError(RuntimeError):
     """A fault of kind exception."""
 
 
+def target(fault: Fault, seated: Iterable[Member], nodes: Sequence[str]) -> Member | None:
+    """Whom a fault is to befall; None: nobody has that rank or node now, a later generation may.
+
+    Args:
+        nodes: that trained in this run, in order, any number of times each.
+    """
+    met = list(dict.fromkeys(nodes))
+    node = met[fault.node] if 0 <= fault.node < len(met) else ""
+    return next((m for m in seated if m.rank == fault.rank or m.node == node), None)
+
+
 class Schedule:
-    """The coordinator's part: which faults are due, each once."""
+    """The coordinator's part: which faults are due, each once; what is not a worker's own doing is done here.
 
-    def __init__(self, faults: tuple[Fault, ...]) -> None:
-        self.faults = faults
-        self.fired: set[int] = set()
+    Attributes:
+        fired: numbers of those that have happened.
+        begun_s: when training began, seconds since 1970; 0: it has not.
+        end_server: kills a parameter server, by its number; returns what went wrong, or "".
+    """
+
+    end_server: Callable[[int], Coroutine[Any, Any, str]]
+
+    def __init__(self, faults: tuple[Fault, ...], journal: Journal, members: Membership) -> None:
+        self.faults, self._journal, self._members = faults, journal, members
+        self.fired: set[int] = set(journal.fired)
         self.begun_s = 0.0
-
-    def target(self, number: int, seated: Iterable[Member], nodes: Sequence[str]) -> Member | None:
-        """Whom fault `number` is to befall; None: nobody has that rank or node now, a later generation may.
-
-        Args:
-            nodes: that trained in this run, in order, any number of times each.
-        """
-        fault, met = self.faults[number], list(dict.fromkeys(nodes))
-        node = met[fault.node] if 0 <= fault.node < len(met) else ""
-        return next((m for m in seated if m.rank == fault.rank or m.node == node), None)
 
     def due(self, steps_done: int, workers: int) -> list[int]:
         """Numbers of the faults that the coordinator has to start now; those of a worker's step start there."""
@@ -49,6 +62,46 @@ class Schedule:
             and not (fault.kind in WORKER_KINDS and fault.step >= 0)
             and fault.is_due(steps_done, trained_s, workers)
         ]
+
+    def note(self, number: int, rank: int, node: str = "", problem: str = "") -> None:
+        """A fault happens now."""
+        self.fired.add(number)
+        kind = self.faults[number].kind
+        self._journal.log(FaultFired(number, kind, rank, node, self._journal.recorded, problem))
+
+    def start(self) -> None:
+        """Make happen what is due: faults of nodes and servers, and those that come by the clock."""
+        seated = self._members.roster.seated.values()
+        due = self.due(self._journal.recorded, len(seated)) if self._members.begun else []
+        for number in due:
+            fault = self.faults[number]
+            member = target(fault, seated, self._journal.nodes)
+            if fault.kind == "add-node":
+                self.note(number, -1)
+            elif fault.kind == COORDINATOR:
+                self.note(number, -1)
+                self._members.start(self._end_coordinator())
+            elif fault.kind == SERVER:
+                self.fired.add(number)
+                self._members.start(self._end_server(number, fault.rank))
+            elif member is None:
+                continue
+            elif fault.kind == "drain":
+                self.fired.add(number)
+                self._members.start(self._drain(number, member.node, fault.seconds))
+            else:
+                self.note(number, member.rank, member.node)
+                self._members.desk.tell(member.id, "fault", number)
+
+    async def _drain(self, number: int, node: str, seconds: float) -> None:
+        self.note(number, -1, node, await asyncio.to_thread(drain_node, node, seconds))
+
+    async def _end_server(self, number: int, server: int) -> None:
+        self.note(number, server, "", await self.end_server(server))
+
+    async def _end_coordinator(self) -> None:
+        await asyncio.to_thread(self._journal.flush)  # the next one must know that this has happened
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Saboteur:

@@ -80,12 +80,20 @@ class Microbatches:
                 for parameter, view in zip(part, places, strict=True):
                     parameter.data = view.copy_(parameter.data)
 
-    def place(self, server: int, pulled: Flat) -> None:
-        """Take over the parameters of a server."""
-        np.copyto(self._flats[server].numpy(), pulled)
+    def landing(self, server: int) -> Flat:
+        """Where the parameters of a server are to be written; `landed` comes after."""
+        return self._flats[server].numpy()  # type: ignore[no-any-return]
+
+    def landed(self, server: int) -> None:
+        """The model takes over what was written."""
         if self._group.device.type != "cpu":
             for parameter, view in zip(self._parts[server], self._views[server], strict=True):
                 parameter.data.copy_(view)
+
+    def place(self, server: int, pulled: Flat) -> None:
+        """Take over the parameters of a server."""
+        np.copyto(self.landing(server), pulled)
+        self.landed(server)
 
     def read(self, unit: Unit) -> tuple[NDArray[np.int64], dict[str, torch.Tensor]]:
         """(sample indices, batch on the CPU); raises DataError."""

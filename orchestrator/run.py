@@ -15,10 +15,10 @@ from typing import Any
 from orchestrator import toolchain
 from orchestrator.assembly import TOGETHER, assemble, build
 from orchestrator.command import Parser, refuse
-from orchestrator.config import to_toml
+from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.failure import resume_command, story
-from orchestrator.faults import Fault, parse_faults
+from orchestrator.faults import SERVER, Fault, parse_faults
 from orchestrator.logbooks import need
 from orchestrator.plan import Plan
 from orchestrator.resume import resolve, take_up
@@ -91,6 +91,21 @@ def read_faults(file: str | None) -> tuple[Fault, ...]:
     return faults
 
 
+def check_faults(config: RunConfig, faults: Sequence[Fault]) -> None:
+    """What a schedule cannot do in this run; raises UserError."""
+    served = config.sync == "parameter-server"
+    if served and (odd := next((f for f in faults if f.during != "step"), None)):
+        raise UserError(
+            f'--faults: during = "{odd.during}": with --sync parameter-server workers hand over no state and write no '
+            'checkpoints; use during = "step"'
+        )
+    for fault in faults:
+        if fault.kind == SERVER and not served:
+            raise UserError(f"--faults: {SERVER}: there are none with --sync {config.sync}; leave it out")
+        if fault.kind == SERVER and fault.rank >= config.servers:
+            raise UserError(f"--faults: {SERVER} {fault.rank}: there are {config.servers} (--servers), from 0 on")
+
+
 def _read_toml(file: Path, workload: str, alone: bool) -> dict[str, Any]:
     """The settings in `file`, each checked; those that need each other too where no flag can change them."""
     try:
@@ -116,11 +131,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     entry = WORKLOADS[workload]
     config = assemble(entry.config_type(), given)
     config = resolve(entry.absolute_paths(config))
-    if config.sync == "parameter-server" and (odd := next((f for f in faults if f.during != "step"), None)):
-        raise UserError(
-            f'--faults: during = "{odd.during}": with --sync parameter-server workers hand over no state and write no '
-            'checkpoints; use during = "step"'
-        )
+    check_faults(config, faults)
     folder = RunFolder(Folder(config.storage).child(config.name))
     config = take_up(config, given, folder, workload)
     finished = folder.result()

@@ -3,15 +3,18 @@
 import logging
 import os
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from orchestrator.handout import Unit
 from orchestrator.recovery import Member
 from orchestrator.seats import LEFT, OVER, Order
 from orchestrator.served import Done, Job, Posting
+from orchestrator.wire import Asked, Pipe
 from orchestrator.worker import GivenUpError, Worker, train_worker
 from orchestrator.worker_device import take_device
 
+FRESH_S = 0.05  # parameters that came with the answer to a push are pulled again after so long
 log = logging.getLogger("orchestrator.worker")
 
 
@@ -33,6 +36,8 @@ class ServedWorker(Worker):
         self._unit: Unit | None = None
         self._dragged_at = -1
         self._versions: list[int] = []
+        self._pipes: list[Pipe] = []
+        self._pulled_s, self._synchronous = 0.0, True
         self._microbatches: Any = None
         self._exchange_s = 0.0
 
@@ -47,9 +52,15 @@ class ServedWorker(Worker):
 
     def close(self) -> None:
         """Hang up."""
+        self._disconnect()
         if self._microbatches is not None:
             self._microbatches.close()
         super().close()
+
+    def _disconnect(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes = []
 
     def run(self) -> str:
         """From the first line to the last."""
@@ -57,7 +68,7 @@ class ServedWorker(Worker):
         from orchestrator.build import build_state, prepare_torch, settle_loader
         from orchestrator.devices import kind_of
         from orchestrator.group import Group
-        from orchestrator.microbatch import Microbatches
+        from orchestrator.microbatch import Microbatches, is_synchronous
         from orchestrator.server_part import split
         from workloads.registry import WORKLOADS
 
@@ -69,15 +80,29 @@ class ServedWorker(Worker):
         self._group = Group(0, 1, device, waiting=True, drag=self._saboteur.drag)
         parts = split(self._plan, self._state)
         self._microbatches = Microbatches(self._plan, self._workload, self._state, self._group, parts)
+        self._synchronous = is_synchronous(self._plan)
         while True:
             answer = self._attach(kind_of(device))
             if isinstance(answer, Order):
                 return self._obey(answer)
-            self._posting, self._versions = answer, [-1] * len(parts)
+            self._posting, self._versions, self._pulled_s = answer, [-1] * len(parts), 0.0
             try:
+                self._connect()
                 return self._obey(self._serve())
             except EraOverError as error:
                 log.warning("after step %d: %s", self.step, error)
+            finally:
+                self._disconnect()
+
+    def _connect(self) -> None:
+        """A pipe to each server; raises EraOverError if one is lost."""
+        assert self._posting is not None
+        addresses = self._ask([server.address.remote() for server in self._posting.servers])
+        try:
+            for address in addresses:
+                self._pipes.append(Pipe(*address))
+        except OSError as error:
+            self._miss(error)
 
     def _attach(self, device: str) -> Posting | Order:
         """Ask until a dispatcher answers: it may have been restarted."""
@@ -135,17 +160,16 @@ class ServedWorker(Worker):
         fed = self._microbatches.read(unit)
         read_s = time.perf_counter() - started
         self._exchange_s = 0.0
-        self._pull()
+        if self._synchronous or time.perf_counter() - self._pulled_s > FRESH_S:
+            self._pull()
         self._group.step_on()
         computed = self._microbatches.compute(unit, read_s, fed)
-        statistics = [computed.statistics, *[computed.statistics[:0]] * (len(computed.gradients) - 1)]
-        stale = self._ask(
-            [
-                server.push.remote(self._posting.era, unit, version, gradient, own, computed.samples)
-                for server, version, gradient, own in zip(
-                    self._posting.servers, self._versions, computed.gradients, statistics, strict=True
-                )
-            ]
+        era, nothing = self._posting.era, computed.statistics[:0]
+        stale = self._exchange(
+            Asked(
+                era, version, unit.step, unit.shard, computed.samples, gradient, nothing if n else computed.statistics
+            )
+            for n, (version, gradient) in enumerate(zip(self._versions, computed.gradients, strict=True))
         )
         return Done(
             unit,
@@ -153,37 +177,62 @@ class ServedWorker(Worker):
             computed.count,
             computed.samples,
             computed.ledger,
-            max(stale),
+            stale,
             computed.data_s,
             computed.compute_s,
             self._exchange_s,
         )
 
     def _pull(self) -> None:
-        """Take over the newest parameters; what has not changed is not sent."""
+        """Take over the newest parameters."""
         assert self._posting is not None
-        era = self._posting.era
-        pulled = self._ask(
-            [server.pull.remote(era, v) for server, v in zip(self._posting.servers, self._versions, strict=True)]
-        )
-        for number, (version, flat) in enumerate(pulled):
-            self._versions[number] = version
-            if flat is not None:
-                self._microbatches.place(number, flat)
+        self._exchange(Asked(self._posting.era, version) for version in self._versions)
+
+    def _exchange(self, asked: Iterable[Asked]) -> int:
+        """Ask every server, and take over the parameters that have changed; returns the largest staleness.
+
+        Raises:
+            EraOverError: a server is of another era, or lost.
+        """
+        started, stale = time.perf_counter(), 0
+        with self._group.others_wait():
+            try:
+                for pipe, wanted in zip(self._pipes, asked, strict=True):
+                    pipe.ask(wanted)
+                for server, pipe in enumerate(self._pipes):
+                    answer = pipe.answer(self._microbatches.landing(server))
+                    if answer is None:
+                        raise EraOverError("the servers were put back to a checkpoint")
+                    stale, self._versions[server] = max(stale, answer.stale), answer.version
+                    if answer.parameters is not None:
+                        self._microbatches.landed(server)
+            except OSError as error:
+                self._miss(error)
+        self._pulled_s = time.perf_counter()
+        self._exchange_s += self._pulled_s - started
+        return stale
+
+    def _miss(self, error: Exception) -> NoReturn:
+        """A server does not answer: the dispatcher looks into it. Raises EraOverError."""
+        import ray
+
+        assert self._posting is not None
+        with self._group.others_wait():
+            try:
+                ray.get(self._coordinator.server_missed.remote(self._posting.era))
+            except ray.exceptions.RayError:
+                self._line_broke = True
+        raise EraOverError(f"a server was lost: {error}") from error
 
     def _ask(self, references: list[Any]) -> list[Any]:
         """The servers' answers; raises EraOverError if they are of another era, or one is lost."""
         import ray
 
-        assert self._posting is not None
-        started = time.perf_counter()
         with self._group.others_wait():
             try:
                 answers: list[Any] = ray.get(references)
             except ray.exceptions.RayActorError as error:
-                ray.get(self._coordinator.server_missed.remote(self._posting.era))
-                raise EraOverError(f"a server was lost: {error}") from error
-        self._exchange_s += time.perf_counter() - started
+                self._miss(error)
         if any(answer is None for answer in answers):
             raise EraOverError("the servers were put back to a checkpoint")
         return answers

@@ -44,7 +44,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
-    " orchestrator.accelerators orchestrator.slices orchestrator.sliced orchestrator.incident",
+    " orchestrator.accelerators orchestrator.slices orchestrator.sliced orchestrator.incident orchestrator.tally",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
     " orchestrator.partfiles"
     " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
@@ -58,7 +58,7 @@ FLOORS: dict[int, str] = {
     " orchestrator.split_build orchestrator.split_step orchestrator.pipeline orchestrator.pipeline_step"
     " orchestrator.programs orchestrator.int8_static orchestrator.int8_dynamic orchestrator.measured"
     " orchestrator.exporter orchestrator.microbatch orchestrator.server_part orchestrator.rounds"
-    " orchestrator.compiled orchestrator.trial",
+    " orchestrator.compiled orchestrator.trial orchestrator.wire",
     4: "orchestrator.coordinator orchestrator.membership orchestrator.balancer orchestrator.nodewatch"
     " orchestrator.injector orchestrator.offer orchestrator.worker orchestrator.recorder"
     " orchestrator.prometheus orchestrator.ray_backend orchestrator.ray_policy orchestrator.worker_group"
@@ -66,11 +66,11 @@ FLOORS: dict[int, str] = {
     " workloads.registry"
     " orchestrator.lastwords orchestrator.server orchestrator.crew orchestrator.crowd orchestrator.keeper"
     " orchestrator.dispatcher orchestrator.served_worker orchestrator.split_worker orchestrator.split_recorder"
-    " orchestrator.worker_device orchestrator.slice_rooms",
+    " orchestrator.worker_device orchestrator.slice_rooms orchestrator.scorer",
     5: "orchestrator.command orchestrator.connect orchestrator.launch orchestrator.run orchestrator.rehearse"
     " orchestrator.watch orchestrator.doctor orchestrator.report orchestrator.export orchestrator.predict"
     " orchestrator.prepare orchestrator.resume orchestrator.dry_run orchestrator.progress orchestrator.afterword"
-    " orchestrator.track orchestrator.clerk",
+    " orchestrator.track orchestrator.clerk orchestrator.score orchestrator.scoring",
 }
 FOLDERS = {"workloads.resnet": 3, "workloads.bert": 3, "cluster": 4}  # every module within, whatever its name
 LOOP_SIDE = {"orchestrator.feed", "orchestrator.step", "orchestrator.evaluate", "orchestrator.loop"}

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from workloads.workload import Batch
+from orchestrator.config import RunConfig
+from workloads.workload import Batch, Workload
 
 
 class Exporting(Protocol):
@@ -46,4 +47,20 @@ class Exporting(Protocol):
 
     def about(self, config: Any, folder: Path) -> dict[str, Any]:
         """Plain JSON that the predictor gets: sizes, labels, how an input is prepared."""
+        ...
+
+    def settings_for(self, data: str, about: Mapping[str, Any], folder: Path) -> RunConfig:
+        """The run's settings with `data` in the place of its own, made ready as the model knows it.
+
+        Args:
+            about: what `about` gave.
+            folder: of the model, or with `files`.
+
+        Raises:
+            UserError: the model cannot be evaluated on this data; names what does not fit.
+        """
+        ...
+
+    def workload_for(self, config: RunConfig, about: Mapping[str, Any]) -> Workload:
+        """The workload of `settings_for`; its held-out samples have the model's labels and normalization."""
         ...

@@ -11,17 +11,17 @@ the steps, the ratio to the first way, and the held-out accuracy after so few st
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ray"))
 import hosts
+import paired
 from commands import finish, kept_in, records, result, start
 
 WAYS = {
@@ -51,7 +51,9 @@ def rate(folder: Path) -> float:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    return {"samples_per_s": round(rate(folder), 2), "accuracy": round(result(folder)["metrics"]["accuracy"], 4)}
+    found = result(folder)
+    figures = {"samples_per_s": round(rate(folder), 2), "accuracy": round(found["metrics"]["accuracy"], 4)}
+    return figures | ({"staleness": found["staleness"]} if "staleness" in found else {})
 
 
 def slow(settings: argparse.Namespace, flags: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -87,38 +89,34 @@ def link(settings: argparse.Namespace, flags: Sequence[str], folder: Path) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = paired.parser(__doc__ or "", visits=2)
     parser.add_argument("--case", choices=list(WAYS), default="slow", help="[slow]")
     parser.add_argument("--ways", nargs="*", default=[], help="only those whose name holds one of these words [all]")
-    parser.add_argument("--visits", type=int, default=2, help="of each way, in turn [2]")
     parser.add_argument("--steps", type=int, default=96, help="[96]")
     parser.add_argument("--seconds", type=float, default=0.5, help="slow: added to each step of the slow worker [0.5]")
     parser.add_argument("--rate", default="20mbit", help="link: of each host's cable [20mbit]")
-    parser.add_argument("--out", help="JSON file for the figures")
     settings = parser.parse_args()
     if settings.case == "link" and hosts.NOT_HERE:
         sys.exit(hosts.NOT_HERE)
+    report = paired.header("syncs", settings)
     ways = {n: f for n, f in WAYS[settings.case].items() if not settings.ways or any(w in n for w in settings.ways)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for _ in range(settings.visits):
         for name, flags in ways.items():
             with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
                 found[name].append((slow if settings.case == "slow" else link)(settings, flags, Path(folder)))
-            print(name, found[name][-1], file=sys.stderr, flush=True)
-    rates = {name: statistics.median(visit["samples_per_s"] for visit in visits) for name, visits in found.items()}
-    report = {
-        "benchmark": "syncs",
-        "settings": vars(settings),
-        "cores": os.cpu_count(),
-        "ways": {
-            name: {"visits": found[name], "to_first": round(r / next(iter(rates.values())), 3)}
-            for name, r in rates.items()
-        },
-    }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if settings.out:
-        Path(settings.out).write_text(text + "\n")
+            paired.say(f"{name}: {found[name][-1]}")
+            report["ways"] = compared(found)
+            if settings.out:
+                settings.out.write_text(json.dumps(report, indent=1) + "\n")
+    paired.emit(report, settings.out)
+
+
+def compared(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The visits of each way, and its median rate as a ratio to the first one's."""
+    rates = {name: statistics.median(v["samples_per_s"] for v in visits) for name, visits in found.items() if visits}
+    first = next(iter(rates.values()))
+    return {name: {"visits": found[name], "to_first": round(rate / first, 3)} for name, rate in rates.items()}
 
 
 if __name__ == "__main__":

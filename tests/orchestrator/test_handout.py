@@ -82,6 +82,12 @@ class Workers(RuleBasedStateMachine):
             return
         for worker in list(self.held):
             self.handout.take_back(worker)
+        begun = {unit.step for unit in EVERY if self.times[unit] or unit in self.before}
+        while (unit := self.handout.take("last", begin=False)) is not None:
+            self.times[unit] += self.handout.finish("last", unit)
+        assert self.handout.between_steps, "a stop has nothing to wait for"
+        done = {unit for unit in EVERY if self.times[unit] or unit in self.before}
+        assert all(unit in done for unit in EVERY if unit.step in begun)
         while (unit := self.handout.take("last")) is not None:
             self.times[unit] += self.handout.finish("last", unit)
         assert self.handout.complete
@@ -139,3 +145,17 @@ def test_ranges_cover_all_and_are_as_even_as_can_be(sizes, parts):
 def test_one_huge_parameter():
     assert ranges([1, 1, 100, 1, 1], 2) in ([range(2), range(2, 5)], [range(3), range(3, 5)])
     assert ranges([5], 3) == [range(1)]
+
+
+def test_before_a_stop_no_step_is_begun():
+    handout = Handout(Counted(width), STEPS, math.inf)
+    assert handout.take("a", begin=False) is None
+    assert handout.between_steps
+    first = handout.take("a")
+    rest = [handout.take("b", begin=False) for _ in range(SHARDS)]
+    assert rest == [*(Unit(0, shard) for shard in range(1, SHARDS)), None]
+    for unit in (first, *rest[:-1]):
+        assert not handout.between_steps
+        handout.finish("a" if unit == first else "b", unit)
+    assert handout.between_steps
+    assert handout.take("a", begin=False) is None

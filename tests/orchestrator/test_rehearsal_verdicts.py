@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.faults import Fault
-from orchestrator.injector import Schedule
+from orchestrator.injector import target
 from orchestrator.recovery import Member
 from orchestrator.rehearse import problems, table
 from orchestrator.runfolder import METRICS, RunFolder
@@ -50,12 +50,10 @@ def test_what_differs_is_said(tmp_path, given, line):
 
 
 def test_a_node_is_found_by_its_number_among_those_that_ever_trained():
-    schedule = Schedule(
-        (Fault("drain", node=1, step=1), Fault("drain", rank=0, step=1), Fault("drain", node=3, step=1))
-    )
+    faults = (Fault("drain", node=1, step=1), Fault("drain", rank=0, step=1), Fault("drain", node=3, step=1))
     nodes = ["a", "b", "a", "c"]  # of two generations
     members = [Member(name, name, 1, "cpu", 5, rank, ("", 0)) for rank, name in enumerate("cb")]
-    found = [schedule.target(number, members, nodes) for number in range(3)]
+    found = [target(fault, members, nodes) for fault in faults]
     assert [m.node if m else None for m in found] == ["b", "c", None]
 
 

@@ -58,7 +58,7 @@ def test_the_laptop_commands(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     Image.new("L", (8, 8)).save(tmp_path / "digit.png")
     plain = [c for c in commands() if c not in ELSEWHERE and not c.startswith(BENCHMARKS)]
-    assert len(plain) == 9
+    assert len(plain) == 10
     for command in plain:
         done = call(command, 240, cwd=tmp_path)
         assert done.status == 0, f"{command}\n{done.out}{done.err}"

@@ -118,6 +118,28 @@ def test_nodes_are_drained_lost_and_added_and_a_worker_killed(tmp_path: Path) ->
     assert_left_in_time(tmp_path / "r-disturbed")
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sync", ["parameter-server", "local-sgd", "diloco"])
+def test_every_sync_goes_on(sync: str, tmp_path: Path) -> None:
+    """Two workers die close together, a node comes, the coordinator dies, a node goes, and the only other worker."""
+    served = sync == "parameter-server"
+    faults = [
+        fault("kill", 1, step=20, workers=3),
+        fault("kill", 2, step=21),
+        fault("add-node", step=40),
+        fault("kill-coordinator", step=80),
+        *([fault("kill-server", 1, step=110)] if served else []),
+        fault("node-loss", 1, step=140, workers=2),
+        fault("kill", 0, step=200),
+    ]
+    settings = ("resnet", "--steps", "300", "--sync", sync, "--checkpoint-every", "20")
+    done = rehearse(tmp_path, settings, faults, "--workers", "1:3", timeout_s=800)
+    kinds = ["worker_killed", "node_lost", "coordinator_lost", *(["server_lost"] if served else [])]
+    # What is being written when a server is lost is lost too.
+    assert_passed(done, tmp_path, *kinds, cadence=60 if served else 0)
+
+
 def assert_left_in_time(folder: Path) -> None:
     """The worker of a drained node left it before the deadline."""
     (left,) = [e for e in events(folder, "worker_left") if e["why"] == "node_drained"]

@@ -72,13 +72,15 @@ def test_stale_gradients_train_too_and_a_stop_is_resumed(staleness: str, cluster
     at = len(records(folder))
     assert at < STEPS
     assert (folder / f"checkpoints/step-{at}/manifest.json").exists()
-    done = run(*RESNET, *flags)
+    done = run(*RESNET, *flags, "--servers", "3", "--workers", "1:3")
     assert done.status == 0, done.out + done.err
     found = result(folder)
     assert (found["status"], found["steps"], found["deterministic"]) == ("finished", STEPS, False)
     assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
     assert sum(r["samples"] for r in records(folder)) == found["samples"]
     assert found["staleness"]["max"] == max(r["staleness_max"] for r in records(folder) if r["step"] > at)
+    if staleness != "inf":  # begun up to K steps ahead, while others were up to K steps ahead of it: 8 updates a step
+        assert max(r["staleness_max"] for r in records(folder)) <= (2 * int(staleness) + 1) * 8
     assert found["metrics"]["accuracy"] > 0.9
     assert (folder / "model/model.safetensors").exists()
     assert [e["step"] for e in events(folder, "evaluated")][-1] == STEPS
@@ -101,6 +103,34 @@ def test_rounds_have_the_same_bits_when_a_worker_is_lost(cluster: str, tmp_path:
     assert (found["incidents"][0]["kind"], found["incidents"][0]["steps_lost"]) == ("worker_killed", 0)
     assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
     assert [r["staleness_max"] for r in records(folder)] == [step % 7 for step in range(STEPS)]
+
+
+SYNCS = {
+    "served": [*SERVED, "0"],
+    "local-sgd": ["--sync", "local-sgd"],
+    "diloco": ["--sync", "diloco", "--local-steps", "7"],
+}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sync", SYNCS)
+def test_two_stops_and_other_numbers_change_no_bit(sync: str, cluster: str, tmp_path: Path) -> None:
+    """Stopped twice, resumed with more and with fewer workers, and with other numbers of servers."""
+    settings = [*RESNET, "--steps", "120", *SYNCS[sync]]
+    assert finish(start([*settings, *kept_in(tmp_path, "plain", cluster)])).status == 0
+    folder, at = tmp_path / "stopped", 0
+    for number, (workers, servers) in enumerate((("2", "2"), ("1:3", "3"), ("1", "1"))):
+        more = ["--servers", servers] if sync == "served" else []
+        process = start([*settings, *kept_in(tmp_path, "stopped", cluster), "--workers", workers, *more])
+        if number < 2:
+            wait_for_step(folder, at + 10, 180)
+            process.send_signal(signal.SIGINT)
+        done = finish(process)
+        assert done.status == (130 if number < 2 else 0), done.out + done.err
+        at = len(records(folder))
+    assert result(folder)["weights_sha256"] == result(tmp_path / "plain")["weights_sha256"]
+    assert [r["step"] for r in records(folder)] == list(range(1, 121))
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """A trained BERT as orchestrator.export sees it: transformers' files read back without transformers."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,14 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from orchestrator.config import RunConfig
+from orchestrator.errors import UserError
+from orchestrator.tables import read_manifest
 from workloads.bert.config import Architecture, BertConfig
+from workloads.bert.data import PREFIX, prepare
 from workloads.bert.model import Bert
+from workloads.bert.wordpiece import read_tokenizer
+from workloads.bert.workload import BertWorkload
 from workloads.workload import Batch
 
 TOKENIZER = "tokenizer.json"
@@ -30,6 +37,7 @@ class BertExporting:
     asked = "'a text with a [MASK] in it'"
 
     def __init__(self, config: BertConfig) -> None:
+        self._config = config
         self.inputs: tuple[str, ...] = ("input_ids", "masked")
         self.axes: tuple[Mapping[int, str], ...] = ({0: "batch", 1: "tokens"}, {0: "places"})
         if config.attention == "document":
@@ -63,3 +71,31 @@ class BertExporting:
         """How many tokens an input may have, and whether the model asks which document each is of."""
         tokens = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
         return {"tokens": tokens, "documents": config.attention == "document"}
+
+    def settings_for(self, data: str, about: Mapping[str, Any], folder: Path) -> BertConfig:
+        """See Exporting: text is split with the model's tokenizer; prepared data has to have been."""
+        known = read_tokenizer(folder / TOKENIZER)[1].tokens
+        config = self._config
+        if data.startswith(PREFIX):
+            if data != config.data:
+                config = dataclasses.replace(config, data=data, tokenizer="", sequence_length=_length(data, about))
+            if prepare(config).vocabulary.tokens != known:
+                raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; give the text")
+            return config
+        if data == config.data and prepare(config).vocabulary.tokens == known:
+            return config
+        length = min(config.sequence_length, about["tokens"])
+        return dataclasses.replace(config, data=data, tokenizer=str(folder / TOKENIZER), sequence_length=length)
+
+    def workload_for(self, config: RunConfig, about: Mapping[str, Any]) -> BertWorkload:
+        """See Exporting."""
+        assert isinstance(config, BertConfig)
+        return BertWorkload(config)
+
+
+def _length(data: str, about: Mapping[str, Any]) -> int:
+    """Tokens of a prepared sequence; raises UserError where the model takes fewer."""
+    length = int(dict(read_manifest(data.removeprefix(PREFIX), "bert").about)["sequence_length"])
+    if length > about["tokens"]:
+        raise UserError(f"--data {data}: sequences of {length} tokens; the model takes {about['tokens']}")
+    return length
