@@ -5,7 +5,7 @@ import datetime
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,14 @@ class OwnStore:
         self.address: Address = (host, listener.getsockname()[1])
         listening: Any = listener.detach()
         self.store = dist.TCPStore(*self.address, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(str(error)) from error
 
 
 @dataclass
@@ -159,12 +167,17 @@ class Group:
             return
         if self.device.type == "cuda" and dist.is_initialized():
             dist.group.WORLD.abort()  # type: ignore[union-attr]
+        self.hang_up()
+        for inode, connection in connections().items():
+            if inode in self._foreign and connection.peer in self._servers:
+                shut_down(inode, connection)  # to the store, which was connected before
+
+    def hang_up(self) -> None:
+        """Leave in the middle of a message: whoever waits for this worker, or here for others, gets an error."""
         for inode, connection in connections().items():
             ours = connection.local in self._servers or connection.peer in self._servers
             if inode not in self._foreign and connection.peer is not None and ours:
                 shut_down(inode, connection)
-            elif inode in self._foreign and connection.peer in self._servers:
-                shut_down(inode, connection)  # to the store, which was connected before
 
     @property
     def over(self) -> bool:
@@ -195,11 +208,8 @@ class Group:
     @contextlib.contextmanager
     def _peers(self) -> Iterator[None]:
         """What torch raises within is somebody else's end."""
-        with self.others_wait():
-            try:
-                yield
-            except RuntimeError as error:
-                raise PeerLostError(str(error)) from error
+        with self.others_wait(), _lost():
+            yield
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite `tensor` with that of rank `source`."""
@@ -257,6 +267,26 @@ class Group:
         """Until a started collective is done."""
         with self._peers():
             work.wait()
+
+    def start_send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
+        """Begin to send a message to another worker; `settle` ends it. From any thread, as the next two."""
+        with _lost():
+            work = dist.isend(tensor, group=self._process_group, group_dst=rank, tag=tag)
+        assert work is not None
+        return work
+
+    def start_receive(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
+        """Begin to overwrite `tensor` with a message of that tag; those of one tag come in the order they were sent."""
+        with _lost():
+            work = dist.irecv(tensor, group=self._process_group, group_src=rank, tag=tag)
+        assert work is not None
+        return work
+
+    def settle(self, works: Iterable[dist.Work]) -> None:
+        """Until messages are there or sent."""
+        with _lost():
+            for work in works:
+                work.wait(self._timeout)
 
 
 @dataclass

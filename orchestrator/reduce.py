@@ -4,7 +4,7 @@ On a worker each parameter has a pairwise stack: a shard's gradient is pushed as
 the two topmost blocks are siblings of the tree they are added, so few gradients are alive: log2(shards) + 1 for an
 aligned range, at most twice that for any.
 A contiguous range of shards ends as a few aligned blocks. Between workers the blocks travel in buckets
-(transport.py), launched as soon as the backward pass of the last shard has filled them.
+(transport.py), launched as soon as the backward pass of a block's last shard has filled them.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from orchestrator.group import Group
 from orchestrator.shards import Block, Placement, push_block
-from orchestrator.transport import Bucket, Transport, transport
+from orchestrator.transport import transport
+from orchestrator.tree import Bucket, Transport
 
 BUCKET_BYTES = 8 * 2**20
+LINE_FLOATS = 16  # of a cache line: no two workers write to the same
 
 
 class TreeReducer:
@@ -40,7 +42,8 @@ class TreeReducer:
         self._launched = 0
         self._shards_done = 0
         self._merges = 0
-        self._last = False
+        self._ends: list[int] = []  # the shard after each own block
+        self._filling = -1  # which own block the started shard is the last of; -1: of none
         self._range = range(0)
         self._transport: Transport | None = None
         self._views: list[list[list[Tensor]]] = []  # by bucket and own block
@@ -49,15 +52,19 @@ class TreeReducer:
         self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(parameters)]
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Let go of the parameters, and of a step that was not finished."""
         for handle in self._handles:
             handle.remove()
+        if self._transport is not None:
+            self._transport.close()
 
     def place(self, placement: Placement) -> None:
-        """Take over a placement; between two steps only. Every worker of the group calls it."""
+        """Take over a placement, once. Every worker of the group calls it."""
+        assert self._transport is None
         self._range = placement.range_of(self._group.rank)
         if self._group.world == 1:
             return
+        self._ends = [block.start + block.size for block in placement.blocks_of(self._group.rank)]
         self._transport = transport(self._group, placement, self._buckets)
         self._views = [
             [[_view(row, offset, self._slots[i]) for i, offset in _members(bucket)] for row in bucket.blocks]
@@ -68,18 +75,20 @@ class TreeReducer:
         """Forget the last step's gradients (a stale .grad view would silently break equality)."""
         for p in self._slots:
             p.grad = None
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.members)
-        self._launched = 0
         self._shards_done = 0
         self._pushed = [0] * len(self._slots)
         self._blocks = []
+        if self._transport is not None:
+            self._transport.start()
 
     def start_shard(self, shard: int) -> None:
         """The next backward pass is that of `shard`."""
         assert shard == self._range.start + self._shards_done
         self._merges = push_block(self._blocks, Block(shard, 1))
-        self._last = shard == self._range.stop - 1
+        self._filling = self._ends.index(shard + 1) if shard + 1 in self._ends else -1
+        self._launched = 0
+        for bucket in self._buckets:
+            bucket.missing = len(bucket.members)
 
     def add_extra(self, vector: Tensor) -> None:
         """The started shard's extra vector, [extra_numel]."""
@@ -131,31 +140,24 @@ class TreeReducer:
         stack = self._stacks[i]
         stack.append(gradient)
         self._pushed[i] += 1
-        into_bucket = self._last and self._group.world > 1
+        place = self._views[self._home[i][0]][self._filling][self._home[i][1]] if self._filling >= 0 else None
         for merge in range(self._merges, 0, -1):
             right = stack.pop()
-            if merge == 1 and into_bucket:
-                left = stack.pop()
-                bucket, k = self._home[i]
-                place = self._views[bucket][len(stack)][k]
-                stack.append(torch.add(left, right, out=place))
+            if merge == 1 and place is not None:
+                torch.add(stack.pop(), right, out=place)
             else:
                 stack[-1].add_(right)
-        if into_bucket:
-            self._deliver(i)
+        if place is not None:
+            if not self._merges:
+                place.copy_(stack.pop())
+            self._deliver(self._buckets[self._home[i][0]])
 
-    def _deliver(self, i: int) -> None:
-        """Put what is not yet in the bucket there, and launch every bucket whose turn it is."""
-        b, k = self._home[i]
-        bucket, stack = self._buckets[b], self._stacks[i]
-        for row, block in zip(self._views[b], stack, strict=True):
-            if block is not row[k]:
-                row[k].copy_(block)
-        stack.clear()
+    def _deliver(self, bucket: Bucket) -> None:
+        """One more of its gradients is in its place: launch every bucket whose turn it is."""
         bucket.missing -= 1
         while self._launched < len(self._buckets) and not self._buckets[self._launched].missing:
             assert self._transport is not None
-            self._transport.launch(self._buckets[self._launched])
+            self._transport.launch(self._launched, self._filling)
             self._launched += 1
 
 
@@ -179,5 +181,5 @@ def _pack(slots: list[nn.Parameter], world: int) -> list[Bucket]:
         buckets[-1].offsets.append(buckets[-1].numel)
         buckets[-1].numel += numel
     for bucket in buckets:
-        bucket.numel = -(-bucket.numel // world) * world
+        bucket.numel = -(-bucket.numel // (world * LINE_FLOATS)) * world * LINE_FLOATS
     return buckets

@@ -1,184 +1,202 @@
-"""How blocks of gradients get from worker to worker, and where their sums are left."""
+"""How blocks of gradients get from worker to worker on CPUs, and where their sums are left.
 
-from dataclasses import dataclass, field
-from typing import Protocol
+Workers of one machine add up what lies in memory that all of them see. Between machines chunks go by messages straight
+from where they lie to where they are added (routes.py), a block as soon as its last shard is computed; a thread adds
+and sends on what has come while the backward pass goes on.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.collectives import Exchange, HalvesSum
 from orchestrator.group import Group
-from orchestrator.shards import Block, Placement, push_block
+from orchestrator.routes import Own, Routes
+from orchestrator.shards import Placement
 from orchestrator.sharedmemory import share
+from orchestrator.tree import Bucket, Transport, fold
+
+PIECE_FLOATS = 2**19  # of one message: it is added while the next is on its way
+HERE_TAG = 0  # of a word within a team: all blocks of a bucket are there; all totals are there and nothing is sent
 
 
-@dataclass
-class Bucket:
-    """A stretch of parameters that travels in one message.
-
-    Attributes:
-        members, offsets: the parameters in it, and where each begins.
-        numel: a multiple of the number of workers.
-        missing: parameters whose gradients are not yet in `blocks`.
-        blocks: fp32 [own blocks, numel]; each block's gradients of these parameters laid end to end.
-        total: fp32 [numel], the sum over all blocks.
-    """
-
-    members: list[int]
-    offsets: list[int]
-    numel: int
-    missing: int = 0
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0))
-    total: Tensor = field(default_factory=lambda: torch.empty(0))
-    received: Tensor = field(default_factory=lambda: torch.empty(0))
-    work: dist.Work | None = None
-
-
-class Transport(Protocol):
-    """Sums the blocks of all workers in tree order, bucket by bucket.
+class _Lot:
+    """A bucket and its memory; chunk c of a row is that of worker c.
 
     Attributes:
-        common: whether `total` is one memory for all workers, so that nobody may write to it.
+        rows: fp32 [workers, chunk], the blocks of the team, by rank and place.
+        received: fp32 [chunk], what comes for this worker's chunk, by number of the part.
+        total: fp32 [workers, chunk].
+        pieces: of a chunk, one message each.
+        arrivals: messages with parts, by piece.
+        totals: messages with totals.
     """
 
-    common: bool
-
-    def launch(self, bucket: Bucket) -> None:
-        """The blocks of `bucket` are complete here; every worker launches the buckets in the same order."""
-        ...
-
-    def finish(self) -> None:
-        """Wait until all totals are complete; raises PeerLostError if a worker is lost."""
-        ...
-
-
-def fold(order: list[Block], rows: list[Tensor], total: Tensor) -> None:
-    """Leave the sum of `rows`, one for each block of `order`, in `total`; rows are overwritten."""
-    blocks: list[Block] = []
-    stack: list[Tensor] = []
-    for place, (block, row) in enumerate(zip(order, rows, strict=True)):
-        stack.append(row)
-        for merge in range(push_block(blocks, block), 0, -1):
-            right, left = stack.pop(), stack.pop()
-            last = place == len(rows) - 1 and merge == 1
-            stack.append(torch.add(left, right, out=total if last else left))
-    if len(rows) == 1:
-        total.copy_(rows[0])
+    def __init__(self, bucket: Bucket, start: int, routes: Routes, memory: dict[int, Tensor]) -> None:
+        n, world = bucket.numel, routes.world
+        self.rows: dict[Own, Tensor] = {}
+        for rank, floats in memory.items():
+            count = len(routes.placement.blocks_of(rank))
+            laid = floats[start * (count + 1) :][: n * (count + 1)].view(count + 1, n)
+            self.rows.update({(rank, place): laid[place].view(world, -1) for place in range(count)})
+            if rank == routes.rank:
+                bucket.blocks = laid[:count]
+            if rank == routes.team[0]:
+                bucket.total = laid[count]
+        self.total = bucket.total.view(world, -1)
+        chunk = n // world
+        self.received = {number: torch.empty(chunk) for number in routes.incoming}
+        self.pieces = [slice(at, min(at + PIECE_FLOATS, chunk)) for at in range(0, chunk, PIECE_FLOATS)]
+        self.arrivals: list[list[dist.Work]] = []
+        self.totals: list[dist.Work] = []
 
 
-class SharedSums:
-    """On one machine: blocks lie in memory that all see, and each worker folds its chunk of all of them there."""
-
-    common = True
-
-    def __init__(self, group: Group, placement: Placement, buckets: list[Bucket], memory: list[Tensor]) -> None:
-        self._group = group
-        self._order, counts = _order(placement, group.world)
-        self._buckets = buckets
-        self._rows: list[list[Tensor]] = []
-        starts = [0] * group.world
-        for bucket in buckets:
-            n = bucket.numel
-            mine = slice(group.rank * (n // group.world), (group.rank + 1) * (n // group.world))
-            rows: list[Tensor] = []
-            for rank, count in enumerate(counts):
-                blocks = memory[rank][starts[rank] : starts[rank] + count * n].view(count, n)
-                starts[rank] += count * n
-                rows += [row[mine] for row in blocks]
-                if rank == group.rank:
-                    bucket.blocks = blocks
-            bucket.total = memory[0][starts[0] : starts[0] + n]
-            starts[0] += n
-            self._rows.append([*rows, bucket.total[mine]])
-
-    @staticmethod
-    def floats(placement: Placement, world: int, buckets: list[Bucket]) -> list[int]:
-        """How much memory each rank has to give."""
-        numel = sum(bucket.numel for bucket in buckets)
-        return [(len(placement.blocks_of(rank)) + (rank == 0)) * numel for rank in range(world)]
-
-    def launch(self, bucket: Bucket) -> None:
-        if bucket is self._buckets[-1]:  # nothing is on its way: one word that all is there will do
-            bucket.work = self._group.start_barrier()
-
-    def finish(self) -> None:
-        _wait(self._group, self._buckets[-1])
-        for rows in self._rows:
-            fold(self._order, rows[:-1], rows[-1])
-        self._group.wait(self._group.start_barrier())
-
-
-class HalvesSum:
-    """Two workers, one half of the tree each: a plain all-reduce has the same bits, for a + b = b + a."""
-
-    common = False
-
-    def __init__(self, group: Group, buckets: list[Bucket]) -> None:
-        self._group, self._buckets = group, buckets
-        for bucket in buckets:
-            bucket.total = torch.zeros(bucket.numel, device=group.device)
-            bucket.blocks = bucket.total.view(1, -1)
-
-    def launch(self, bucket: Bucket) -> None:
-        bucket.work = self._group.start_sum(bucket.total)
-
-    def finish(self) -> None:
-        for bucket in self._buckets:
-            _wait(self._group, bucket)
-
-
-class Exchange:
-    """Each worker receives its chunk of every block (all-to-all), folds the chunks, and the sums are gathered."""
-
-    common = False
+class TreeSums:
+    """Workers on one machine or on several."""
 
     def __init__(self, group: Group, placement: Placement, buckets: list[Bucket]) -> None:
-        self._group, self._buckets = group, buckets
-        self._order, self._counts = _order(placement, group.world)
-        for bucket in buckets:
-            chunk = bucket.numel // group.world
-            bucket.blocks = torch.zeros(self._counts[group.rank], bucket.numel, device=group.device)
-            bucket.received = torch.empty(len(self._order), chunk, device=group.device)
-            bucket.total = torch.empty(bucket.numel, device=group.device)
+        self._group = group
+        numel = sum(bucket.numel for bucket in buckets)
+        floats = [(len(placement.blocks_of(rank)) + 1) * numel for rank in range(group.world)]
+        teams, memory = share(group, floats)
+        self._routes = routes = Routes(placement, teams, group.rank)
+        self._beside = [rank for rank in routes.team if rank != group.rank]
+        self.common = bool(self._beside)
+        starts = accumulate((bucket.numel for bucket in buckets), initial=0)
+        self._lots = [_Lot(bucket, start, routes, memory) for bucket, start in zip(buckets, starts, strict=False)]
+        self._pieces_before = list(accumulate((len(lot.pieces) for lot in self._lots), initial=0))
+        self._last_place = len(placement.blocks_of(group.rank)) - 1
+        self._words = torch.zeros(group.world)
+        self._sent: list[dist.Work] = []
+        self._errands: list[Future[None]] = []
+        self._helper = ThreadPoolExecutor(1, "sums")
 
-    def launch(self, bucket: Bucket) -> None:
-        world, chunk = self._group.world, bucket.received.shape[1]
-        outgoing = bucket.blocks.view(-1, world, chunk).transpose(0, 1).contiguous().view(-1)
-        bucket.work = self._group.start_exchange(
-            bucket.received.view(-1),
-            outgoing,
-            [count * chunk for count in self._counts],
-            [self._counts[self._group.rank] * chunk] * world,
-        )
+    def start(self) -> None:
+        if self._routes.outside:
+            self._errand(self._expect)
+
+    def launch(self, number: int, place: int) -> None:
+        lot, routes = self._lots[number], self._routes
+        part = routes.sent_alone.get(place)
+        if part is not None:
+            row = lot.rows[routes.rank, place]
+            for n, piece in enumerate(lot.pieces):
+                for chunk in routes.outside:
+                    self._send(row[chunk][piece], chunk, self._tag(number, n, part))
+        if place == self._last_place:
+            if routes.outside:
+                self._tell_team()
+                self._errand(self._carry, number)
+            elif lot is self._lots[-1]:  # nothing is on its way: one word that all is there will do
+                self._tell_team()
 
     def finish(self) -> None:
-        # Two passes: a collective issued from within the first one's completion hangs on gloo.
-        for bucket in self._buckets:
-            _wait(self._group, bucket)
-            fold(self._order, list(bucket.received), bucket.received[0])
-            bucket.work = self._group.start_gather(bucket.total, bucket.received[0])
-        for bucket in self._buckets:
-            _wait(self._group, bucket)
+        if self._routes.outside:
+            with self._group.others_wait():
+                for errand in self._errands:
+                    errand.result()
+                for lot in self._lots:
+                    self._group.settle(lot.totals)
+        else:
+            self._meet_team()
+            for lot in self._lots:
+                self._add(lot, slice(None))
+        self._settle_sent()
+        if self._beside:
+            self._tell_team()
+            self._meet_team()
+            self._settle_sent()
+        self._errands.clear()
+
+    def close(self) -> None:
+        self._helper.shutdown(wait=False, cancel_futures=True)
+        if not all(errand.done() for errand in self._errands):
+            self._group.hang_up()  # a step was given up, and the helper still waits for others
+
+    def _errand(self, do: Callable[..., None], *what: Any) -> None:
+        """The helper does it, after what it was given before."""
+        self._errands.append(self._helper.submit(do, *what))
+
+    def _tag(self, number: int, piece: int, part: int = -1) -> int:
+        """Of a message about a piece of a bucket: with a part, or with the total."""
+        before = self._pieces_before[number] + piece
+        return HERE_TAG + 2 + before * (len(self._routes.parts) + 1) + part
+
+    def _send(self, tensor: Tensor, rank: int, tag: int) -> None:
+        self._sent.append(self._group.start_send(tensor, rank, tag))
+
+    def _settle_sent(self) -> None:
+        with self._group.others_wait():
+            self._group.settle(self._sent)
+        self._sent.clear()
+
+    def _tell_team(self) -> None:
+        """Each tells each: who is lost is missed by all, not by a neighbour alone as in a ring."""
+        for rank in self._beside:
+            self._send(self._words[rank : rank + 1], rank, HERE_TAG)
+
+    def _meet_team(self) -> None:
+        """Wait for the word of every other worker of the team."""
+        receive = self._group.start_receive
+        self._group.settle([receive(torch.empty(1), rank, HERE_TAG) for rank in self._beside])
+
+    def _expect(self) -> None:
+        """Say where messages shall go, so that they need not wait."""
+        routes, receive = self._routes, self._group.start_receive
+        for number, lot in enumerate(self._lots):
+            lot.arrivals = [
+                [
+                    receive(lot.received[part][piece], sender, self._tag(number, n, part))
+                    for part, sender in routes.incoming.items()
+                ]
+                for n, piece in enumerate(lot.pieces)
+            ]
+            lot.totals = [
+                receive(lot.total[chunk][piece], chunk, self._tag(number, n))
+                for n, piece in enumerate(lot.pieces)
+                for chunk in routes.totals_from
+            ]
+
+    def _carry(self, number: int) -> None:
+        """Send what the team has to add first; add what comes for the own chunk, and send the total."""
+        lot, routes = self._lots[number], self._routes
+        self._meet_team()
+        for n, piece in enumerate(lot.pieces):
+            for part, chunk in routes.sent_together:
+                of = routes.parts[part].of
+                rows = [lot.rows[own][chunk][piece] for own in of]
+                fold([routes.block(own) for own in of], rows, rows[0])
+                self._send(rows[0], chunk, self._tag(number, n, part))
+        for n, piece in enumerate(lot.pieces):
+            self._group.settle(lot.arrivals[n])
+            total = self._add(lot, piece)
+            for rank in routes.totals_to:
+                self._send(total, rank, self._tag(number, n))
+
+    def _add(self, lot: _Lot, piece: slice) -> Tensor:
+        """The total of a piece of the own chunk."""
+        routes = self._routes
+        total = lot.total[routes.rank][piece]
+        rows = [
+            (lot.received[source] if isinstance(source, int) else lot.rows[source][routes.rank])[piece]
+            for _, source in routes.addends
+        ]
+        fold([block for block, _ in routes.addends], rows, total)
+        return total
 
 
 def transport(group: Group, placement: Placement, buckets: list[Bucket]) -> Transport:
-    """The quickest that this group can use; gives the buckets their memory. Every worker calls it."""
-    if group.device.type == "cpu":
-        memory = share(group, SharedSums.floats(placement, group.world, buckets))
-        if memory is not None:
-            return SharedSums(group, placement, buckets, memory)
-    if _order(placement, group.world)[1] == [1, 1]:
+    """That of this kind of device; gives the buckets their memory. Every worker calls it."""
+    return (TreeSums if group.device.type == "cpu" else of_gpus)(group, placement, buckets)
+
+
+def of_gpus(group: Group, placement: Placement, buckets: list[Bucket]) -> Transport:
+    """By collectives; see `transport`."""
+    if [len(placement.blocks_of(rank)) for rank in range(group.world)] == [1, 1]:
         return HalvesSum(group, buckets)
     return Exchange(group, placement, buckets)
-
-
-def _order(placement: Placement, world: int) -> tuple[list[Block], list[int]]:
-    """The blocks of all workers in the order of their shards, and how many each worker has."""
-    everyone = [placement.blocks_of(rank) for rank in range(world)]
-    return [block for blocks in everyone for block in blocks], [len(blocks) for blocks in everyone]
-
-
-def _wait(group: Group, bucket: Bucket) -> None:
-    assert bucket.work is not None
-    group.wait(bucket.work)
-    bucket.work = None
