@@ -132,7 +132,7 @@ class Group:
                 self._learn_servers(str(partition))
         return _Part(
             mine.index(self.rank), len(mine), self.device, clock=self.clock, _over=self._over, _process_group=found,
-            whole=self,
+            _timeout=self._timeout, whole=self,
         )  # fmt: skip
 
     @property
@@ -239,14 +239,6 @@ class Group:
                 dist.all_gather_object(values, value, group=self._process_group)
         return values
 
-    def start_barrier(self) -> dist.Work:
-        """Begin to tell everyone that this worker is here; `wait` ends when all are.
-
-        Each tells each: who is lost is missed by all, not by a neighbour alone as in a ring.
-        """
-        told, tell = torch.empty(self.world), torch.zeros(self.world)
-        return self.start_exchange(told, tell, [1] * self.world, [1] * self.world)
-
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""
         with self._peers():
@@ -271,16 +263,12 @@ class Group:
     def start_send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         """Begin to send a message to another worker; `settle` ends it. From any thread, as the next two."""
         with _lost():
-            work = dist.isend(tensor, group=self._process_group, group_dst=rank, tag=tag)
-        assert work is not None
-        return work
+            return dist.isend(tensor, group=self._process_group, group_dst=rank, tag=tag)  # type: ignore[return-value]
 
     def start_receive(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         """Begin to overwrite `tensor` with a message of that tag; those of one tag come in the order they were sent."""
         with _lost():
-            work = dist.irecv(tensor, group=self._process_group, group_src=rank, tag=tag)
-        assert work is not None
-        return work
+            return dist.irecv(tensor, group=self._process_group, group_src=rank, tag=tag)  # type: ignore[return-value]
 
     def settle(self, works: Iterable[dist.Work]) -> None:
         """Until messages are there or sent."""
@@ -298,6 +286,10 @@ class _Part(Group):
     def step_on(self, pieces: int = 1) -> None:
         assert self.whole is not None
         self.whole.step_on(pieces)
+
+    def hang_up(self) -> None:
+        assert self.whole is not None
+        self.whole.hang_up()
 
     def others_wait(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         assert self.whole is not None

@@ -74,9 +74,11 @@ class TreeSums:
         self._words = torch.zeros(group.world)
         self._sent: list[dist.Work] = []
         self._errands: list[Future[None]] = []
+        self._open = False  # whether a step was started and is not finished
         self._helper = ThreadPoolExecutor(1, "sums")
 
     def start(self) -> None:
+        self._open = True
         if self._routes.outside:
             self._errand(self._expect)
 
@@ -96,27 +98,32 @@ class TreeSums:
                 self._tell_team()
 
     def finish(self) -> None:
-        if self._routes.outside:
-            with self._group.others_wait():
-                for errand in self._errands:
-                    errand.result()
-                for lot in self._lots:
-                    self._group.settle(lot.totals)
-        else:
-            self._meet_team()
+        with self._group.others_wait():
+            for errand in self._errands:
+                errand.result()
+            for lot in self._lots:
+                self._group.settle(lot.totals)
+            if not self._routes.outside:
+                self._meet_team()
+        if not self._routes.outside:
             for lot in self._lots:
                 self._add(lot, slice(None))
-        self._settle_sent()
-        if self._beside:
+        with self._group.others_wait():
+            self._settle_sent()
             self._tell_team()
             self._meet_team()
             self._settle_sent()
         self._errands.clear()
+        self._open = False
 
     def close(self) -> None:
         self._helper.shutdown(wait=False, cancel_futures=True)
-        if not all(errand.done() for errand in self._errands):
-            self._group.hang_up()  # a step was given up, and the helper still waits for others
+        if self._open:
+            self._group.hang_up()  # the helper may wait for others, and they for this worker
+        self._sent.clear()  # messages under way keep their connection open
+        for lot in self._lots:
+            lot.arrivals.clear()
+            lot.totals.clear()
 
     def _errand(self, do: Callable[..., None], *what: Any) -> None:
         """The helper does it, after what it was given before."""
@@ -131,8 +138,7 @@ class TreeSums:
         self._sent.append(self._group.start_send(tensor, rank, tag))
 
     def _settle_sent(self) -> None:
-        with self._group.others_wait():
-            self._group.settle(self._sent)
+        self._group.settle(self._sent)
         self._sent.clear()
 
     def _tell_team(self) -> None:

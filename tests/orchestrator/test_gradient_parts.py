@@ -247,10 +247,10 @@ def share_and_look(group: Group, lie: str) -> tuple[list[list[int]], list[float]
         teams, vectors = sharedmemory.share(group, [3 + rank for rank in range(group.world)])
     left = len(list(Path("/proc/self/fd").iterdir())) - descriptors
     vectors[group.rank].fill_(group.rank)
-    group.wait(group.start_barrier())
+    group.sum(torch.zeros(1))
     for vector in vectors.values():
         vector[group.rank] += 10
-    group.wait(group.start_barrier())
+    group.sum(torch.zeros(1))
     return teams, [float(x) for rank in sorted(vectors) for x in vectors[rank]], left
 
 
@@ -299,10 +299,10 @@ def reduce_and_update(group: Group, own: bool) -> list[int]:
         parameters[0].sum().backward()
         reducer.end_shard()
     reducer.finish(own)
-    group.wait(group.start_barrier())
+    group.sum(torch.zeros(1))
     if group.rank == 0:
         parameters[0].grad.zero_()
-    group.wait(group.start_barrier())
+    group.sum(torch.zeros(1))
     reducer.close()
     return [int(parameters[0].grad.sum()), os.getpid()]
 
