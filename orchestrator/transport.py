@@ -99,8 +99,8 @@ class TreeSums:
 
     def finish(self) -> None:
         with self._group.others_wait():
-            for errand in self._errands:
-                errand.result()
+            while self._errands:  # by no name: an error would keep itself, and the connections it was met on, alive
+                self._errands.pop(0).result()
             for lot in self._lots:
                 self._group.settle(lot.totals)
             if not self._routes.outside:
@@ -113,14 +113,14 @@ class TreeSums:
             self._tell_team()
             self._meet_team()
             self._settle_sent()
-        self._errands.clear()
         self._open = False
 
     def close(self) -> None:
-        self._helper.shutdown(wait=False, cancel_futures=True)
         if self._open:
             self._group.hang_up()  # the helper may wait for others, and they for this worker
-        self._sent.clear()  # messages under way keep their connection open
+        self._helper.shutdown(cancel_futures=True)
+        self._errands.clear()  # messages under way keep their connection open, errors their messages
+        self._sent.clear()
         for lot in self._lots:
             lot.arrivals.clear()
             lot.totals.clear()
