@@ -101,10 +101,11 @@ def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
     return Finished(started_s, wall_s, (folder / "stdout").read_text(), folder)
 
 
-def train(workload: str, arguments: Sequence[str], folder: Path) -> tuple[Finished, Path]:
-    """Our command line, to its end; also returns the run's folder."""
+def train(workload: str, arguments: Sequence[str], folder: Path, apart: bool = False) -> tuple[Finished, Path]:
+    """Our command line, to its end; also returns the run's folder. `apart`: workers share no memory."""
     command = ["-m", "orchestrator.run", workload, *arguments, "--storage", str(folder), "--name", "run"]
-    return run(command, folder), folder / "run"
+    path = os.pathsep.join(map(str, [ROOT, BENCH / "apart"] if apart else [ROOT]))
+    return run(command, folder, PYTHONPATH=path), folder / "run"
 
 
 def torchrun(processes: int, script: str, arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
