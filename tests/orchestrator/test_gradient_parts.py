@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
+from stage import on_machine
 from torch import nn
 from toys import ToyWorkload, toy_plan, toy_state
 
@@ -127,8 +128,7 @@ def test_gradients_are_those_of_autograd():
 @contextlib.contextmanager
 def on(machine: int) -> Iterator[None]:
     """As if this worker were on a machine of that number; buckets are small, and messages smaller."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharedmemory, "_network", lambda: machine)
+    with on_machine(machine), pytest.MonkeyPatch.context() as patch:
         patch.setattr(reduce, "BUCKET_BYTES", 10_000)
         patch.setattr(transport, "PIECE_FLOATS", 3_000)
         yield
@@ -211,7 +211,7 @@ def join_sums(group: Group, apart: bool) -> list[torch.Tensor]:
     parameters = [nn.Parameter(torch.zeros(1_500_000)) for _ in range(3)]
     reducer = TreeReducer(parameters, 2, group)
     placement = even_placement(4, group.world)
-    with on(group.rank if apart else 0):
+    with on_machine(group.rank if apart else 0):
         reducer.place(placement)
     reducer.start_step()
     for shard in placement.range_of(group.rank):

@@ -9,10 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from distributed import WorkerDiedError, run_distributed
-from stage import SOON_S, WAIT, Stage, aborted, until
+from stage import SOON_S, WAIT, Stage, aborted, on_machine, until
 from torch import nn
 
-from orchestrator import sharedmemory
 from orchestrator.group import Group, PeerLostError
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import Placement, even_placement
@@ -32,10 +31,14 @@ def push(reducer: TreeReducer, shards: range) -> None:
         reducer.end_shard()
 
 
+def go_on(reducer: TreeReducer, shards: range) -> None:
+    push(reducer, shards)
+    reducer.finish()
+
+
 def reducer_on(group: Group, machine: int, placement: Placement) -> TreeReducer:
     reducer = TreeReducer([nn.Parameter(torch.zeros(100_000)) for _ in range(2)], 1, group)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharedmemory, "_network", lambda: machine)
+    with on_machine(machine):
         reducer.place(placement)
     return reducer
 
@@ -52,8 +55,7 @@ def lose_one(group: Group, machines: tuple[int, ...], how: str) -> float:
     last = group.rank == group.world - 1
     reducer, own = reducer_on(group, machines[group.rank], placement), placement.range_of(group.rank)
     reducer.start_step()
-    push(reducer, own)
-    reducer.finish()
+    go_on(reducer, own)
     assert reducer.extra.item() == 8
     reducer.start_step()
     push(reducer, own[:-1])
@@ -66,8 +68,7 @@ def lose_one(group: Group, machines: tuple[int, ...], how: str) -> float:
     elif not last:
         told = aborted(group, lambda: group.waiting) if how == "stands still" else nullcontext()
         with told, pytest.raises(PeerLostError):
-            push(reducer, own[-1:])
-            reducer.finish()
+            go_on(reducer, own[-1:])
     reducer.close()
     group.close()
     seconds = time.monotonic() - started

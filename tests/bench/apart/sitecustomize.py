@@ -1,4 +1,4 @@
-"""In the environment of a command (PYTHONPATH), its workers share no memory, as if each were on a machine of its own."""
+"""In the environment of a command (PYTHONPATH), its workers share no memory, as on machines of their own."""
 
 import os
 
