@@ -53,14 +53,15 @@ class Exchange:
         self._counts = [len(blocks) for blocks in everyone]
         self._stream = torch.cuda.Stream(group.device) if group.device.type == "cuda" else None
         self._works: list[dist.Work] = []
-        self._buckets = buckets
-        self._rooms: list[tuple[Tensor, Tensor]] = []  # by bucket: what is sent, what is received
+        self._rooms: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # by bucket: blocks, sent, received, total
         for bucket in buckets:
-            chunk, own = bucket.numel // world, self._counts[group.rank]
-            bucket.blocks = torch.zeros(own, bucket.numel, device=group.device)
-            bucket.total = torch.empty(bucket.numel, device=group.device)
+            chunk, own = -(-bucket.numel // world), self._counts[group.rank]
+            blocks = torch.zeros(own, world * chunk, device=group.device)
+            total = torch.empty(world * chunk, device=group.device)
+            bucket.blocks, bucket.total = blocks[:, : bucket.numel], total[: bucket.numel]
             sent = torch.empty(world, own, chunk, device=group.device)
-            self._rooms.append((sent, torch.empty(len(self._order), chunk, device=group.device)))
+            received = torch.empty(len(self._order), chunk, device=group.device)
+            self._rooms.append((blocks, sent, received, total))
 
     def start(self) -> None:
         self._works.clear()
@@ -69,15 +70,15 @@ class Exchange:
         world, rank = self._group.world, self._group.rank
         if place < self._counts[rank] - 1:
             return  # the others do not exchange anything yet
-        bucket, (sent, received) = self._buckets[number], self._rooms[number]
+        blocks, sent, received, total = self._rooms[number]
         chunk = received.shape[1]
         with self._beside():
-            sent.copy_(bucket.blocks.view(-1, world, chunk).transpose(0, 1))
+            sent.copy_(blocks.view(-1, world, chunk).transpose(0, 1))
             counts = [count * chunk for count in self._counts]
             own = [self._counts[rank] * chunk] * world
             self._group.wait(self._group.start_exchange(received.view(-1), sent.view(-1), counts, own))
             fold(self._order, list(received), received[0])
-            self._works.append(self._group.start_gather(bucket.total, received[0]))
+            self._works.append(self._group.start_gather(total, received[0]))
 
     def _beside(self) -> contextlib.AbstractContextManager[object]:
         """What is queued within runs after what has been queued so far, and beside what will be."""

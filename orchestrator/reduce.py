@@ -18,7 +18,7 @@ from orchestrator.transport import transport
 from orchestrator.tree import Bucket, Transport
 
 BUCKET_BYTES = 8 * 2**20
-LINE_FLOATS = 16  # of a cache line: no two workers write to the same
+ALONE_BYTES = 2**20  # on CPUs a parameter from that size on is a bucket of its own: nothing has to be copied for it
 
 
 class TreeReducer:
@@ -32,13 +32,13 @@ class TreeReducer:
     def __init__(self, parameters: list[nn.Parameter], extra_numel: int, group: Group) -> None:
         self._group = group
         device = group.device
-        # The extra vector rides as one more parameter, in the bucket that is ready first.
+        # The extra vector rides as one more parameter.
         self._extra_slot = nn.Parameter(torch.zeros(extra_numel, device=device), requires_grad=False)
         self._slots = [*parameters, self._extra_slot]
         self._stacks: list[list[Tensor]] = [[] for _ in self._slots]
         self._pushed = [0] * len(self._slots)
-        self._buckets = _pack(self._slots, group.world)
-        self._home = {i: (b, k) for b, bucket in enumerate(self._buckets) for k, i in enumerate(bucket.members)}
+        self._buckets = _pack(self._slots, ALONE_BYTES if device.type == "cpu" else 2**63)
+        self._home = {i: number for number, bucket in enumerate(self._buckets) for i in bucket.members}
         self._launched = 0
         self._shards_done = 0
         self._merges = 0
@@ -46,7 +46,9 @@ class TreeReducer:
         self._filling = -1  # which own block the started shard is the last of; -1: of none
         self._range = range(0)
         self._transport: Transport | None = None
-        self._views: list[list[list[Tensor]]] = []  # by bucket and own block
+        self._places: list[list[Tensor]] = [
+            [] for _ in self._slots
+        ]  # by own block; empty: gradients stay where they are
         self._blocks: list[Block] = []
         self.extra = torch.zeros(extra_numel, device=device)
         self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in enumerate(parameters)]
@@ -66,10 +68,10 @@ class TreeReducer:
             return
         self._ends = [block.start + block.size for block in placement.blocks_of(self._group.rank)]
         self._transport = transport(self._group, placement, self._buckets)
-        self._views = [
-            [[_view(row, offset, self._slots[i]) for i, offset in _members(bucket)] for row in bucket.blocks]
-            for bucket in self._buckets
-        ]
+        for bucket in self._buckets:
+            for row in [] if bucket.blocks is None else bucket.blocks:
+                for i, offset in _members(bucket):
+                    self._places[i].append(_view(row, offset, self._slots[i]))
 
     def start_step(self) -> None:
         """Forget the last step's gradients (a stale .grad view would silently break equality)."""
@@ -140,17 +142,20 @@ class TreeReducer:
         stack = self._stacks[i]
         stack.append(gradient)
         self._pushed[i] += 1
-        place = self._views[self._home[i][0]][self._filling][self._home[i][1]] if self._filling >= 0 else None
+        place = self._places[i][self._filling] if self._filling >= 0 and self._places[i] else None
         for merge in range(self._merges, 0, -1):
             right = stack.pop()
             if merge == 1 and place is not None:
                 torch.add(stack.pop(), right, out=place)
             else:
                 stack[-1].add_(right)
-        if place is not None:
-            if not self._merges:
+        if self._filling >= 0:
+            bucket = self._buckets[self._home[i]]
+            if place is None:
+                bucket.row = _flat(stack.pop(), self._slots[i])
+            elif not self._merges:
                 place.copy_(stack.pop())
-            self._deliver(self._buckets[self._home[i][0]])
+            self._deliver(bucket)
 
     def _deliver(self, bucket: Bucket) -> None:
         """One more of its gradients is in its place: launch every bucket whose turn it is."""
@@ -170,16 +175,34 @@ def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     return flat[offset : offset + like.numel()].as_strided(like.shape, like.stride(), flat.storage_offset() + offset)
 
 
-def _pack(slots: list[nn.Parameter], world: int) -> list[Bucket]:
-    """Buckets of about BUCKET_BYTES in the order in which backward delivers: the extra vector, last layer first."""
-    buckets: list[Bucket] = []
+def _flat(gradient: Tensor, like: Tensor) -> Tensor:
+    """The elements of `gradient` as they lie in the memory of `like`, which has no gaps."""
+    if gradient.stride() != like.stride():
+        gradient = torch.empty_like(like).copy_(gradient)
+    return gradient.detach().as_strided((like.numel(),), (1,))
+
+
+def _has_gaps(tensor: Tensor) -> bool:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return span != tensor.numel()
+
+
+def _pack(slots: list[nn.Parameter], alone_bytes: int) -> list[Bucket]:
+    """Buckets in the order in which backward fills them: it begins with the extra vector and the last layer.
+
+    Parameters of `alone_bytes` or more have one each, others share them, up to BUCKET_BYTES.
+    """
+    full: list[Bucket] = []
+    open_one = Bucket([], [], 0)
     for i in reversed(range(len(slots))):
         numel = slots[i].numel()
-        if not buckets or (buckets[-1].numel + numel) * 4 > BUCKET_BYTES:
-            buckets.append(Bucket([], [], 0))
-        buckets[-1].members.append(i)
-        buckets[-1].offsets.append(buckets[-1].numel)
-        buckets[-1].numel += numel
-    for bucket in buckets:
-        bucket.numel = -(-bucket.numel // (world * LINE_FLOATS)) * world * LINE_FLOATS
-    return buckets
+        if numel * 4 >= alone_bytes and not _has_gaps(slots[i]):
+            full.append(Bucket([i], [0], numel, alone=True))
+            continue
+        if open_one.members and (open_one.numel + numel) * 4 > BUCKET_BYTES:
+            full.append(open_one)
+            open_one = Bucket([], [], 0)
+        open_one.members.append(i)
+        open_one.offsets.append(open_one.numel)
+        open_one.numel += numel
+    return [*full, open_one] if open_one.members else full

@@ -106,6 +106,20 @@ class Routes:
         }
 
     @cached_property
+    def early(self) -> list[int]:
+        """Parts that come while their senders still compute: all that are not the last block of their sender."""
+        return [number for number in self.incoming if not self._last(self.parts[number])]
+
+    @cached_property
+    def late(self) -> list[int]:
+        """The other parts that come."""
+        return [number for number in self.incoming if self._last(self.parts[number])]
+
+    def _last(self, part: Part) -> bool:
+        (rank, place), *others = part.of
+        return bool(others) or place == len(self.placement.blocks_of(rank)) - 1
+
+    @cached_property
     def addends(self) -> list[tuple[Block, Own | int]]:
         """What its own chunk is the sum of, in the tree's order: blocks of its team, and numbers of parts received."""
         found: list[tuple[Block, Own | int]] = []

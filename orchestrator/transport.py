@@ -21,39 +21,54 @@ from orchestrator.shards import Placement
 from orchestrator.sharedmemory import share
 from orchestrator.tree import Bucket, Transport, fold
 
-PIECE_FLOATS = 2**19  # of one message: it is added while the next is on its way
+PIECE_FLOATS = 2**18  # of one message: it is added while the next is on its way, and fits into a cache
+WINDOW = 8  # pieces that there is room for before they are added
+LINE_FLOATS = 16  # of a cache line: no two workers write to the same
 HERE_TAG = 0  # of a word within a team: all blocks of a bucket are there; all totals are there and nothing is sent
 
 
 class _Lot:
-    """A bucket and its memory; chunk c of a row is that of worker c.
+    """A bucket and its memory.
 
     Attributes:
-        rows: fp32 [workers, chunk], the blocks of the team, by rank and place.
-        received: fp32 [chunk], what comes for this worker's chunk, by number of the part.
-        total: fp32 [workers, chunk].
-        pieces: of a chunk, one message each.
+        rows: fp32 [numel], the blocks of the team, by rank and place.
+        cuts: the chunk of each worker, as pieces of one message each.
+        early: fp32 [this worker's chunk], parts that come before they can be added, by number.
         arrivals: messages with parts, by piece.
         totals: messages with totals.
     """
 
-    def __init__(self, bucket: Bucket, start: int, routes: Routes, memory: dict[int, Tensor]) -> None:
-        n, world = bucket.numel, routes.world
+    def __init__(self, bucket: Bucket, routes: Routes) -> None:
+        self.bucket = bucket
         self.rows: dict[Own, Tensor] = {}
-        for rank, floats in memory.items():
-            count = len(routes.placement.blocks_of(rank))
-            laid = floats[start * (count + 1) :][: n * (count + 1)].view(count + 1, n)
-            self.rows.update({(rank, place): laid[place].view(world, -1) for place in range(count)})
-            if rank == routes.rank:
-                bucket.blocks = laid[:count]
-            if rank == routes.team[0]:
-                bucket.total = laid[count]
-        self.total = bucket.total.view(world, -1)
-        chunk = n // world
-        self.received = {number: torch.empty(chunk) for number in routes.incoming}
-        self.pieces = [slice(at, min(at + PIECE_FLOATS, chunk)) for at in range(0, chunk, PIECE_FLOATS)]
+        n = bucket.numel
+        chunk = -(-n // (routes.world * LINE_FLOATS)) * LINE_FLOATS
+        ends = [(min(n, rank * chunk), min(n, (rank + 1) * chunk)) for rank in range(routes.world)]
+        self.cuts = [
+            [slice(at, min(at + PIECE_FLOATS, end)) for at in range(start, end, PIECE_FLOATS)] for start, end in ends
+        ]
+        self.start, end = ends[routes.rank]
+        self.early = {number: torch.empty(end - self.start) for number in routes.early}
         self.arrivals: list[list[dist.Work]] = []
         self.totals: list[dist.Work] = []
+
+    def lay(self, memory: dict[int, Tensor], start: int, routes: Routes) -> None:
+        """Take the stretch from `start` of what each worker of the team gives for its blocks and the total."""
+        n, padded = self.bucket.numel, padded_numel(self.bucket)
+        for rank, floats in memory.items():
+            count = len(routes.placement.blocks_of(rank))
+            laid = floats[start * (count + 1) :][: padded * (count + 1)].view(count + 1, padded)[:, :n]
+            if rank == routes.team[0]:
+                self.bucket.total = laid[count]
+            if len(memory) > 1 or not self.bucket.alone:
+                self.rows.update({(rank, place): laid[place] for place in range(count)})
+                if rank == routes.rank:
+                    self.bucket.blocks = laid[:count]
+
+
+def padded_numel(bucket: Bucket) -> int:
+    """To the end of a cache line."""
+    return -(-bucket.numel // LINE_FLOATS) * LINE_FLOATS
 
 
 class TreeSums:
@@ -61,15 +76,19 @@ class TreeSums:
 
     def __init__(self, group: Group, placement: Placement, buckets: list[Bucket]) -> None:
         self._group = group
-        numel = sum(bucket.numel for bucket in buckets)
-        floats = [(len(placement.blocks_of(rank)) + 1) * numel for rank in range(group.world)]
+        starts = list(accumulate(map(padded_numel, buckets), initial=0))
+        floats = [(len(placement.blocks_of(rank)) + 1) * starts[-1] for rank in range(group.world)]
         teams, memory = share(group, floats)
         self._routes = routes = Routes(placement, teams, group.rank)
         self._beside = [rank for rank in routes.team if rank != group.rank]
         self.common = bool(self._beside)
-        starts = accumulate((bucket.numel for bucket in buckets), initial=0)
-        self._lots = [_Lot(bucket, start, routes, memory) for bucket, start in zip(buckets, starts, strict=False)]
-        self._pieces_before = list(accumulate((len(lot.pieces) for lot in self._lots), initial=0))
+        self._lots = [_Lot(bucket, routes) for bucket in buckets]
+        for lot, start in zip(self._lots, starts, strict=False):
+            lot.lay(memory, start, routes)
+        self._cuts_before = list(accumulate((len(lot.cuts[0]) for lot in self._lots), initial=0))
+        own = [(number, n) for number, lot in enumerate(self._lots) for n in range(len(lot.cuts[group.rank]))]
+        self._own_pieces, self._place = own, {piece: at for at, piece in enumerate(own)}
+        self._window = torch.empty(WINDOW, len(routes.late), PIECE_FLOATS)
         self._last_place = len(placement.blocks_of(group.rank)) - 1
         self._words = torch.zeros(group.world)
         self._sent: list[dist.Work] = []
@@ -84,12 +103,14 @@ class TreeSums:
 
     def launch(self, number: int, place: int) -> None:
         lot, routes = self._lots[number], self._routes
+        if lot.bucket.blocks is None:
+            lot.rows[routes.rank, place] = lot.bucket.row
         part = routes.sent_alone.get(place)
         if part is not None:
             row = lot.rows[routes.rank, place]
-            for n, piece in enumerate(lot.pieces):
-                for chunk in routes.outside:
-                    self._send(row[chunk][piece], chunk, self._tag(number, n, part))
+            for chunk in routes.outside:
+                for n, piece in enumerate(lot.cuts[chunk]):
+                    self._send(row[piece], chunk, self._tag(number, n, part))
         if place == self._last_place:
             if routes.outside:
                 self._tell_team()
@@ -107,7 +128,8 @@ class TreeSums:
                 self._meet_team()
         if not self._routes.outside:
             for lot in self._lots:
-                self._add(lot, slice(None))
+                for piece in lot.cuts[self._group.rank]:
+                    self._add(lot, piece, -1)
         with self._group.others_wait():
             self._settle_sent()
             self._tell_team()
@@ -130,8 +152,8 @@ class TreeSums:
         self._errands.append(self._helper.submit(do, *what))
 
     def _tag(self, number: int, piece: int, part: int = -1) -> int:
-        """Of a message about a piece of a bucket: with a part, or with the total."""
-        before = self._pieces_before[number] + piece
+        """Of a message about a piece of a chunk of a bucket: with a part, or with the total."""
+        before = self._cuts_before[number] + piece
         return HERE_TAG + 2 + before * (len(self._routes.parts) + 1) + part
 
     def _send(self, tensor: Tensor, rank: int, tag: int) -> None:
@@ -157,42 +179,60 @@ class TreeSums:
         for number, lot in enumerate(self._lots):
             lot.arrivals = [
                 [
-                    receive(lot.received[part][piece], sender, self._tag(number, n, part))
-                    for part, sender in routes.incoming.items()
+                    receive(self._received(lot, part, piece, -1), routes.incoming[part], self._tag(number, n, part))
+                    for part in routes.early
                 ]
-                for n, piece in enumerate(lot.pieces)
+                for n, piece in enumerate(lot.cuts[routes.rank])
             ]
             lot.totals = [
-                receive(lot.total[chunk][piece], chunk, self._tag(number, n))
-                for n, piece in enumerate(lot.pieces)
+                receive(lot.bucket.total[piece], chunk, self._tag(number, n))
                 for chunk in routes.totals_from
+                for n, piece in enumerate(lot.cuts[chunk])
             ]
+        for at in range(min(WINDOW, len(self._own_pieces))):
+            self._make_room(at)
+
+    def _make_room(self, at: int) -> None:
+        """For the last parts of a piece."""
+        number, n = self._own_pieces[at]
+        lot, routes = self._lots[number], self._routes
+        piece = lot.cuts[routes.rank][n]
+        for part in routes.late:
+            room = self._received(lot, part, piece, at)
+            lot.arrivals[n].append(self._group.start_receive(room, routes.incoming[part], self._tag(number, n, part)))
+
+    def _received(self, lot: _Lot, part: int, piece: slice, at: int) -> Tensor:
+        if part in lot.early:
+            return lot.early[part][piece.start - lot.start : piece.stop - lot.start]
+        return self._window[at % WINDOW, self._routes.late.index(part), : piece.stop - piece.start]
 
     def _carry(self, number: int) -> None:
         """Send what the team has to add first; add what comes for the own chunk, and send the total."""
         lot, routes = self._lots[number], self._routes
         self._meet_team()
-        for n, piece in enumerate(lot.pieces):
-            for part, chunk in routes.sent_together:
-                of = routes.parts[part].of
-                rows = [lot.rows[own][chunk][piece] for own in of]
+        for part, chunk in routes.sent_together:
+            of = routes.parts[part].of
+            for n, piece in enumerate(lot.cuts[chunk]):
+                rows = [lot.rows[own][piece] for own in of]
                 fold([routes.block(own) for own in of], rows, rows[0])
                 self._send(rows[0], chunk, self._tag(number, n, part))
-        for n, piece in enumerate(lot.pieces):
+        for n, piece in enumerate(lot.cuts[routes.rank]):
+            at = self._place[number, n]
             self._group.settle(lot.arrivals[n])
-            total = self._add(lot, piece)
+            total = self._add(lot, piece, at)
             for rank in routes.totals_to:
                 self._send(total, rank, self._tag(number, n))
+            if at + WINDOW < len(self._own_pieces):
+                self._make_room(at + WINDOW)
 
-    def _add(self, lot: _Lot, piece: slice) -> Tensor:
+    def _add(self, lot: _Lot, piece: slice, at: int) -> Tensor:
         """The total of a piece of the own chunk."""
-        routes = self._routes
-        total = lot.total[routes.rank][piece]
+        total = lot.bucket.total[piece]
         rows = [
-            (lot.received[source] if isinstance(source, int) else lot.rows[source][routes.rank])[piece]
-            for _, source in routes.addends
+            self._received(lot, source, piece, at) if isinstance(source, int) else lot.rows[source][piece]
+            for _, source in self._routes.addends
         ]
-        fold([block for block, _ in routes.addends], rows, total)
+        fold([block for block, _ in self._routes.addends], rows, total)
         return total
 
 

@@ -15,17 +15,21 @@ class Bucket:
 
     Attributes:
         members, offsets: the parameters in it, and where each begins.
-        numel: a multiple of the number of workers.
+        numel: of all members.
+        alone: whether there is one member, without gaps in its memory.
         missing: parameters whose gradients are not yet in the block that is being filled.
-        blocks: fp32 [own blocks, numel]; each block's gradients of these parameters laid end to end.
+        blocks: fp32 [own blocks, numel], where each block's gradients are laid end to end; None: it is in `row`.
+        row: fp32 [numel], the gradient of the member that is alone, in the block that is being filled.
         total: fp32 [numel], the sum over all blocks.
     """
 
     members: list[int]
     offsets: list[int]
     numel: int
+    alone: bool = False
     missing: int = 0
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0))
+    blocks: Tensor | None = None
+    row: Tensor = field(default_factory=lambda: torch.empty(0))
     total: Tensor = field(default_factory=lambda: torch.empty(0))
 
 

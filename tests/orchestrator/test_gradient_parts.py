@@ -129,16 +129,21 @@ def test_gradients_are_those_of_autograd():
 def on(machine: int) -> Iterator[None]:
     """As if this worker were on a machine of that number; buckets are small, and messages smaller."""
     with on_machine(machine), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduce, "BUCKET_BYTES", 10_000)
-        patch.setattr(transport, "PIECE_FLOATS", 3_000)
+        patch.setattr(reduce, "ALONE_BYTES", 5_000)
+        patch.setattr(reduce, "BUCKET_BYTES", 3_000)
+        patch.setattr(transport, "PIECE_FLOATS", 1_000)
+        patch.setattr(transport, "WINDOW", 3)
         yield
 
 
 def known_sums(group: Group, counts: tuple[int, ...], steps: int = 2) -> list[str]:
     """Hashes of sums of gradients that differ in magnitude, so that another order of adding gives other bits."""
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(7,), (3, 5), (1,), (2, 3, 4), (30, 1000)]]
+    parameters = [
+        nn.Parameter(torch.zeros(shape)) for shape in [(7,), (3, 5), (40, 30), (2, 3, 4), (30, 1000), (500,), (50, 40)]
+    ]
     with torch.no_grad():
-        parameters[3].data = parameters[3].data.permute(2, 0, 1)  # a layout of its own
+        for i in (3, 6):
+            parameters[i].data = parameters[i].data.transpose(0, 1)  # a layout of its own
     reducer = TreeReducer(parameters, 11, group)
     placement = placement_from_counts(counts)
     reducer.place(placement)

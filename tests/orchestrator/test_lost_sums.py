@@ -74,6 +74,8 @@ def lose_one(group: Group, machines: tuple[int, ...], how: str) -> float:
     seconds = time.monotonic() - started
     until(lambda: left(group) == 0)
     stage.tell("out")
+    if group.rank == 0:  # it serves the store
+        stage.control.wait([f"out-{rank}" for rank in range(group.world - (how == "dies"))], WAIT)
     return seconds
 
 
