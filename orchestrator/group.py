@@ -260,15 +260,23 @@ class Group:
         with self._peers():
             work.wait()
 
+    @property
+    def _messages(self) -> dist.ProcessGroup:
+        """Asked directly: torch.distributed's isend takes half as long again."""
+        found = self._process_group or dist.group.WORLD
+        if found is None:
+            raise RuntimeError("the process group was left")
+        return found
+
     def start_send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         """Begin to send a message to another worker; `settle` ends it. From any thread, as the next two."""
         with _lost():
-            return dist.isend(tensor, group=self._process_group, group_dst=rank, tag=tag)  # type: ignore[return-value]
+            return self._messages.send([tensor], rank, tag)
 
     def start_receive(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         """Begin to overwrite `tensor` with a message of that tag; those of one tag come in the order they were sent."""
         with _lost():
-            return dist.irecv(tensor, group=self._process_group, group_src=rank, tag=tag)  # type: ignore[return-value]
+            return self._messages.recv([tensor], rank, tag)
 
     def settle(self, works: Iterable[dist.Work]) -> None:
         """Until messages are there or sent."""
