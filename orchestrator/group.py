@@ -14,11 +14,10 @@ from torch import Tensor
 
 from orchestrator.communicators import abort_communicators, meet, slice_group
 from orchestrator.devices import finish, host_of
+from orchestrator.messages import Messages
 from orchestrator.sockets import Address, connections, shut_down
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.stores import CONNECT_TIMEOUT_S, PeerLostError
-from orchestrator.stores import OwnStore as OwnStore
-from orchestrator.stores import reach_store as reach_store
 
 CONNECT_TIMEOUT = datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
 gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
@@ -107,7 +106,7 @@ class Group:
                 self._learn_servers(str(partition))
         return _Part(
             mine.index(self.rank), len(mine), self.device, clock=self.clock, _over=self._over, _process_group=found,
-            whole=self,
+            _timeout=self._timeout, whole=self,
         )  # fmt: skip
 
     @property
@@ -133,8 +132,7 @@ class Group:
         if dist.is_initialized():
             self._end_nccl()
             dist.destroy_process_group()
-        # torch counts a group that could not be built too, and the count is part of its keys in the next store.
-        dist.distributed_c10d._world.group_count = 0
+        dist.distributed_c10d._world.group_count = 0  # part of keys in the next store, one that failed counted too
 
     def abort(self) -> None:
         """End the generation here, from any thread: collectives that wait, and all later ones, raise PeerLostError."""
@@ -142,12 +140,17 @@ class Group:
         if self.world == 1:
             return
         self._end_nccl()
+        self.hang_up()
+        for inode, connection in connections().items():
+            if inode in self._foreign and connection.peer in self._servers:
+                shut_down(inode, connection)  # to the store, which was connected before
+
+    def hang_up(self) -> None:
+        """Leave in the middle of a message: whoever waits for this worker, or here for others, gets an error."""
         for inode, connection in connections().items():
             ours = connection.local in self._servers or connection.peer in self._servers
             if inode not in self._foreign and connection.peer is not None and ours:
                 shut_down(inode, connection)
-            elif inode in self._foreign and connection.peer in self._servers:
-                shut_down(inode, connection)  # to the store, which was connected before
 
     def _end_nccl(self) -> None:
         """NCCL's way to close waits for the others, who may be gone: communicators are ended by this worker alone.
@@ -247,14 +250,6 @@ class Group:
                 dist.all_gather_object(values, value, group=self._process_group)
         return values
 
-    def start_barrier(self) -> dist.Work:
-        """Begin to tell everyone that this worker is here; `wait` ends when all are.
-
-        Each tells each: who is lost is missed by all, not by a neighbour alone as in a ring.
-        """
-        told, tell = torch.empty(self.world), torch.zeros(self.world)
-        return self.start_exchange(told, tell, [1] * self.world, [1] * self.world)
-
     def start_sum(self, tensor: Tensor) -> dist.Work:
         """Begin to overwrite `tensor` with the sum over workers; `wait` ends it."""
         with self._peers(queued=True):
@@ -276,6 +271,10 @@ class Group:
         with self._peers(queued=True):
             work.wait()
 
+    def messages(self) -> Messages:
+        """Between these workers; not of one that is alone."""
+        return Messages(lambda: self._process_group or dist.group.WORLD, self._timeout)
+
 
 @dataclass
 class _Part(Group):
@@ -286,6 +285,10 @@ class _Part(Group):
     def step_on(self, pieces: int = 1) -> None:
         assert self.whole is not None
         self.whole.step_on(pieces)
+
+    def hang_up(self) -> None:
+        assert self.whole is not None
+        self.whole.hang_up()
 
     def others_wait(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         assert self.whole is not None

@@ -86,13 +86,13 @@ class Rounds:
         self._parameters = sum(p.numel() for p in state.parameters)
         self._head = PER_STEP * plan.config.local_steps + PER_SHARD * plan.config.shards
         self._reducer = TreeReducer([], self._head + self._numel, group)
-        self._reducer.place(placement)
         if plan.config.sync == "diloco" and state.outer is None:
             state.outer = torch.zeros(self._parameters, device=group.device)
         self._feed = batches(workload.samples("train"), self._requests(), plan.config.loader_processes, group.device)
         self._base = self._read()
         self._open = False
         self._data_s = 0.0
+        self._reducer.place(placement)
 
     @property
     def steps(self) -> range:

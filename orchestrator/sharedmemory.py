@@ -1,4 +1,4 @@
-"""Memory that all workers of one machine see, which vanishes with them: no name, no file, nothing to clean up."""
+"""Memory that the workers of one machine see, which vanishes with them: no name, no file, nothing to clean up."""
 
 import contextlib
 import mmap
@@ -15,28 +15,46 @@ FLOAT_BYTES = 4
 Offer = tuple[int, int, int, bytes]  # network namespace, process, its descriptor, the secret
 
 
-def share(group: Group, floats: list[int]) -> list[Tensor] | None:
-    """One fp32 vector of every worker, by rank, which all of them read and write; every worker calls it.
+def share(group: Group, floats: list[int]) -> tuple[list[list[int]], dict[int, Tensor]]:
+    """One fp32 vector of every worker, which all workers of its team read and write; every worker calls it.
 
-    Pages take memory when they are first written. A vector lives as long as some worker holds it.
+    A team are those that can open each other's memory: not workers of several machines, nor of containers that do not
+    see each other's processes, nor on systems other than Linux; nor where their networks are different ones, for then
+    they can be lost one by one. Pages take memory when they are first written. A vector lives as long as some worker
+    holds it.
 
     Args:
         group: the workers.
         floats: how long each rank's vector is.
 
     Returns:
-        None, to all, where one of them cannot open another's: on several machines, in containers that do not
-        see each other's processes, on systems other than Linux; nor where their networks are different ones, for
-        then they can be lost one by one.
+        The ranks of every team, and the vectors of this worker's team by rank.
     """
     own = _create(floats[group.rank])
     offers = group.gather_objects(own)
-    found = [_open(offer, length) for offer, length in zip(offers, floats, strict=True)]
-    opened = [vector for vector in found if vector is not None]
-    everyone = group.gather_objects(len(opened) == len(found))
+    opened = [_open(offer, length) for offer, length in zip(offers, floats, strict=True)]
+    seen = group.gather_objects([rank for rank, vector in enumerate(opened) if vector is not None])
     if own is not None:
         os.close(own[2])
-    return opened if all(everyone) else None
+    teams = _teams(seen)
+    team = next(team for team in teams if group.rank in team)
+    found = {rank: vector for rank, vector in enumerate(opened) if vector is not None and rank in team}
+    if len(team) == 1:  # ordinary memory comes in larger pages
+        found = {group.rank: torch.zeros(floats[group.rank])}
+    return teams, found
+
+
+def _teams(seen: list[list[int]]) -> list[list[int]]:
+    """Workers who all see each other, from whom each of them sees."""
+    teams: list[list[int]] = []
+    for rank, ranks in enumerate(seen):
+        for team in teams:
+            if all(other in ranks and rank in seen[other] for other in team):
+                team.append(rank)
+                break
+        else:
+            teams.append([rank])
+    return teams
 
 
 def _create(floats: int) -> Offer | None:

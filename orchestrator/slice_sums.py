@@ -13,7 +13,8 @@ from torch import Tensor
 from orchestrator.devices import compute_now
 from orchestrator.group import Group, gather_single
 from orchestrator.shards import Block, Placement, push_block
-from orchestrator.transport import Bucket, Transport, transport
+from orchestrator.transport import transport
+from orchestrator.tree import Bucket, Transport
 
 
 class SliceSums:
@@ -35,10 +36,14 @@ class SliceSums:
         self._rows = max(self._counts)
         slices = Placement(placement.bounds[:: self._size])
         kept = len(slices.blocks_of(group.rank // self._size))
-        for bucket in buckets:
-            bucket.blocks = torch.zeros(len(placement.blocks_of(group.rank)), bucket.numel, device=group.device)
-            bucket.total = torch.empty(bucket.numel, device=group.device)
-        self._chunks = [Bucket([], [], bucket.numel // self._size) for bucket in buckets]
+        self._chunks = [Bucket([], [], -(-bucket.numel // self._size)) for bucket in buckets]
+        self._blocks: list[Tensor] = []
+        self._totals: list[Tensor] = []
+        for bucket, chunk in zip(buckets, self._chunks, strict=True):
+            padded, own = chunk.numel * self._size, len(placement.blocks_of(group.rank))
+            self._blocks.append(torch.zeros(own, padded, device=group.device))
+            self._totals.append(torch.empty(padded, device=group.device))
+            bucket.blocks, bucket.total = self._blocks[-1], self._totals[-1]
         self._outer: Transport | None = None
         if slices.workers > 1:
             among = group.among([list(range(p, group.world, self._size)) for p in range(self._size)])
@@ -46,36 +51,46 @@ class SliceSums:
             self._outer = transport(among, slices, self._chunks)
         self._kept = kept
 
-    def launch(self, bucket: Bucket) -> None:
+    def start(self) -> None:
+        """See Transport."""
+
+    def launch(self, number: int, place: int) -> None:
         """Nothing yet: a graph that ends in the middle of the backward pass would be two."""
 
     def finish(self) -> None:
         """See Transport."""
-        folded = [self._fold(bucket) for bucket in self._buckets]
+        folded = [self._fold(*each) for each in zip(self._blocks, self._chunks, strict=True)]
         compute_now(self._group.device)
         if self._outer is None:
             sums = [rows[0] for rows in folded]
         else:
-            for chunk, rows in zip(self._chunks, folded, strict=True):
-                for place, row in zip(chunk.blocks, rows, strict=True):
-                    place.copy_(row)
-                self._outer.launch(chunk)
+            self._outer.start()
+            for place in range(self._kept):
+                for number, (chunk, rows) in enumerate(zip(self._chunks, folded, strict=True)):
+                    assert chunk.blocks is not None
+                    chunk.blocks[place].copy_(rows[place])
+                    self._outer.launch(number, place)
             self._outer.finish()
             sums = [chunk.total.to(self._group.device) for chunk in self._chunks]
-        for bucket, own in zip(self._buckets, sums, strict=True):
+        for total, own in zip(self._totals, sums, strict=True):
             if self._size == 1:
-                bucket.total.copy_(own)
+                total.copy_(own)
             else:
-                gather_single(bucket.total, own.contiguous(), self._group.inside)
+                gather_single(total, own.contiguous(), self._group.inside)
         compute_now(self._group.device)
 
-    def _fold(self, bucket: Bucket) -> list[Tensor]:
+    def close(self) -> None:
+        """See Transport."""
+        if self._outer is not None:
+            self._outer.close()
+
+    def _fold(self, blocks_of_all: Tensor, of: Bucket) -> list[Tensor]:
         """This worker's chunk of the slice's blocks, [kept][numel / workers of the slice]."""
         if self._size == 1:
-            return list(bucket.blocks)
-        chunk = bucket.numel // self._size
+            return list(blocks_of_all)
+        chunk = of.numel
         sent = torch.zeros(self._size, self._rows, chunk, device=self._group.device)
-        own = bucket.blocks.view(-1, self._size, chunk).transpose(0, 1)
+        own = blocks_of_all.view(-1, self._size, chunk).transpose(0, 1)
         sent[:, : own.shape[1]] = own
         received = torch.empty_like(sent)  # XLA exchanges equal parts only
         dist.all_to_all_single(received, sent, group=self._group.inside)

@@ -93,10 +93,14 @@ class ShardedGradients:
         self._statistics = RunningStatistics(state.own)
         self._rows = plan.config.shards * len(ROW)
         self._reducer = TreeReducer(state.parameters, self._rows + self._statistics.numel, group)
-        self._reducer.place(placement)
         samples = workload.samples("train")
         self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
         self._samples, self._data_s = 0, 0.0
+        try:
+            self._reducer.place(placement)
+        except BaseException:  # a peer is lost already; hooks and momenta of 1 would stay with the model
+            self.close()
+            raise
 
     def _requests(self, step: int) -> Iterator[Request]:
         for later in range(step, self._plan.total_steps):

@@ -1,184 +1,250 @@
-"""How blocks of gradients get from worker to worker, and where their sums are left."""
+"""How blocks of gradients get from worker to worker on CPUs, and where their sums are left.
 
-from dataclasses import dataclass, field
-from typing import Protocol
+Workers of one machine add up what lies in memory that all of them see. Between machines chunks go by messages straight
+from where they lie to where they are added (routes.py), a block as soon as its last shard is computed; a thread adds
+and sends on what has come while the backward pass goes on.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.collectives import Exchange, HalvesSum
 from orchestrator.group import Group
-from orchestrator.shards import Block, Placement, push_block
+from orchestrator.routes import Own, Routes
+from orchestrator.shards import Placement
 from orchestrator.sharedmemory import share
+from orchestrator.tree import Bucket, Transport, fold
+
+PIECE_FLOATS = 2**18  # of one message: it is added while the next is on its way, and fits into a cache
+WINDOW = 8  # pieces that there is room for before they are added
+LINE_FLOATS = 16  # of a cache line: no two workers write to the same
+HERE_TAG = 0  # of a word within a team: all blocks of a bucket are there; all totals are there and nothing is sent
 
 
-@dataclass
-class Bucket:
-    """A stretch of parameters that travels in one message.
-
-    Attributes:
-        members, offsets: the parameters in it, and where each begins.
-        numel: a multiple of the number of workers.
-        missing: parameters whose gradients are not yet in `blocks`.
-        blocks: fp32 [own blocks, numel]; each block's gradients of these parameters laid end to end.
-        total: fp32 [numel], the sum over all blocks.
-    """
-
-    members: list[int]
-    offsets: list[int]
-    numel: int
-    missing: int = 0
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0))
-    total: Tensor = field(default_factory=lambda: torch.empty(0))
-    received: Tensor = field(default_factory=lambda: torch.empty(0))
-    work: dist.Work | None = None
-
-
-class Transport(Protocol):
-    """Sums the blocks of all workers in tree order, bucket by bucket.
+class _Lot:
+    """A bucket and its memory.
 
     Attributes:
-        common: whether `total` is one memory for all workers, so that nobody may write to it.
+        rows: fp32 [numel], the blocks of the team, by rank and place.
+        cuts: the chunk of each worker, as pieces of one message each.
+        early: fp32 [this worker's chunk], parts that come before they can be added, by number.
+        arrivals: messages with parts, by piece.
+        totals: messages with totals.
     """
 
-    common: bool
+    def __init__(self, bucket: Bucket, routes: Routes) -> None:
+        self.bucket = bucket
+        self.rows: dict[Own, Tensor] = {}
+        n = bucket.numel
+        chunk = -(-n // (routes.world * LINE_FLOATS)) * LINE_FLOATS
+        ends = [(min(n, rank * chunk), min(n, (rank + 1) * chunk)) for rank in range(routes.world)]
+        self.cuts = [
+            [slice(at, min(at + PIECE_FLOATS, end)) for at in range(start, end, PIECE_FLOATS)] for start, end in ends
+        ]
+        self.start, end = ends[routes.rank]
+        self.early = {number: torch.empty(end - self.start) for number in routes.early}
+        self.arrivals: list[list[dist.Work]] = []
+        self.totals: list[dist.Work] = []
 
-    def launch(self, bucket: Bucket) -> None:
-        """The blocks of `bucket` are complete here; every worker launches the buckets in the same order."""
-        ...
-
-    def finish(self) -> None:
-        """Wait until all totals are complete; raises PeerLostError if a worker is lost."""
-        ...
-
-
-def fold(order: list[Block], rows: list[Tensor], total: Tensor) -> None:
-    """Leave the sum of `rows`, one for each block of `order`, in `total`; rows are overwritten."""
-    blocks: list[Block] = []
-    stack: list[Tensor] = []
-    for place, (block, row) in enumerate(zip(order, rows, strict=True)):
-        stack.append(row)
-        for merge in range(push_block(blocks, block), 0, -1):
-            right, left = stack.pop(), stack.pop()
-            last = place == len(rows) - 1 and merge == 1
-            stack.append(torch.add(left, right, out=total if last else left))
-    if len(rows) == 1:
-        total.copy_(rows[0])
-
-
-class SharedSums:
-    """On one machine: blocks lie in memory that all see, and each worker folds its chunk of all of them there."""
-
-    common = True
-
-    def __init__(self, group: Group, placement: Placement, buckets: list[Bucket], memory: list[Tensor]) -> None:
-        self._group = group
-        self._order, counts = _order(placement, group.world)
-        self._buckets = buckets
-        self._rows: list[list[Tensor]] = []
-        starts = [0] * group.world
-        for bucket in buckets:
-            n = bucket.numel
-            mine = slice(group.rank * (n // group.world), (group.rank + 1) * (n // group.world))
-            rows: list[Tensor] = []
-            for rank, count in enumerate(counts):
-                blocks = memory[rank][starts[rank] : starts[rank] + count * n].view(count, n)
-                starts[rank] += count * n
-                rows += [row[mine] for row in blocks]
-                if rank == group.rank:
-                    bucket.blocks = blocks
-            bucket.total = memory[0][starts[0] : starts[0] + n]
-            starts[0] += n
-            self._rows.append([*rows, bucket.total[mine]])
-
-    @staticmethod
-    def floats(placement: Placement, world: int, buckets: list[Bucket]) -> list[int]:
-        """How much memory each rank has to give."""
-        numel = sum(bucket.numel for bucket in buckets)
-        return [(len(placement.blocks_of(rank)) + (rank == 0)) * numel for rank in range(world)]
-
-    def launch(self, bucket: Bucket) -> None:
-        if bucket is self._buckets[-1]:  # nothing is on its way: one word that all is there will do
-            bucket.work = self._group.start_barrier()
-
-    def finish(self) -> None:
-        _wait(self._group, self._buckets[-1])
-        for rows in self._rows:
-            fold(self._order, rows[:-1], rows[-1])
-        self._group.wait(self._group.start_barrier())
+    def lay(self, memory: dict[int, Tensor], start: int, routes: Routes) -> None:
+        """Take the stretch from `start` of what each worker of the team gives for its blocks and the total."""
+        n, padded = self.bucket.numel, padded_numel(self.bucket)
+        for rank, floats in memory.items():
+            count = len(routes.placement.blocks_of(rank))
+            laid = floats[start * (count + 1) :][: padded * (count + 1)].view(count + 1, padded)[:, :n]
+            if rank == routes.team[0]:
+                self.bucket.total = laid[count]
+            if len(memory) > 1 or not self.bucket.alone:
+                self.rows.update({(rank, place): laid[place] for place in range(count)})
+                if rank == routes.rank:
+                    self.bucket.blocks = laid[:count]
 
 
-class HalvesSum:
-    """Two workers, one half of the tree each: a plain all-reduce has the same bits, for a + b = b + a."""
-
-    common = False
-
-    def __init__(self, group: Group, buckets: list[Bucket]) -> None:
-        self._group, self._buckets = group, buckets
-        for bucket in buckets:
-            bucket.total = torch.zeros(bucket.numel, device=group.device)
-            bucket.blocks = bucket.total.view(1, -1)
-
-    def launch(self, bucket: Bucket) -> None:
-        bucket.work = self._group.start_sum(bucket.total)
-
-    def finish(self) -> None:
-        for bucket in self._buckets:
-            _wait(self._group, bucket)
+def padded_numel(bucket: Bucket) -> int:
+    """To the end of a cache line."""
+    return -(-bucket.numel // LINE_FLOATS) * LINE_FLOATS
 
 
-class Exchange:
-    """Each worker receives its chunk of every block (all-to-all), folds the chunks, and the sums are gathered."""
-
-    common = False
+class TreeSums:
+    """Workers on one machine or on several."""
 
     def __init__(self, group: Group, placement: Placement, buckets: list[Bucket]) -> None:
-        self._group, self._buckets = group, buckets
-        self._order, self._counts = _order(placement, group.world)
-        for bucket in buckets:
-            chunk = bucket.numel // group.world
-            bucket.blocks = torch.zeros(self._counts[group.rank], bucket.numel, device=group.device)
-            bucket.received = torch.empty(len(self._order), chunk, device=group.device)
-            bucket.total = torch.empty(bucket.numel, device=group.device)
+        self._group, self._messages = group, group.messages()
+        starts = list(accumulate(map(padded_numel, buckets), initial=0))
+        floats = [(len(placement.blocks_of(rank)) + 1) * starts[-1] for rank in range(group.world)]
+        teams, memory = share(group, floats)
+        self._routes = routes = Routes(placement, teams, group.rank)
+        self._beside = [rank for rank in routes.team if rank != group.rank]
+        self.common = bool(self._beside)
+        self._lots = [_Lot(bucket, routes) for bucket in buckets]
+        for lot, start in zip(self._lots, starts, strict=False):
+            lot.lay(memory, start, routes)
+        self._cuts_before = list(accumulate((len(lot.cuts[0]) for lot in self._lots), initial=0))
+        own = [(number, n) for number, lot in enumerate(self._lots) for n in range(len(lot.cuts[group.rank]))]
+        self._own_pieces, self._place = own, {piece: at for at, piece in enumerate(own)}
+        self._window = torch.empty(WINDOW, len(routes.late), PIECE_FLOATS)
+        self._last_place = len(placement.blocks_of(group.rank)) - 1
+        self._words = torch.zeros(group.world)
+        self._sent: list[dist.Work] = []
+        self._errands: list[Future[None]] = []
+        self._open = False  # whether a step was started and is not finished
+        self._helper = ThreadPoolExecutor(1, "sums")
 
-    def launch(self, bucket: Bucket) -> None:
-        world, chunk = self._group.world, bucket.received.shape[1]
-        outgoing = bucket.blocks.view(-1, world, chunk).transpose(0, 1).contiguous().view(-1)
-        bucket.work = self._group.start_exchange(
-            bucket.received.view(-1),
-            outgoing,
-            [count * chunk for count in self._counts],
-            [self._counts[self._group.rank] * chunk] * world,
-        )
+    def start(self) -> None:
+        self._open = True
+        if self._routes.outside:
+            self._errand(self._expect)
+
+    def launch(self, number: int, place: int) -> None:
+        lot, routes = self._lots[number], self._routes
+        if lot.bucket.blocks is None:
+            lot.rows[routes.rank, place] = lot.bucket.row
+        part = routes.sent_alone.get(place)
+        if part is not None:
+            row = lot.rows[routes.rank, place]
+            for chunk in routes.outside:
+                for n, piece in enumerate(lot.cuts[chunk]):
+                    self._send(row[piece], chunk, self._tag(number, n, part))
+        if place == self._last_place:
+            if routes.outside:
+                self._tell_team()
+                self._errand(self._carry, number)
+            elif lot is self._lots[-1]:  # nothing is on its way: one word that all is there will do
+                self._tell_team()
 
     def finish(self) -> None:
-        # Two passes: a collective issued from within the first one's completion hangs on gloo.
-        for bucket in self._buckets:
-            _wait(self._group, bucket)
-            fold(self._order, list(bucket.received), bucket.received[0])
-            bucket.work = self._group.start_gather(bucket.total, bucket.received[0])
-        for bucket in self._buckets:
-            _wait(self._group, bucket)
+        with self._group.others_wait():
+            while self._errands:  # by no name: an error would keep itself, and the connections it was met on, alive
+                self._errands.pop(0).result()
+            for lot in self._lots:
+                self._messages.complete(lot.totals)
+            if not self._routes.outside:
+                self._meet_team()
+        if not self._routes.outside:
+            for lot in self._lots:
+                for piece in lot.cuts[self._group.rank]:
+                    self._add(lot, piece, -1)
+        with self._group.others_wait():
+            self._settle_sent()
+            self._tell_team()
+            self._meet_team()
+            self._settle_sent()
+        self._open = False
+
+    def close(self) -> None:
+        if self._open:
+            self._group.hang_up()  # the helper may wait for others, and they for this worker
+        self._helper.shutdown(cancel_futures=True)
+        self._errands.clear()  # messages under way keep their connection open, errors their messages
+        self._sent.clear()
+        for lot in self._lots:
+            lot.arrivals.clear()
+            lot.totals.clear()
+
+    def _errand(self, do: Callable[..., None], *what: Any) -> None:
+        """The helper does it, after what it was given before."""
+        self._errands.append(self._helper.submit(do, *what))
+
+    def _tag(self, number: int, piece: int, part: int = -1) -> int:
+        """Of a message about a piece of a chunk of a bucket: with a part, or with the total."""
+        before = self._cuts_before[number] + piece
+        return HERE_TAG + 2 + before * (len(self._routes.parts) + 1) + part
+
+    def _send(self, tensor: Tensor, rank: int, tag: int) -> None:
+        self._sent.append(self._messages.start_send(tensor, rank, tag))
+
+    def _settle_sent(self) -> None:
+        self._messages.complete(self._sent)
+        self._sent.clear()
+
+    def _tell_team(self) -> None:
+        """Each tells each: who is lost is missed by all, not by a neighbour alone as in a ring."""
+        for rank in self._beside:
+            self._send(self._words[rank : rank + 1], rank, HERE_TAG)
+
+    def _meet_team(self) -> None:
+        """Wait for the word of every other worker of the team."""
+        receive = self._messages.start_receive
+        self._messages.complete([receive(torch.empty(1), rank, HERE_TAG) for rank in self._beside])
+
+    def _expect(self) -> None:
+        """Say where messages shall go, so that they need not wait."""
+        routes, receive = self._routes, self._messages.start_receive
+        for number, lot in enumerate(self._lots):
+            lot.arrivals = [
+                [
+                    receive(self._received(lot, part, piece, -1), routes.incoming[part], self._tag(number, n, part))
+                    for part in routes.early
+                ]
+                for n, piece in enumerate(lot.cuts[routes.rank])
+            ]
+            lot.totals = [
+                receive(lot.bucket.total[piece], chunk, self._tag(number, n))
+                for chunk in routes.totals_from
+                for n, piece in enumerate(lot.cuts[chunk])
+            ]
+        for at in range(min(WINDOW, len(self._own_pieces))):
+            self._make_room(at)
+
+    def _make_room(self, at: int) -> None:
+        """For the last parts of a piece."""
+        number, n = self._own_pieces[at]
+        lot, routes = self._lots[number], self._routes
+        piece = lot.cuts[routes.rank][n]
+        for part in routes.late:
+            room = self._received(lot, part, piece, at)
+            lot.arrivals[n].append(
+                self._messages.start_receive(room, routes.incoming[part], self._tag(number, n, part))
+            )
+
+    def _received(self, lot: _Lot, part: int, piece: slice, at: int) -> Tensor:
+        if part in lot.early:
+            return lot.early[part][piece.start - lot.start : piece.stop - lot.start]
+        return self._window[at % WINDOW, self._routes.late.index(part), : piece.stop - piece.start]
+
+    def _carry(self, number: int) -> None:
+        """Send what the team has to add first; add what comes for the own chunk, and send the total."""
+        lot, routes = self._lots[number], self._routes
+        self._meet_team()
+        for part, chunk in routes.sent_together:
+            of = routes.parts[part].of
+            for n, piece in enumerate(lot.cuts[chunk]):
+                rows = [lot.rows[own][piece] for own in of]
+                fold([routes.block(own) for own in of], rows, rows[0])
+                self._send(rows[0], chunk, self._tag(number, n, part))
+        for n, piece in enumerate(lot.cuts[routes.rank]):
+            at = self._place[number, n]
+            self._messages.complete(lot.arrivals[n])
+            total = self._add(lot, piece, at)
+            for rank in routes.totals_to:
+                self._send(total, rank, self._tag(number, n))
+            if at + WINDOW < len(self._own_pieces):
+                self._make_room(at + WINDOW)
+
+    def _add(self, lot: _Lot, piece: slice, at: int) -> Tensor:
+        """The total of a piece of the own chunk."""
+        total = lot.bucket.total[piece]
+        rows = [
+            self._received(lot, source, piece, at) if isinstance(source, int) else lot.rows[source][piece]
+            for _, source in self._routes.addends
+        ]
+        fold([block for block, _ in self._routes.addends], rows, total)
+        return total
 
 
 def transport(group: Group, placement: Placement, buckets: list[Bucket]) -> Transport:
-    """The quickest that this group can use; gives the buckets their memory. Every worker calls it."""
-    if group.device.type == "cpu":
-        memory = share(group, SharedSums.floats(placement, group.world, buckets))
-        if memory is not None:
-            return SharedSums(group, placement, buckets, memory)
-    if _order(placement, group.world)[1] == [1, 1]:
+    """That of this kind of device; gives the buckets their memory. Every worker calls it."""
+    return (TreeSums if group.device.type == "cpu" else of_gpus)(group, placement, buckets)
+
+
+def of_gpus(group: Group, placement: Placement, buckets: list[Bucket]) -> Transport:
+    """By collectives; see `transport`."""
+    if [len(placement.blocks_of(rank)) for rank in range(group.world)] == [1, 1]:
         return HalvesSum(group, buckets)
     return Exchange(group, placement, buckets)
-
-
-def _order(placement: Placement, world: int) -> tuple[list[Block], list[int]]:
-    """The blocks of all workers in the order of their shards, and how many each worker has."""
-    everyone = [placement.blocks_of(rank) for rank in range(world)]
-    return [block for blocks in everyone for block in blocks], [len(blocks) for blocks in everyone]
-
-
-def _wait(group: Group, bucket: Bucket) -> None:
-    assert bucket.work is not None
-    group.wait(bucket.work)
-    bucket.work = None

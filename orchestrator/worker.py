@@ -188,7 +188,7 @@ class Worker:
 
     def _serve_store(self) -> Any:
         """The OwnStore; a new one after one was shut down."""
-        from orchestrator.group import OwnStore
+        from orchestrator.stores import OwnStore
 
         if self._served is None:
             host = "127.0.0.1" if self._task["loopback"] else self._host
@@ -225,7 +225,7 @@ class Worker:
                 self._served = None  # its connection to itself was shut down with the others
 
     def _store_of(self, seat: Seat) -> Any:
-        from orchestrator.group import reach_store
+        from orchestrator.stores import reach_store
 
         if seat.workers == 1:
             return None

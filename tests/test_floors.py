@@ -40,14 +40,14 @@ IMPURE |= {
 FLOORS: dict[int, str] = {
     0: "orchestrator orchestrator.errors orchestrator.values orchestrator.digest orchestrator.settings"
     " orchestrator.config orchestrator.assembly workloads workloads.summary cluster",
-    1: "orchestrator.layout orchestrator.replicas"
+    1: "orchestrator.layout orchestrator.replicas orchestrator.routes"
     " orchestrator.shards orchestrator.blocks orchestrator.schedule orchestrator.cluster_fit orchestrator.plan"
     " orchestrator.events orchestrator.balance orchestrator.recovery orchestrator.faults orchestrator.seats"
     " orchestrator.meter orchestrator.failure orchestrator.handout orchestrator.served orchestrator.stepbook"
     " orchestrator.accelerators orchestrator.slices orchestrator.sliced orchestrator.incident orchestrator.tally",
     2: "orchestrator.splits orchestrator.precision orchestrator.optimizer orchestrator.batchnorm orchestrator.group"
-    " orchestrator.partfiles"
-    " orchestrator.sharedmemory orchestrator.transport orchestrator.reduce orchestrator.state"
+    " orchestrator.partfiles orchestrator.tree orchestrator.messages orchestrator.sharedmemory orchestrator.collectives"
+    " orchestrator.transport orchestrator.reduce orchestrator.state"
     " orchestrator.storage orchestrator.checkpoint orchestrator.runfolder orchestrator.vision_ops"
     " orchestrator.stopwatch orchestrator.sockets orchestrator.channel orchestrator.journal orchestrator.tables"
     " orchestrator.filecache orchestrator.latelogs orchestrator.history orchestrator.exported"

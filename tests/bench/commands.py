@@ -105,9 +105,13 @@ def run(arguments: Sequence[str], folder: Path, **environment: str) -> Finished:
     return Finished(started_s, wall_s, (folder / "stdout").read_text(), folder)
 
 
-def train(workload: str, arguments: Sequence[str], folder: Path, **environment: str) -> tuple[Finished, Path]:
-    """Our command line, to its end; also returns the run's folder."""
+def train(
+    workload: str, arguments: Sequence[str], folder: Path, apart: bool = False, **environment: str
+) -> tuple[Finished, Path]:
+    """Our command line, to its end; also returns the run's folder. `apart`: workers share no memory."""
     command = ["-m", "orchestrator.run", workload, *arguments, "--storage", str(folder), "--name", "run"]
+    if apart:
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, BENCH / "apart"]))
     return run(command, folder, **environment), folder / "run"
 
 

@@ -12,6 +12,8 @@ places only (what ours does): either is compared.
 With --compile ours is compiled (its seconds of compiling are not in the rate); --against eager compares it with ours
 as it is without: python tests/bench/training_rate.py --workloads bert-mini --workers 1 --reduce fixed --compile
 --against eager.
+With --apart our workers share no memory, as if each were on a machine of its own: gradients go over loopback as the
+script's do.
 The libraries are visited with --against script,library; they need `pip install accelerate`.
 Targets, ratio of ours to the script: --reduce fixed >= 0.95, ddp >= 1.0.
 """
@@ -72,7 +74,7 @@ def ours(
             "--sequence-length", str(settings.sequence_length), "--mask-rate", str(settings.mask_rate),
         ]  # fmt: skip
     with commands.visit() as folder:
-        _, run = commands.train(WORKLOADS[workload], arguments, folder)
+        _, run = commands.train(WORKLOADS[workload], arguments, folder, settings.apart)
         return [record["step_s"] for record in commands.records(run / "metrics.jsonl")]
 
 
@@ -161,6 +163,7 @@ def main() -> None:
     )
     parser.add_argument("--against", type=paired.words(("script", LIBRARY, EAGER)), default=["script"])
     parser.add_argument("--compile", action="store_true", help="ours is compiled, with --reduce fixed")
+    parser.add_argument("--apart", action="store_true", help="our workers share no memory")
     parser.add_argument("--steps", type=int, default=13, help="steps per visit, the warm-up included [13]")
     parser.add_argument("--warm-up", type=int, default=3, help="first steps that are not counted [3]")
     parser.add_argument("--batch-size", type=int, default=128, help="global batch of either side [128]")

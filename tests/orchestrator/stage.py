@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from orchestrator import sharedmemory
 from orchestrator.group import Group
 
 CPU = torch.device("cpu")
@@ -65,6 +67,14 @@ class Stage:
         self.tell("end")
         if self.rank == 0:
             self.everyone("end")
+
+
+@contextmanager
+def on_machine(number: int) -> Iterator[None]:
+    """Memory is shared with the workers on the machine of the same number only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharedmemory, "_network", lambda: number)
+        yield
 
 
 @contextmanager

@@ -1,22 +1,25 @@
 """Batch normalization against torch's own, and the tree reducer's gradients against autograd's."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from distributed import run_distributed
+from stage import CPU, on_machine
 from torch import nn
-from toys import ToyWorkload, toy_plan, toy_state
+from toys import Recorder, ToyWorkload, toy_plan, toy_state
 
-from orchestrator import sharedmemory, transport
+from orchestrator import reduce, transport
 from orchestrator.batchnorm import RunningStatistics
-from orchestrator.group import Group
+from orchestrator.group import Group, PeerLostError
+from orchestrator.loop import train
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import derive_seed, even_placement, placement_from_counts
-from orchestrator.state import weights_sha256
+from orchestrator.state import sha256_of, weights_sha256
 from orchestrator.step import ShardedGradients
 
 ALONE = Group(0, 1, torch.device("cpu"))
@@ -89,6 +92,21 @@ def test_a_step_that_is_not_committed_leaves_no_trace():
     assert weights_sha256(state.model) == before
 
 
+def test_a_peer_that_is_lost_before_the_first_step_leaves_no_trace(monkeypatch):
+    plan = toy_plan(steps=4)
+    found = []
+    for lost in (False, True):
+        state = toy_state(plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(reduce, "transport", Mock(side_effect=PeerLostError))
+            for _ in range(2 if lost else 0):
+                with pytest.raises(PeerLostError):
+                    train(plan, ToyWorkload(plan.config), state, Group(0, 2, CPU), even_placement(8, 2), Recorder())
+        train(plan, ToyWorkload(plan.config), state, ALONE, even_placement(8, 1), Recorder())
+        found.append(weights_sha256(state.model))
+    assert found[0] == found[1]
+
+
 def test_gradients_are_those_of_autograd():
     """Also of tied parameters, of those that only some shards use, and of those that none does."""
     plan = toy_plan(batch_size=64, steps=1, norm=False)
@@ -124,23 +142,27 @@ def test_gradients_are_those_of_autograd():
 
 
 @contextlib.contextmanager
-def apart(really: bool) -> Iterator[None]:
-    """As if the workers were on machines of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        if really:
-            patch.setattr(transport, "share", lambda group, floats: None)
+def on(machine: int) -> Iterator[None]:
+    """As if this worker were on a machine of that number; buckets are small, and messages smaller."""
+    with on_machine(machine), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduce, "ALONE_BYTES", 5_000)
+        patch.setattr(reduce, "BUCKET_BYTES", 3_000)
+        patch.setattr(transport, "PIECE_FLOATS", 1_000)
+        patch.setattr(transport, "WINDOW", 3)
         yield
 
 
-def reduce_known(group: Group, counts: tuple[int, ...], steps: int, machines: bool = False) -> list[list[float]]:
-    """Sums of gradients that differ in magnitude, so that another order of adding gives other bits."""
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(7,), (3, 5), (1,), (2, 3, 4), (300, 1000)]]
+def known_sums(group: Group, counts: tuple[int, ...], steps: int = 2) -> list[str]:
+    """Hashes of sums of gradients that differ in magnitude, so that another order of adding gives other bits."""
+    parameters = [
+        nn.Parameter(torch.zeros(shape)) for shape in [(7,), (3, 5), (40, 30), (2, 3, 4), (30, 1000), (500,), (50, 40)]
+    ]
     with torch.no_grad():
-        parameters[3].data = parameters[3].data.permute(2, 0, 1)  # a layout of its own
+        for i in (3, 6):
+            parameters[i].data = parameters[i].data.transpose(0, 1)  # a layout of its own
     reducer = TreeReducer(parameters, 11, group)
     placement = placement_from_counts(counts)
-    with apart(machines):
-        reducer.place(placement)
+    reducer.place(placement)
     found = []
     for step in range(steps):
         reducer.start_step()
@@ -148,34 +170,69 @@ def reduce_known(group: Group, counts: tuple[int, ...], steps: int, machines: bo
             reducer.start_shard(shard)
             torch.manual_seed(derive_seed(step, shard))
             reducer.add_extra(torch.randn(11) * 10.0 ** (shard % 5))
-            if shard % 3:  # every third shard is empty
+            if shard % 3 != 2:  # every third shard is empty
                 loss = sum((p * torch.randn(p.shape) * 10.0 ** (shard % 7)).sum() for p in parameters[shard % 2 :])
                 loss.backward()
             reducer.end_shard()
         reducer.finish()
-        sums = [p.grad for p in parameters] + [reducer.extra]
         assert all(p.grad.stride() == p.stride() for p in parameters)
-        found.append([float(t.double().sum()) for t in sums] + [t.flatten()[-1].item() for t in sums])
+        found.append(sha256_of((str(i), t) for i, t in enumerate([*(p.grad for p in parameters), reducer.extra])))
+    reducer.close()
     return found
 
 
-@pytest.mark.parametrize(
-    "counts", [(8, 8), (5, 11), (1, 15), (4, 4, 8), (1, 14, 1), (7, 2, 7), (4, 4, 4, 4), (3, 3, 5, 5), (2, 6, 6, 1, 1)]
-)
-@pytest.mark.parametrize("machines", [False, True])
-def test_sums_have_the_same_bits_on_every_placement(counts, machines):
-    """The large parameter is beyond a bucket of its own; two steps, for stale views show in the second."""
-    (alone,) = run_distributed(reduce_known, 1, (16,), 2)
-    for found in run_distributed(reduce_known, len(counts), counts, 2, machines):
-        assert found == alone
+def sums_on(group: Group, cases: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[list[str]]:
+    found = []
+    for counts, machines in cases:
+        with on(machines[group.rank]):
+            found.append(known_sums(group, counts))
+    return found
 
 
-def join_sums(group: Group, machines: bool) -> list[torch.Tensor]:
+COUNTS = {
+    2: [(1, 1), (2, 2), (1, 3), (3, 5), (8, 8), (5, 11), (1, 15)],
+    3: [(1, 2, 1), (2, 3, 3), (4, 4, 8), (1, 14, 1), (7, 2, 7), (5, 5, 6)],
+    4: [(1, 1, 1, 1), (2, 2, 2, 2), (4, 4, 4, 4), (3, 3, 5, 5), (1, 2, 4, 9)],
+    5: [(1, 2, 1, 2, 2), (2, 6, 6, 1, 1), (3, 3, 3, 3, 4)],
+}
+MACHINES = {
+    2: [(1, 1), (1, 2)],
+    3: [(1, 1, 1), (1, 2, 3), (1, 1, 2), (1, 2, 1)],
+    4: [(1, 1, 1, 1), (1, 2, 3, 4), (1, 1, 2, 2), (1, 2, 2, 2)],
+    5: [(1, 1, 1, 1, 1), (1, 2, 3, 4, 5), (1, 1, 2, 2, 2), (1, 1, 1, 1, 2), (1, 2, 2, 3, 3)],
+}
+
+
+@pytest.mark.parametrize("world", COUNTS)
+def test_sums_have_the_same_bits_on_every_placement(world):
+    """Whoever shares a machine with whom; two steps, for stale views show in the second."""
+    cases = list(itertools.product(COUNTS[world], MACHINES[world]))
+    alone = {shards: known_sums(ALONE, (shards,)) for shards in {sum(counts) for counts in COUNTS[world]}}
+    for found in run_distributed(sums_on, world, cases):
+        for case, sums in zip(cases, found, strict=True):
+            assert sums == alone[sum(case[0])], case
+
+
+def sums_by_collectives(group: Group, placements: list[tuple[int, ...]]) -> list[list[str]]:
+    """As on GPUs, with gloo in place of NCCL."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reduce, "transport", transport.of_gpus)
+        return [known_sums(group, counts) for counts in placements]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_collectives_have_the_same_bits(world):
+    for found in run_distributed(sums_by_collectives, world, COUNTS[world]):
+        for counts, sums in zip(COUNTS[world], found, strict=True):
+            assert sums == known_sums(ALONE, (sum(counts),)), counts
+
+
+def join_sums(group: Group, apart: bool) -> list[torch.Tensor]:
     """Several buckets: more than BUCKET_BYTES of parameters."""
     parameters = [nn.Parameter(torch.zeros(1_500_000)) for _ in range(3)]
     reducer = TreeReducer(parameters, 2, group)
     placement = even_placement(4, group.world)
-    with apart(machines):
+    with on_machine(group.rank if apart else 0):
         reducer.place(placement)
     reducer.start_step()
     for shard in placement.range_of(group.rank):
@@ -184,53 +241,17 @@ def join_sums(group: Group, machines: bool) -> list[torch.Tensor]:
         sum((p * float(10**shard + i)).sum() for i, p in enumerate(parameters)).backward()
         reducer.end_shard()
     reducer.finish()
+    reducer.close()
     assert all(p.grad.eq(p.grad[0]).all() for p in parameters)
     return [torch.stack([p.grad[0] for p in parameters]), reducer.extra.clone()]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("machines", [False, True])
-def test_parameters_of_several_buckets(world, machines):
-    for sums, extra in run_distributed(join_sums, world, machines):
+@pytest.mark.parametrize("apart", [False, True])
+def test_parameters_of_several_buckets(world, apart):
+    for sums, extra in run_distributed(join_sums, world, apart):
         assert sums.tolist() == [1111.0, 1115.0, 1119.0]
         assert extra.tolist() == [4.0, 6.0]
-
-
-def share_and_look(group: Group, lie: str) -> tuple[bool, list[float], int]:
-    """What all see after each has written its rank into its own vector and, in turn, into everybody's."""
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
-    own = sharedmemory._create
-    with pytest.MonkeyPatch.context() as patch:
-        if group.rank == 1 and lie == "no memory":
-            patch.setattr(sharedmemory, "_create", lambda floats: None)
-        if group.rank == 1 and lie == "another process":
-            patch.setattr(sharedmemory, "_create", lambda floats: (*own(floats)[:3], bytes(64)))
-        if group.rank == 1 and lie == "another network":
-            patch.setattr(sharedmemory, "_network", lambda: 1)
-        vectors = sharedmemory.share(group, [3 + rank for rank in range(group.world)])
-    left = len(list(Path("/proc/self/fd").iterdir())) - descriptors
-    if vectors is None:
-        return False, [], left
-    vectors[group.rank].fill_(group.rank)
-    group.wait(group.start_barrier())
-    for rank in range(group.world):
-        vectors[rank][group.rank] += 10
-    group.wait(group.start_barrier())
-    return True, [float(x) for vector in vectors for x in vector], left
-
-
-def test_shared_memory_is_shared():
-    expected = [10.0, 10, 10, 11, 11, 11, 1, 12, 12, 12, 2, 2]
-    for shared, seen, _ in run_distributed(share_and_look, 3, "nothing"):
-        assert shared
-        assert seen == expected
-
-
-@pytest.mark.parametrize("lie", ["no memory", "another process", "another network"])
-def test_memory_that_one_cannot_open_is_shared_by_none(lie):
-    for shared, _, left in run_distributed(share_and_look, 3, lie):
-        assert not shared
-        assert left <= 0
 
 
 def reduce_and_update(group: Group, own: bool) -> list[int]:
@@ -245,10 +266,11 @@ def reduce_and_update(group: Group, own: bool) -> list[int]:
         parameters[0].sum().backward()
         reducer.end_shard()
     reducer.finish(own)
-    group.wait(group.start_barrier())
+    group.sum(torch.zeros(1))
     if group.rank == 0:
         parameters[0].grad.zero_()
-    group.wait(group.start_barrier())
+    group.sum(torch.zeros(1))
+    reducer.close()
     return [int(parameters[0].grad.sum()), os.getpid()]
 
 

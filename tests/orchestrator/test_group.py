@@ -8,7 +8,8 @@ import torch
 from distributed import run_distributed
 from stage import CPU, SOON_S, TIMEOUT_S, Stage, aborted
 
-from orchestrator.group import Group, PeerLostError, reach_store
+from orchestrator.group import Group, PeerLostError
+from orchestrator.stores import reach_store
 
 COLLECTIVES = {
     "sum": lambda group: group.sum(torch.ones(4)),

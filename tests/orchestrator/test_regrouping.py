@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run_distributed
-from stage import CPU, SOON_S, TIMEOUT_S, WAIT, Stage, aborted
+from stage import CPU, SOON_S, TIMEOUT_S, WAIT, Stage, aborted, on_machine
 from toys import Recorder, ToyWorkload, run_toy, toy_plan, toy_state
 
 from orchestrator.evaluate import evaluate
@@ -49,8 +49,13 @@ def go_on(stage: Stage, plan: Plan, state: TrainingState) -> str:
     return weights_sha256(state.model)
 
 
-def freeze(group: Group, plan: Plan) -> tuple[float, int, bool, str]:
+def freeze(group: Group, plan: Plan, apart: bool = False) -> tuple[float, int, bool, str]:
     """The last rank is stopped after step 2; the others are told, and finish the run with it when it is back."""
+    with on_machine(group.rank if apart else 0):
+        return _freeze(group, plan)
+
+
+def _freeze(group: Group, plan: Plan) -> tuple[float, int, bool, str]:
     stage, state = Stage(group, 2), toy_state(plan)
     stage.tell("pid", os.getpid())
     pid = int(stage.everyone("pid")[-1])
@@ -72,11 +77,11 @@ def freeze(group: Group, plan: Plan) -> tuple[float, int, bool, str]:
     return seconds[0], state.step, clean, go_on(stage, plan, state)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_after_a_frozen_peer_the_same_processes_go_on_to_the_same_weights(world):
+@pytest.mark.parametrize(("world", "apart"), [(2, False), (3, False), (3, True)])
+def test_after_a_frozen_peer_the_same_processes_go_on_to_the_same_weights(world, apart):
     plan = toy_plan(optimizer="adam", lr=0.01, clip_norm=0.5)
     (reference,) = run_distributed(run_toy, 1, plan)
-    outcomes = run_distributed(freeze, world, plan, group_timeout_s=TIMEOUT_S)
+    outcomes = run_distributed(freeze, world, plan, apart, group_timeout_s=TIMEOUT_S)
     assert all(seconds < SOON_S for seconds, *_ in outcomes)
     assert any(seconds > 0 for seconds, *_ in outcomes), "nobody waited"
     for _, step, clean, weights in outcomes:

@@ -5,7 +5,6 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,23 +67,27 @@ def test_the_run_s_own_figures_with_one_worker_and_three_one_of_them_killed(clus
     folder = many(tmp_path / "many", 12_800)
     alone = scored(folder, "--workers", "1", "--address", cluster, "--out", str(tmp_path / "alone.json"))
     assert json.loads((tmp_path / "alone.json").read_text()) == alone
-    disturbed = disturb(folder, cluster, lambda pids: os.kill(pids[1], signal.SIGKILL))
+    disturbed = disturb(folder, cluster, kill=True)
     assert disturbed["workers_lost"] == 1
     assert disturbed["workers"] >= 3
     assert disturbed["metrics"] == alone["metrics"]
     assert disturbed["samples"] == alone["samples"] == 12_800
 
 
-def disturb(folder: Path, cluster: str, do: Callable[[list[int]], None]) -> dict:
-    """Evaluate with three workers, and do something to them when some samples are done."""
+def disturb(folder: Path, cluster: str, kill: bool) -> dict:
+    """Evaluate with three workers, one of which stops in the middle; `kill` it when the two others are there."""
     command = [*SCORE, str(folder), "--json", "--workers", "3", "--address", cluster]
     process = begin([*command, "--out", str(folder / "found.json")])
     assert process.stderr is not None
-    said = []
-    while not (said and said[-1].endswith("3 workers\n") and not said[-1].startswith("0 of")):
+    said = [""]
+    while not said[-1].endswith("workers\n") or said[-1].startswith("0 of"):
         said.append(process.stderr.readline())
         assert said[-1], "".join(said)
-    do(scorers())
+    stopped = scorers()[0]
+    os.kill(stopped, signal.SIGSTOP)
+    if kill:
+        wait_until(lambda: len(scorers()) >= 3, 60, "three workers")
+        os.kill(stopped, signal.SIGKILL)
     done = finish(process)
     assert done.status == 0, "".join(said) + done.err
     return json.loads((folder / "found.json").read_text())
@@ -95,7 +98,7 @@ def disturb(folder: Path, cluster: str, do: Callable[[list[int]], None]) -> dict
 def test_a_frozen_worker_is_replaced(cluster: str, tmp_path: Path) -> None:
     folder = many(tmp_path / "many", 12_800)
     alone = scored(folder, "--workers", "1", "--address", cluster)
-    disturbed = disturb(folder, cluster, lambda pids: os.kill(pids[0], signal.SIGSTOP))
+    disturbed = disturb(folder, cluster, kill=False)
     assert disturbed["workers_lost"] == 1
     assert disturbed["metrics"] == alone["metrics"]
     wait_until(lambda: not scorers(), 60, "the workers to be gone")
