@@ -5,11 +5,12 @@ import logging
 from typing import Any
 
 from orchestrator.errors import UserError
-from orchestrator.nodewatch import end_process
+from orchestrator.nodewatch import actor_lost, end_process
 from orchestrator.plan import Plan
 from orchestrator.served import Restored
 from orchestrator.server import Server
 
+WRITTEN_S = 0.1  # between questions whether a checkpoint is whole
 SILENT_S = 60.0  # a server that is there but does not answer for so long is lost
 log = logging.getLogger("orchestrator.crew")
 
@@ -65,13 +66,12 @@ class Crew:
 
     async def missing(self) -> list[int]:
         """Numbers of the servers that do not answer; raises what one says is wrong with it."""
-        import ray
 
         pings = [asyncio.wait_for(_answer(handle.ping.remote()), SILENT_S) for handle in self.handles]
         answers = await asyncio.gather(*pings, return_exceptions=True)
         lost = []
         for number, answer in enumerate(answers):
-            if isinstance(answer, TimeoutError | ray.exceptions.RayActorError):
+            if isinstance(answer, (TimeoutError, *actor_lost())):
                 log.warning("server %d does not answer: %s", number, answer)
                 lost.append(number)
             elif isinstance(answer, BaseException):
@@ -107,7 +107,8 @@ class Crew:
 
     async def written(self) -> None:
         """Until the last checkpoint is whole; raises why it is not."""
-        await self.handles[0].written.remote()
+        while not await self.handles[0].written.remote():
+            await asyncio.sleep(WRITTEN_S)
 
 
 async def _answer(reference: Any) -> Any:

@@ -86,7 +86,11 @@ class Dispatcher(Keeper):
             await crowd.changed.wait_for(lambda: self._outcome or self._handout is not None)
         if self._outcome or self._handout is None:
             return Order("over")
+        if crowd.excluded(member.id):  # lost while it waited
+            return Order("excluded")
         self._handout.take_back(member.id)
+        self._evaluator = "" if self._evaluator == member.id else self._evaluator
+        self._finisher = "" if self._finisher == member.id else self._finisher
         if member.id not in crowd.roster.seated:
             crowd.enter(member)
             self._regroup()
@@ -200,8 +204,9 @@ class Dispatcher(Keeper):
 
     def _may_stop(self, handout: Handout) -> bool:
         """Steps that are begun are finished first, so that a checkpoint fits any number of servers."""
-        nobody = not self._members.roster.seated
-        return not handout.complete and not handout.holders and (nobody or handout.between_steps)
+        roster = self._members.roster
+        waiting = len(roster.seated) < roster.minimum  # nothing is handed out: what is begun would stay so
+        return not handout.complete and not handout.holders and (waiting or handout.between_steps)
 
     async def _stop(self) -> None:
         if self._handout is None or not self._members.begun:

@@ -13,6 +13,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.events import CheckpointSaved
 from orchestrator.failure import Failure
 from orchestrator.handout import Handout
+from orchestrator.nodewatch import actor_lost
 from orchestrator.seats import Assignment
 from orchestrator.served import Restored
 
@@ -45,7 +46,7 @@ class Keeper(Coordinator):
             started = time.perf_counter()
             try:
                 restored = await self._crew.stand()
-            except ray.exceptions.RayActorError as error:
+            except actor_lost() as error:
                 self._miss_server(str(error).splitlines()[0])
                 continue
             except OrchestratorError as error:

@@ -48,8 +48,7 @@ class Membership:
         self.end_run: Callable[[str], None]
         self.kill: Callable[[Member], None]
         self.stopping = False
-        self.over = False
-        self.begun = False
+        self.over = self.begun = False
         self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion = Suspicion()
         self.placement = Placement((0, 1))
@@ -125,8 +124,8 @@ class Membership:
             self._tell_seated("end")
         if not self.stopping:
             self._journal.break_off(kind, detail, len(self.roster.seated), silent_s)
-        self.roster.training = False
-        self.broken_s = time.time()
+        self.roster.training, self.broken_s = False, time.time()
+        self.notify()  # who waits for the others to finish has to come back
 
     def _note_fruitless(self, member: Member, why: str) -> None:
         """Workers that cannot reach each other, though all reach the coordinator: the newest one is given up."""
@@ -221,7 +220,8 @@ class Membership:
         now, pulse, member = time.time(), self._pulses.pop(member_id, None), self.roster.seated.get(member_id)
         if member is None:
             self.roster.lose(member_id)
-            return
+            self._answers[member_id] = Order("excluded")  # it may be alive, and wait for a seat
+            return self.notify()
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
         said = f"rank {member.rank} (process {member.pid}): {detail}"
         self._end_generation(kind, said, now - pulse.heard_s if pulse else 0.0)

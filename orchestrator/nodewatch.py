@@ -72,6 +72,13 @@ def psutil_of_ray() -> Any:
     return importlib.import_module("psutil")
 
 
+def actor_lost() -> tuple[type[Exception], ...]:
+    """What Ray raises when an actor's process is gone; its memory monitor has a word of its own."""
+    import ray
+
+    return ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError
+
+
 def interface_of(address: str) -> str:
     """The network interface of this machine that has `address`, "" if none has.
 

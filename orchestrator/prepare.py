@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -197,7 +198,7 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
     given = parser(workload).parse_args(arguments)
     entry = WORKLOADS[workload]
     own = {name: value for name in OWN_FLAGS.get(workload, ()) if (value := getattr(given, name)) is not None}
-    if given.file_mb <= 0 or not 0 <= given.max_broken <= 1:
+    if not 0 < given.file_mb < math.inf or not 0 <= given.max_broken <= 1:
         raise UserError("--file-mb has to be above 0, and --max-broken from 0 to 1")
     config = entry.absolute_paths(assemble(entry.config_type(), {"data": given.source, **own}))
     job = Job(workload, entry.prepare(config), given)

@@ -131,9 +131,9 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     entry = WORKLOADS[workload]
     config = assemble(entry.config_type(), given)
     config = resolve(entry.absolute_paths(config))
-    check_faults(config, faults)
     folder = RunFolder(Folder(config.storage).child(config.name))
     config = take_up(config, given, folder, workload)
+    check_faults(config, faults)
     finished = folder.result()
     if finished and finished.get("status") == "finished" and not dry:
         print(f"finished already: {folder.uri} ({finished['steps']} steps, weights {finished['weights_sha256'][:12]})")

@@ -11,7 +11,7 @@ from orchestrator.cluster_fit import capacity
 from orchestrator.errors import OrchestratorError, TrainingError, UserError
 from orchestrator.evaluate import CHUNK
 from orchestrator.launch import nodes
-from orchestrator.nodewatch import end_process
+from orchestrator.nodewatch import actor_lost, end_process
 from orchestrator.scorer import Scorer, Task
 from orchestrator.tally import DEATHS, Tally
 
@@ -135,7 +135,7 @@ class Scoring:
         hired = self._staff[name]
         try:
             answer = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
+        except actor_lost() as error:
             self._lose(name, str(error).splitlines()[0])
             return
         except ray.exceptions.RayTaskError as error:

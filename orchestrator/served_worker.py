@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from orchestrator.handout import Unit
+from orchestrator.nodewatch import actor_lost
 from orchestrator.recovery import Member
 from orchestrator.seats import LEFT, OVER, Order
 from orchestrator.served import Done, Job, Posting
@@ -124,6 +125,8 @@ class ServedWorker(Worker):
         """Do what comes until there is something else than a job to do; raises EraOverError."""
         done: Done | None = None
         while True:
+            if self._line_broke:
+                raise EraOverError("the line to the dispatcher broke")
             job = self._turn(done)
             if isinstance(job, Order):
                 if job.word == "attach":
@@ -231,7 +234,7 @@ class ServedWorker(Worker):
         with self._group.others_wait():
             try:
                 answers: list[Any] = ray.get(references)
-            except ray.exceptions.RayActorError as error:
+            except actor_lost() as error:
                 self._miss(error)
         if any(answer is None for answer in answers):
             raise EraOverError("the servers were put back to a checkpoint")

@@ -120,6 +120,9 @@ class Server:
         whole = lambda: {name: torch.tensor(array) for part in parts for name, array in part.items()}  # noqa: E731
         self._writer.submit(step, whole)
 
-    def written(self) -> None:
-        """Wait for what is being written; raises what went wrong with it."""
+    def written(self) -> bool:
+        """Whether nothing is being written; raises what went wrong with it. Never waits: pings come after it."""
+        if self._writer.busy:
+            return False
         self._writer.wait()
+        return True

@@ -193,6 +193,9 @@ class ServerPart:
         named = {f"model.{name}": p.detach() for name, p in everything if id(p) in mine}
         if self._number == 0:
             named |= {f"model.{name}": b for name, b in self._model.named_buffers() if name in saved}
+            # Frozen ones are in no optimizer, and so of no server.
+            frozen = self._model.named_parameters(remove_duplicate=False)
+            named |= {f"model.{name}": p.detach() for name, p in frozen if not p.requires_grad}
         for index, entry in self._optimizer.state_dict()["state"].items():
             for key, value in entry.items():
                 if value is not None:

@@ -31,11 +31,13 @@ def share(group: Group, floats: list[int]) -> tuple[list[list[int]], dict[int, T
         The ranks of every team, and the vectors of this worker's team by rank.
     """
     own = _create(floats[group.rank])
-    offers = group.gather_objects(own)
-    opened = [_open(offer, length) for offer, length in zip(offers, floats, strict=True)]
-    seen = group.gather_objects([rank for rank, vector in enumerate(opened) if vector is not None])
-    if own is not None:
-        os.close(own[2])
+    try:
+        offers = group.gather_objects(own)
+        opened = [_open(offer, length) for offer, length in zip(offers, floats, strict=True)]
+        seen = group.gather_objects([rank for rank, vector in enumerate(opened) if vector is not None])
+    finally:
+        if own is not None:
+            os.close(own[2])
     teams = _teams(seen)
     team = next(team for team in teams if group.rank in team)
     found = {rank: vector for rank, vector in enumerate(opened) if vector is not None and rank in team}

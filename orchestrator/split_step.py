@@ -28,7 +28,9 @@ class TogetherGradients(ShardedGradients):
         """See GradientSource; one that asks to stop speaks for its replica group."""
         asked = torch.tensor(float(stop), device=self._group.device)
         self._part.seating.inside.sum(asked)
-        return super().compute(step, bool(asked > 0))
+        totals = super().compute(step, bool(asked > 0))
+        self._part.seating.inside.sum(asked)  # no part takes a step whose gradient another one may not get
+        return totals
 
     def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
         with self._group.others_wait():

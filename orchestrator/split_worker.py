@@ -133,7 +133,8 @@ class SplitWorker(Worker):
             self._save_parts(workload, group)
         recorder.reporter.flush()
         arguments = (self.id, seat.generation, state.sha256(), metrics, memory)
-        return bool(ray.get(self._coordinator.finish.remote(*arguments)))
+        with group.others_wait():  # rank 0 may still be saving
+            return bool(ray.get(self._coordinator.finish.remote(*arguments)))
 
     def _leave(self, group: Any) -> None:
         """The generation ends at a step boundary: take the state along, or write it down."""

@@ -266,6 +266,7 @@ class DdpGradients:
             self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
         computed_s = time.perf_counter()
         self._group.sum(rows)
+        self._share_buffers()  # before the optimizer's step: between that and its count nobody can be missed
         seconds = (fed_s - waiting_since, computed_s - fed_s, time.perf_counter() - computed_s)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:
@@ -276,7 +277,10 @@ class DdpGradients:
         return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger, *seconds)
 
     def committed(self, step: int) -> None:
-        """Everyone takes rank 0's buffers, as DistributedDataParallel does, but after the step: none is left behind."""
+        """See GradientSource."""
+
+    def _share_buffers(self) -> None:
+        """Everyone takes rank 0's, as DistributedDataParallel does, but after the pass: none is left behind."""
         buffers = [b for b in self._state.model.buffers() if b.is_floating_point()]
         if buffers and self._group.world > 1:
             flat = torch.cat([b.flatten() for b in buffers])

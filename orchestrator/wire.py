@@ -139,7 +139,7 @@ class Pipe:
         counts = (asked.gradient.size, asked.statistics.size)
         self._socket.sendall(ASKED.pack(asked.era, asked.step, asked.shard, asked.version, asked.samples, *counts))
         for flat in (asked.gradient, asked.statistics):
-            self._socket.sendall(_bytes_of(flat))
+            _send(self._socket, _bytes_of(flat))
 
     def answer(self, into: Flat) -> Answer | None:
         """What the server says; None: what was asked is void.
@@ -170,6 +170,13 @@ def _prepare(connection: socket.socket, timeout_s: float | None) -> None:
     connection.settimeout(timeout_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def _send(connection: socket.socket, view: memoryview) -> None:
+    """All of it. The timeout counts for each piece; sendall's is for all of them together."""
+    done = 0
+    while done < len(view):
+        done += connection.send(view[done:])
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:

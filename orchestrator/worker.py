@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import time
 import uuid
 from typing import Any
@@ -12,11 +13,11 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.failure import Place
 from orchestrator.injector import Saboteur
 from orchestrator.lastwords import tell_failure
-from orchestrator.nodewatch import all_stacks, interface_of
+from orchestrator.nodewatch import actor_lost, all_stacks
 from orchestrator.plan import Plan
 from orchestrator.recovery import Holding, Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
-from orchestrator.worker_device import Spot, take_device
+from orchestrator.worker_device import Spot, serve, take_device
 
 log = logging.getLogger("orchestrator.worker")
 COORDINATOR_BACK_S = 120.0
@@ -66,6 +67,7 @@ class Worker:
         self._seat: Seat | None = None
         self._group: Any = None
         self._ended = 0  # newest generation that the coordinator has ended
+        self._aborting = threading.Lock()
         self._line: Line | None = None
         self._line_broke, self._why = False, ""  # why the last generation ended, as this worker saw it
         self._saboteur = Saboteur(task["faults"], self._may_fire)
@@ -166,8 +168,9 @@ class Worker:
         elif word in ("end", "gone"):
             self._line_broke |= word == "gone"
             self._ended = max(self._ended, generation, self._seat.generation if word == "gone" and self._seat else 0)
-            if self._group is not None and self._seat and self._seat.generation <= self._ended:
-                self._group.abort()
+            with self._aborting:
+                if self._group is not None and self._seat and self._seat.generation <= self._ended:
+                    self._group.abort()
 
     def _ask_for_seat(self, device: str, step: int) -> Seat | Order:
         """Ask until a coordinator answers: it may have been restarted."""
@@ -188,13 +191,7 @@ class Worker:
 
     def _serve_store(self) -> Any:
         """The OwnStore; a new one after one was shut down."""
-        from orchestrator.stores import OwnStore
-
-        if self._served is None:
-            host = "127.0.0.1" if self._task["loopback"] else self._host
-            if name := interface_of(host):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            self._served = OwnStore(host)
+        self._served = self._served or serve("127.0.0.1" if self._task["loopback"] else self._host)
         return self._served
 
     def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
@@ -212,14 +209,18 @@ class Worker:
             self._restore(group, seat)
             has_state = True
             return self._train(workload, group, seat), True
-        except RuntimeError as error:
-            if isinstance(error, GivenUpError) or not group.excuses(error):
+        except Exception as error:
+            lost = isinstance(error, actor_lost())  # the coordinator, which will be back
+            excused = isinstance(error, RuntimeError) and group.excuses(error)
+            if isinstance(error, GivenUpError) or not (lost or excused):
                 raise
+            self._line_broke |= lost
             log.warning("generation %d ended at step %d: %s", seat.generation, self.step, error)
-            self._why = str(error).splitlines()[0]
+            self._why = str(error).partition("\n")[0]
             return False, has_state
         finally:
-            self._group = None
+            with self._aborting:  # one that has begun ends before `close`, and before `over` is read
+                self._group = None
             group.close()
             if group.over:
                 self._served = None  # its connection to itself was shut down with the others
@@ -242,6 +243,8 @@ class Worker:
             self._recorder.reporter.flush()  # a joiner may be the last one left, and has not kept earlier steps
         if seat.share and seat.step >= 0 and group.world > 1:
             self._state.receive(group, lambda step: self._recorder.sabotage("restore", step))
+        else:  # one that broke off in an evaluation may not know that it was done
+            self._state.evaluated_step = group.broadcast_object(self._state.evaluated_step)
         if seat.rank == 0:
             arguments = (seat, self._state.step, load_s, time.perf_counter() - started, rejected)
             ray.get(self._coordinator.begin.remote(*arguments))
@@ -275,7 +278,8 @@ class Worker:
                 save_trained(plan, self._task["uri"], workload, state.model)
         recorder.reporter.flush()
         arguments = (self.id, seat.generation, weights_sha256(state.model), metrics, memory_bytes(state))
-        return bool(ray.get(self._coordinator.finish.remote(*arguments)))
+        with group.others_wait():  # rank 0 may still be saving
+            return bool(ray.get(self._coordinator.finish.remote(*arguments)))
 
     def _obey(self, order: Order) -> str:
         """Not a seat: the end of the run, or of this worker's part in it."""

@@ -9,12 +9,22 @@ from typing import Any
 from orchestrator.cluster_fit import Node
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
+from orchestrator.nodewatch import interface_of
 from orchestrator.slices import HOST_NUMBER, POD_TYPE, SLICE_NAME, SliceShape, chip_environment, shape_of
 
 ADVICE = (
     "its last release goes with torch 2.9 alone: after this package, pip install 'torch_xla[tpu]==2.9.*' "
     "'torchvision==0.24.*' on every node, or use --accelerator cpu"
 )
+
+
+def serve(host: str) -> Any:
+    """An OwnStore there; by that interface gloo connects, too."""
+    from orchestrator.stores import OwnStore
+
+    if name := interface_of(host):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    return OwnStore(host)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from members import Run, play
+from members import WAIT_S, Run, play
 
 from orchestrator.seats import Order, Seat
 
@@ -15,6 +15,38 @@ def test_two_members_are_seated_side_by_side(tmp_path):
         for worker in (a, b):
             assert (worker.seat.generation, worker.seat.step, worker.seat.share) == (1, -1, False)
             assert worker.seat.store == ("a", 1), "the store is rank 0's"
+
+    play(story, tmp_path)
+
+
+def test_who_has_finished_hears_of_a_loss(tmp_path):
+    """As in Coordinator.finish, where workers wait while rank 0 saves the trained model."""
+
+    async def story(run: Run) -> None:
+        _, b = await run.enlist("ab")
+
+        async def finish() -> None:
+            async with run.members.changed:
+                await run.members.changed.wait_for(lambda: not run.members.roster.training)
+
+        waiting = asyncio.create_task(finish())
+        await asyncio.sleep(0)  # it waits
+        b.die()
+        await asyncio.wait_for(waiting, WAIT_S)
+
+    play(story, tmp_path)
+
+
+def test_who_waits_for_a_seat_and_is_given_up_gets_an_answer(tmp_path):
+    async def story(run: Run) -> None:
+        a, _ = await run.enlist("ab")
+        run.steps(1, by=[a])
+        c = run.worker("c")  # there is no third seat
+        waiting = asyncio.create_task(c.join())
+        while "c" not in run.members.roster.ready:
+            await asyncio.sleep(0)
+        run.members.lose("c", "worker_killed", "its line broke")
+        assert await waiting == Order("excluded")
 
     play(story, tmp_path)
 

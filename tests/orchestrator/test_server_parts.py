@@ -115,6 +115,23 @@ def test_staleness_0_has_the_bits_of_allreduce(given):
         assert one.sha256() == expected
 
 
+def test_parameters_that_are_not_trained_are_in_the_checkpoint(monkeypatch):
+    """As the whitening of airbench."""
+    plain = ToyWorkload.build_model
+
+    def frozen(self):
+        model = plain(self)
+        model.conv.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(ToyWorkload, "build_model", frozen)
+    plan = toy_plan(**SERVED)
+    service = Service(plan)
+    service.step(0)
+    again = Service(plan, service.snapshot(), 1)
+    assert again.sha256() == service.sha256()
+
+
 def test_parameters_keep_their_memory_layout(monkeypatch):
     """Fused optimizers walk memory: parameters, gradients and optimizer state must lie in the same order."""
     plain = ToyWorkload.build_model

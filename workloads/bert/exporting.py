@@ -75,7 +75,10 @@ class BertExporting:
     def settings_for(self, data: str, about: Mapping[str, Any], folder: Path) -> BertConfig:
         """See Exporting: text is split with the model's tokenizer; prepared data has to have been."""
         known = read_tokenizer(folder / TOKENIZER)[1].tokens
-        config = self._config
+        plain = BertConfig()
+        config = dataclasses.replace(  # what concerns training alone is left out
+            self._config, short_length=plain.short_length, short_share=plain.short_share
+        )
         if data.startswith(PREFIX):
             if data != config.data:
                 config = dataclasses.replace(config, data=data, tokenizer="", sequence_length=_length(data, about))
