@@ -11,6 +11,12 @@ class RayTogether(LoadScopeScheduling):
         return "ray" if nodeid.startswith("tests/ray/") else nodeid
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray's tests begin at once: they take longest, and wait more than they compute."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/ray/"))
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayTogether:
     """xdist's hook."""
     return RayTogether(config, log)
