@@ -62,7 +62,8 @@ class _Process:
     def __init__(self) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # No daemon: loaders are its children. It ends with the pipe.
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
         self.process.start()
         theirs.close()
 

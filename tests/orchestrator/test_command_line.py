@@ -89,7 +89,7 @@ BAD = {
     "stages of resnet": (["resnet", "--parallel", "pipeline=6", "--workers", "6"], "5 stages at most"),
     "heads": (["bert", "--parallel", "tensor=4"], "use N of 2"),
     "layers": (["bert", "--parallel", "pipeline=5", "--workers", "5"], "4 stages at most"),
-    "documents": (["bert", "--parallel", "pipeline=2", "--attention", "document"], "use tensor or fsdp"),
+    "lengths": (["bert", "--parallel", "pipeline=2", "--short-length", "64"], "use tensor or fsdp"),
     "schedule alone": (["bert", "--pipeline-schedule", "gpipe"], "--parallel pipeline=N"),
     "loaders served": (["resnet", "--sync", "parameter-server", "--loader-processes", "2"], "--loader-processes 2"),
     "compile word": (["resnet", "--compile", "maybe"], "--compile maybe: write true or false"),
