@@ -105,13 +105,15 @@ def _ahead(
     )
     try:
         yield from loader
+        return
     except RuntimeError as error:
         if not LOST.match(str(error)):
             raise
-        raise LoaderLostError(
-            "a loader process was killed, as when memory runs out; fewer --loader-processes or less data in a "
-            "microbatch need less"
-        ) from None
+    # Out here torch's error is gone, and with it what it was met in: the other processes are ended.
+    raise LoaderLostError(
+        "a loader process was killed, as when memory runs out; fewer --loader-processes or less data in a "
+        "microbatch need less"
+    )
 
 
 def _end_with_worker(_: int) -> None:
