@@ -106,14 +106,23 @@ def _ahead(
     try:
         yield from loader
         return
-    except RuntimeError as error:
-        if not LOST.match(str(error)):
+    except (RuntimeError, EOFError, OSError) as error:
+        if not _is_loss(error):
             raise
     # Out here torch's error is gone, and with it what it was met in: the other processes are ended.
     raise LoaderLostError(
         "a loader process was killed, as when memory runs out; fewer --loader-processes or less data in a "
         "microbatch need less"
     )
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether a loader process has ended by itself: torch says so, or the memory that it shared cannot be fetched.
+
+    What was raised in such a process comes with words of torch's own in front.
+    """
+    away = isinstance(error, EOFError | OSError) and not str(error).startswith("Caught ")
+    return away or bool(LOST.match(str(error)))
 
 
 def _end_with_worker(_: int) -> None:
