@@ -57,6 +57,7 @@ def many(tmp_path: Path, samples: int) -> Path:
     return tmp_path
 
 
+@pytest.mark.long  # CI has 40 minutes; README's command scores a run there
 @pytest.mark.timeout(400)
 def test_the_run_s_own_figures_with_one_worker_and_three_one_of_them_killed(cluster: str, tmp_path: Path) -> None:
     done = run("resnet", "--steps", "30", "--workers", "2", *kept_in(tmp_path, "run", cluster))

@@ -87,6 +87,7 @@ def test_stale_gradients_train_too_and_a_stop_is_resumed(staleness: str, cluster
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long  # CI has 40 minutes; test_rounds.py has the bits
 def test_rounds_have_the_same_bits_when_a_worker_is_lost(cluster: str, tmp_path: Path) -> None:
     """And with another number of workers; the round that was broken is taken again."""
     settings = [*RESNET, "--sync", "diloco", "--local-steps", "7", "--balance", "even"]
