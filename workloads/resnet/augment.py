@@ -25,6 +25,7 @@ class Augmentation:
     """
 
     def __init__(self, name: str, image_size: int) -> None:
+        self._made_of = name, image_size
         self.padding = 0
         self.resizes = name == "resized-crop-flip"
         self.transforms: list[Any] = []
@@ -41,6 +42,10 @@ class Augmentation:
             self.transforms = [v2().RandomResizedCrop(image_size, antialias=True), flip]
         else:
             raise ValueError(f"no augmentation {name}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """Made anew in another process, which imports torchvision in the order that it needs."""
+        return Augmentation, self._made_of
 
     def pad(self, images: Tensor) -> Tensor:
         """What the crops are cut from: uint8 [..., H, W] with a black border; a whole microbatch at once."""
