@@ -38,6 +38,7 @@ def as_changed(net: Machines) -> Path:
     return file
 
 
+@pytest.mark.long  # CI has 40 minutes; test_hosts.py cuts a host off
 @pytest.mark.timeout(600)
 def test_machines_over_ssh(tmp_path: Path) -> None:
     """Up, a job on two machines, one of them cut off, the weights of an undisturbed run, down."""

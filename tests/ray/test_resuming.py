@@ -85,7 +85,8 @@ def test_a_corrupted_checkpoint_is_passed_over(cluster: str, undisturbed: Path, 
     assert events(folder, "checkpoint_loaded")[0]["step"] == steps[-2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.long)])
+@pytest.mark.long  # CI has 40 minutes; test_rehearsals.py kills workers
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_killed_worker_is_replaced(number: int, cluster: str, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(arguments(tmp_path, "run", "--address", cluster, "--workers", "2"))
