@@ -11,10 +11,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -162,16 +165,35 @@ def make_parts(job: Job, numbers: Sequence[int]) -> Iterator[Record]:
         yield record
 
 
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Set when somebody asks to stop: what is raised in the middle of Ray's code may be lost there."""
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(job: Job, address: str) -> None:
     """Make what is missing, with progress."""
     from orchestrator.connect import cluster
 
     todo = job.missing()
     log_file = Path(tempfile.gettempdir()) / f"orchestrator-prepare-{os.getpid()}.log"
-    with cluster(address, log_file):
+    with cluster(address, log_file), interrupts() as stopped:
         line_s = 0.0
         for record in make_parts(job, todo):
             job.take(record)
+            if stopped.is_set():
+                raise KeyboardInterrupt
             if time.monotonic() - line_s > LINE_EVERY_S:
                 line_s = time.monotonic()
                 print(f"{len(job.records)} of {len(job.parts)} parts, {len(job.broken())} broken", flush=True)
