@@ -103,12 +103,16 @@ def _ahead(
         multiprocessing_context="forkserver",
         worker_init_fn=_end_with_worker,
     )
+    made = iter(loader)
     try:
-        yield from loader
+        yield from made
         return
     except (RuntimeError, EOFError, OSError) as error:
         if not _is_loss(error):
             raise
+        for process in getattr(made, "_workers", ()):  # torch would wait 5 s for each
+            process.terminate()
+    del made
     # Out here torch's error is gone, and with it what it was met in: the other processes are ended.
     raise LoaderLostError(
         "a loader process was killed, as when memory runs out; fewer --loader-processes or less data in a "

@@ -112,8 +112,7 @@ def test_a_killed_loader_is_told_in_one_line():
     assert line.startswith("a loader process was killed, as when memory runs out")
     assert "--loader-processes" in line
     del caught
-    # torch waits 5 s for each before it ends it.
-    wait_until(lambda: not multiprocessing.active_children(), 60, "the end of the other loader")
+    wait_until(lambda: not multiprocessing.active_children(), 20, "the end of the other loader")
 
 
 PROGRAM = """

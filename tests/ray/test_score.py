@@ -26,15 +26,7 @@ def scored(folder: Path, *flags: str) -> dict:
 
 def scorers() -> list[int]:
     """Process ids of the workers on this machine."""
-    found = []
-    for pid in ray_processes():
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if words.startswith(b"ray::Scorer"):
-            found.append(pid)
-    return sorted(found)
+    return sorted(ray_processes(("ray::Scorer",)))
 
 
 def many_digits(folder: Path, samples: int) -> str:

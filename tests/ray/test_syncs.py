@@ -16,15 +16,7 @@ SERVED = ["--sync", "parameter-server", "--staleness"]
 
 def servers() -> list[int]:
     """Process ids of the parameter servers on this machine."""
-    found = []
-    for pid in ray_processes():
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if words.startswith(b"ray::Server"):
-            found.append(pid)
-    return found
+    return sorted(ray_processes(("ray::Server",)))
 
 
 @pytest.mark.timeout(600)
