@@ -118,10 +118,10 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in records(folder, "events.jsonl") if e["event"] == kind]
 
 
-RAY = ("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/autoscaler", "ray.util")
+RAY_WORDS = ("gcs_server", "raylet", "ray::", "ray/dashboard", "ray/_private", "ray/autoscaler", "ray.util")
 
 
-def ray_processes(words: Sequence[str] = RAY) -> set[int]:
+def ray_processes(words: Sequence[str] = RAY_WORDS) -> set[int]:
     """Ids of the processes that Ray runs on this machine, or of those with one of these words, such as an actor's."""
     found = set()
     for entry in Path("/proc").iterdir():
