@@ -10,7 +10,7 @@ import multiprocessing.forkserver
 import os
 import re
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -65,11 +65,14 @@ def batches(
     microbatches = _Microbatches(samples)
     here = (microbatches[request] for request in requests)
     made = _ahead(microbatches, samples, requests, processes) if processes else here
-    for fed in made:
-        if isinstance(fed, DataError):
-            raise fed
-        indices, batch = fed
-        yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
+    try:
+        for fed in made:
+            if isinstance(fed, DataError):
+                raise fed
+            indices, batch = fed
+            yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
+    finally:
+        made.close()  # ends the loader processes here and now: found by the garbage collector, each is waited for 5 s
 
 
 def depth(processes: int, microbatch_bytes: int, room_bytes: int) -> tuple[int, int]:
@@ -87,7 +90,7 @@ def get_ready(samples: Samples) -> None:
 
 def _ahead(
     microbatches: _Microbatches, samples: Samples, requests: Iterable[Request], processes: int
-) -> Iterator[Fed | DataError]:
+) -> Generator[Fed | DataError, None, None]:
     coming = iter(requests)
     first = next(coming, None)
     if first is None:

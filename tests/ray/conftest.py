@@ -11,8 +11,11 @@ from commands import RAY, call, ray_processes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the shared cluster come last: others say `ray start --head` and `ray stop`, which ends all of Ray."""
-    items.sort(key=lambda item: "cluster" in getattr(item, "fixturenames", ()))
+    """Tests of the shared cluster come last: others say `ray start --head` and `ray stop`, which ends all of Ray.
+
+    Before them, when the tests without Ray in the other process of pytest are done, come those that compute.
+    """
+    items.sort(key=lambda item: ("cluster" in getattr(item, "fixturenames", ()), bool(item.get_closest_marker("busy"))))
 
 
 @pytest.fixture(scope="session")

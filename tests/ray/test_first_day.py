@@ -23,6 +23,7 @@ from commands import (
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
+@pytest.mark.busy
 def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
     before = ray_processes()
     done = run("resnet", *kept_in(tmp_path))
@@ -43,6 +44,7 @@ def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
     wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
 
 
+@pytest.mark.busy
 @pytest.mark.timeout(600)
 def test_bert_on_pythons_own_documentation(tmp_path: Path) -> None:
     done = run("bert", *kept_in(tmp_path), timeout_s=540)

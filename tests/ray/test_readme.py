@@ -15,7 +15,7 @@ ELSEWHERE = {
     "python -m orchestrator.run bert": "test_bert_on_pythons_own_documentation",
     "ray start --head": "test_ray_job_submit",
     "python -m orchestrator.run resnet": "test_ray_job_submit",
-    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3 --epochs 80": REHEARSAL,
+    "python -m orchestrator.rehearse resnet --faults workloads/faults.toml --workers 1:3 --epochs 45": REHEARSAL,
     "RAY_AUTH_MODE=token ray job submit --working-dir . -- python -m orchestrator.run resnet": "test_ray_job_submit",
 }
 LOCAL = "test_from_no_node_to_the_minimum_to_the_maximum_and_back"

@@ -58,13 +58,14 @@ def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> No
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
 
 
-RESNET_1300 = ("resnet", "--steps", "1300", "--checkpoint-every", "50")
-BERT_1300 = (*BERT, "--steps", "1300", "--checkpoint-every", "50")
+RESNET_1000 = ("resnet", "--steps", "1000", "--checkpoint-every", "50")
+BERT_1000 = (*BERT, "--steps", "1000", "--checkpoint-every", "50")
 
 
+@pytest.mark.busy
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "workload", [RESNET_1300, pytest.param(BERT_1300, marks=pytest.mark.long)], ids=["resnet", "bert"]
+    "workload", [RESNET_1000, pytest.param(BERT_1000, marks=pytest.mark.long)], ids=["resnet", "bert"]
 )
 def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...], tmp_path: Path) -> None:
     """One after the other, two at once, during recovery, while state is handed over, while a checkpoint is written."""
@@ -74,16 +75,16 @@ def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...],
         fault("stop", 0, step=100, workers=3),
         fault("slow", 0, step=5, seconds=0.05),
         # Two of three in one step; then who receives state dies, and then who gives it.
-        fault("kill", 1, step=500, workers=3),
-        fault("kill", 2, step=500),
-        fault("kill", 1, step=501, during="restore", workers=2),
-        fault("kill", 0, step=502, during="restore", workers=2),
+        fault("kill", 1, step=400, workers=3),
+        fault("kill", 2, step=400),
+        fault("kill", 1, step=401, during="restore", workers=2),
+        fault("kill", 0, step=402, during="restore", workers=2),
         # Rank 0 and at once another.
-        fault("kill", 0, step=600, workers=3),
-        fault("kill", 1, step=600),
-        fault("kill", 0, step=700, during="checkpoint", workers=2),
-        fault("slow", 1, step=800, seconds=0.3, steps=40, workers=2),
-        fault("kill", 0, step=1299, workers=2),
+        fault("kill", 0, step=450, workers=3),
+        fault("kill", 1, step=450),
+        fault("kill", 0, step=550, during="checkpoint", workers=2),
+        fault("slow", 1, step=650, seconds=0.3, steps=40, workers=2),
+        fault("kill", 0, step=999, workers=2),
     ]
     done = rehearse(tmp_path, workload, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
     assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
@@ -95,10 +96,11 @@ def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...],
     assert set(second["pids"]) < set(first["pids"]), "survivors of a kill were restarted"
 
 
+@pytest.mark.busy
 def test_the_readme_s_schedule(tmp_path: Path) -> None:
     """As typed there, but for the folder: nodes are drained, lost and added, workers killed."""
     faults = [(REPOSITORY / "workloads" / "faults.toml").read_text()]
-    done = rehearse(tmp_path, ("resnet", "--epochs", "80"), faults, "--workers", "1:3")
+    done = rehearse(tmp_path, ("resnet", "--epochs", "45"), faults, "--workers", "1:3")
     assert_passed(done, tmp_path, "worker_killed", "node_drained", "node_lost", "workers_joined")
     assert_left_in_time(tmp_path / "r-disturbed")
 
