@@ -11,7 +11,6 @@ from orchestrator.settings import flag, parse_value, settings
 from orchestrator.values import WorkerRange
 
 C = TypeVar("C", bound=RunConfig)
-TOGETHER = {"shards", "workers", "batch_size", "steps", "epochs"}  # what check_together looks at side by side
 
 
 def build(config_type: type[C], given: Mapping[str, Any]) -> C:

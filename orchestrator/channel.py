@@ -41,6 +41,15 @@ class Beat:
     busy_ms: int = 0
 
 
+@dataclass
+class Pulse:
+    """What is known of a worker: when it was last heard, and when it last got on. Seconds since 1970."""
+
+    heard_s: float
+    moved_s: float
+    beat: Beat
+
+
 class Desk:
     """The coordinator's end, in its event loop."""
 

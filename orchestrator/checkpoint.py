@@ -113,11 +113,13 @@ class CheckpointStore:
             if text is None:
                 raise CheckpointError(f"{where}: unfinished (no {MANIFEST})")
             manifest = json.loads(text)
-            identity = manifest["identity"]
+            identity, of_step = manifest["identity"], manifest["step"]
             files = manifest["files"].items()
             entries = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files}
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{where}: {MANIFEST} unreadable ({error!r})") from None
+        if of_step != step:
+            raise CheckpointError(f"{where}: is that of step {of_step}, renamed")
         if identity != self.identity:
             raise CheckpointError(f"{where}: of another configuration or other data")
         return entries

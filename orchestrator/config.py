@@ -60,10 +60,10 @@ class RunConfig:
     lr: float = setting(0.1, low=0)
     """Peak learning rate, for the whole global batch."""
 
-    momentum: float = setting(0.9, low=0, high=1)
+    momentum: float = setting(0.9, low=0, below=1)
     """Momentum of sgd and nesterov, and beta1 of adam and adamw."""
 
-    beta2: float = setting(0.999, low=0, high=1)
+    beta2: float = setting(0.999, low=0, below=1)
     """Second-moment decay of adam and adamw."""
 
     weight_decay: float = setting(0.0, low=0)

@@ -63,6 +63,7 @@ class Coordinator:
             self._members.start(self._members.tick_forever())
             self._members.start(self._watch_nodes())
         port = await self._listening
+        self._members.came_s.setdefault(member_id, time.time())
         if self._members.over or self._members.excluded(member_id):
             return None
         return self._host, port, self._members.desk.secret
@@ -108,6 +109,10 @@ class Coordinator:
             return False
         self._faults.note(number, rank)
         return True
+
+    async def fault_failed(self, number: int, problem: str) -> None:
+        """A fault that was noted could not be made to happen."""
+        self._faults.note(number, -1, problem=problem)
 
     async def phase(self, text: str) -> None:
         """What the workers are doing, for people."""

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import time
 
-from orchestrator.channel import Beat
-from orchestrator.membership import Membership, Pulse
+from orchestrator.channel import Beat, Pulse
+from orchestrator.membership import Membership
 from orchestrator.recovery import Member
 from orchestrator.shards import Placement
 

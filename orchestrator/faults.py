@@ -24,6 +24,7 @@ seconds = 10      # drain: until the node goes; slow: added to its next `steps` 
 """
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +96,8 @@ def _fault(table: dict[str, Any], where: str) -> Fault:
         allowed: tuple[type, ...] = {str: (str,), int: (int,), float: (int, float)}[known[key]]
         if isinstance(value, bool) or not isinstance(value, allowed):
             raise UserError(f"{where}: {key} = {value!r}: not {allowed[-1].__name__}")
-        if isinstance(value, int | float) and value < 0:
-            raise UserError(f"{where}: {key} = {value}: below 0")
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise UserError(f"{where}: {key} = {value}: not a finite number from 0")
     kind = table.get("kind", "")
     if kind not in KINDS:
         raise UserError(f"{where}: kind = {kind!r}: not known; use {', '.join(KINDS)}")

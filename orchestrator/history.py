@@ -1,7 +1,6 @@
 """What a run folder tells of its run, whether that is over, going on, or broke off: read from the files alone."""
 
 import io
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.errors import UserError
 from orchestrator.failure import Failure
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
 from orchestrator.storage import Folder
 
 ALIVE_S = 60.0  # a run that has written something so lately is taken to be going on
@@ -59,6 +58,11 @@ class History:
         """When it last wrote something down, seconds since 1970."""
         times = [event["time_s"] for event in self.events[-1:]] + self.column("time_s")[-1:].tolist()
         return float(max(times, default=0.0))
+
+    @property
+    def seconds(self) -> float:
+        """From the first line of its events to the last; 0: there are none."""
+        return max(0.0, self.last_s - self.started_s)
 
     def column(self, key: str) -> Floats:
         """One column of `steps`; empty where no record has the key."""
@@ -107,7 +111,7 @@ def read_history(uri: str) -> History:
 def lines(text: str) -> list[dict[str, Any]]:
     """The records of a log; a last line that is torn, or being written, is left out."""
     whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    return [loads(line) for line in whole.splitlines()]
 
 
 def _columns(data: bytes) -> dict[str, Floats]:

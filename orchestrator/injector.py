@@ -107,11 +107,17 @@ class Schedule:
 class Saboteur:
     """The worker's part: what happens to this process, its node or its network."""
 
-    def __init__(self, faults: tuple[Fault, ...], may_fire: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        faults: tuple[Fault, ...],
+        may_fire: Callable[[int], bool],
+        failed: Callable[[int, str], object] = lambda number, problem: None,
+    ) -> None:
         """Args:
         may_fire: asks the coordinator, which answers yes once for each fault.
+        failed: tells it that a fault could not be made to happen, and why.
         """
-        self._faults, self._may_fire = faults, may_fire
+        self._faults, self._may_fire, self._failed = faults, may_fire, failed
         self._done: set[int] = set()
         self._raise = ""
         self._slow_s, self._slow_steps, self._drag_s = 0.0, 0, 0.0
@@ -121,8 +127,9 @@ class Saboteur:
         for number, fault in enumerate(self._faults):
             here = fault.kind in WORKER_KINDS and fault.rank == rank and number not in self._done
             if here and fault.during == moment and fault.step >= 0 and fault.is_due(steps_done, -1.0, workers):
+                fires = self._may_fire(number)  # raises where the coordinator is away: it is asked again
                 self._done.add(number)
-                if self._may_fire(number):
+                if fires:
                     self.do(number)
                     break  # one at a time: the next has its step
 
@@ -157,8 +164,8 @@ class Saboteur:
             self._slow_s, self._slow_steps = fault.seconds, fault.steps
         elif fault.kind == "node-loss":
             end_node()
-        elif fault.kind == "network-cut":
-            cut_network()
+        elif fault.kind == "network-cut" and (problem := cut_network()):
+            self._failed(number, problem)
 
 
 def end_node() -> None:
@@ -170,14 +177,19 @@ def end_node() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def cut_network() -> None:
-    """Take this network namespace's interfaces down; only where it is one of `ip netns` (needs root)."""
+def cut_network() -> str:
+    """Take this network namespace's interfaces down; returns why that is impossible, or "".
+
+    Only where it is one of `ip netns` (needs root): a machine's own network is not cut.
+    """
     own, named = os.stat("/proc/self/ns/net").st_ino, Path("/run/netns")
     if not (named.is_dir() and any(file.stat().st_ino == own for file in named.iterdir())):
-        log.error("network-cut: this node has no network of its own; nothing was cut")
-        return
+        return "this node has no network of its own (ip netns)"
     for name in sorted(set(os.listdir("/sys/class/net")) - {"lo"}):
-        subprocess.run(["ip", "link", "set", "dev", name, "down"], check=False)
+        done = subprocess.run(["ip", "link", "set", "dev", name, "down"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"ip: {done.stderr.strip()}"
+    return ""
 
 
 def drain_node(node: str, seconds: float) -> str:

@@ -1,7 +1,6 @@
 """What a run writes down: steps, events, incidents with their phases, and the result. The coordinator's memory."""
 
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from orchestrator.events import (
 from orchestrator.failure import Failure
 from orchestrator.incident import KILLED, PAUSES, OpenIncident
 from orchestrator.plan import Plan
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
 from orchestrator.storage import Folder
 
 RATE_WINDOW_S = 10.0
@@ -76,6 +75,7 @@ class Journal:
             self.log(*([] if closing else [CoordinatorRestarted(self.recorded)]))
             return
         resumed = bool(self._folder.text(EVENTS))
+        self.loss = self._folder.last_loss()  # none of this command's steps may be left to take
         self._folder.take_ownership(token)
         begun = (plan.workload, plan.total_steps, config.shards, config.batch_size, description, resumed)
         self.log(RunStarted(*begun, os.getpid()))
@@ -83,14 +83,14 @@ class Journal:
     def _recover(self) -> None:
         """Read back what the earlier coordinator of this command wrote."""
         self._folder.mend_logs()
-        taken = [json.loads(line) for line in (self._folder.text(METRICS) or "").splitlines()]
+        taken = [loads(line) for line in (self._folder.text(METRICS) or "").splitlines()]
         mine = [r for r in taken if r["time_s"] >= self._started_s]
         self.recorded = taken[-1]["step"] if taken else 0
         if mine:
             self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
             self._training_s = sum(r["step_s"] for r in mine)
         workers, fields = 0, {f.name for f in dataclasses.fields(Incident)}
-        events = [json.loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
+        events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
         events = [event for event in events if event["time_s"] >= self._started_s]
         self._listener.recall(events, mine[-1:])
         for event in events:

@@ -82,6 +82,8 @@ def launch(
     """
     import ray
 
+    if own_cluster and any(fault.kind == "node-loss" for fault in faults):
+        raise UserError("--faults: node-loss: this Ray has one node, the command's own; use orchestrator.rehearse")
     found = nodes()
     offered = None if own_cluster else offer()
     config, accelerator = settle_accelerator(plan.config, found, offered)

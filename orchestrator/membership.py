@@ -9,32 +9,23 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.balancer import Balancer
-from orchestrator.channel import PING_S, Beat, Desk
+from orchestrator.channel import PING_S, Beat, Desk, Pulse
 from orchestrator.events import WorkerLeft
 from orchestrator.journal import Journal
-from orchestrator.recovery import Member, Roster, Suspicion, silence_limit_s, stall_limit_s
+from orchestrator.recovery import Member, Roster, silence_limit_s, stall_limit_s
 from orchestrator.replicas import must_share
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
+from orchestrator.suspicion import Suspicion
 
 TICK_S = 0.1
 COME_BACK_S = 10.0
 REPORTS_LATE_S = 0.5  # what rank 0 and a heartbeat may be behind
 CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
 FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
-
-
-@dataclass
-class Pulse:
-    """What is known of a worker: when it was last heard, and when it last got on. Seconds since 1970."""
-
-    heard_s: float
-    moved_s: float
-    beat: Beat
 
 
 class Membership:
@@ -50,7 +41,7 @@ class Membership:
         self.stopping = False
         self.over = self.begun = False
         self._stall_s, self._max_incidents = stall_s, max_incidents
-        self._suspicion = Suspicion()
+        self._suspicion, self.came_s = Suspicion(), dict[str, float]()
         self.placement = Placement((0, 1))
         self._pulses: dict[str, Pulse] = {}
         self._answers: dict[str, Seat | Order] = {}
@@ -170,6 +161,7 @@ class Membership:
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
         self._pausing, self.begun = "", False
+        self._suspicion.seated()
         self.notify()
 
     def _order_stop(self) -> None:
@@ -221,6 +213,8 @@ class Membership:
         if member is None:
             self.roster.lose(member_id)
             self._answers[member_id] = Order("excluded")  # it may be alive, and wait for a seat
+            if pulse is None and not (self.roster.seated or self.roster.ready):
+                self._end_if(self._suspicion.ended_early(detail, self.came_s.get(member_id, now), now))
             return self.notify()
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
         said = f"rank {member.rank} (process {member.pid}): {detail}"
@@ -240,14 +234,16 @@ class Membership:
             reason = self._suspicion.died(self._journal.best, slack, shards)
         if self._failures > self._max_incidents:
             reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
-        if reason:
-            self.end_run(reason)
+        self._end_if(reason)
         self.seat()
 
     def failed(self, member_id: str, step: int, error: str) -> None:
         """A worker raised and ends; one that fails as another did before it is no accident."""
         reason = self._suspicion.raised(step, error, self.roster.generation)
         self.lose(member_id, "worker_failed", error)
+        self._end_if(reason)
+
+    def _end_if(self, reason: str) -> None:
         if reason and not self.over:
             self.end_run(reason)
 

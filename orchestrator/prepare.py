@@ -36,11 +36,10 @@ MB = 10**6
 NAMED = 100  # broken samples that the manifest names
 LINE_EVERY_S = 5.0
 OWN_FLAGS = {"bert": ("tokenizer", "vocab_size", "sequence_length")}
-COMPRESSION = {"resnet": "none", "bert": "zstd"}  # images are compressed already
 Record = dict[str, Any]
 
 
-def write_part(out: str, number: int, spec: str, compression: str, preparation: Preparation, part: Part) -> Record:
+def write_part(out: str, number: int, spec: str, preparation: Preparation, part: Part) -> Record:
     """Make a part, write its files and the record of it, which comes last; runs on any node."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -48,7 +47,7 @@ def write_part(out: str, number: int, spec: str, compression: str, preparation: 
     folder, made, files, schema = Folder(out, "--out", PATIENCE_S), preparation.make(part), {}, {}
     for split, table in made.tables.items():
         sink = pa.BufferOutputStream()
-        parquet.write_table(table, sink, compression=compression)
+        parquet.write_table(table, sink, compression=preparation.compression)
         data = sink.getvalue().to_pybytes()
         file = TableFile(f"{split}-{number:05d}.parquet", table.num_rows, len(data), hashlib.sha256(data).hexdigest())
         folder.write(file.name, data)
@@ -147,12 +146,12 @@ def make_parts(job: Job, numbers: Sequence[int]) -> Iterator[Record]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
-    out, compression, preparation = job.folder.uri, COMPRESSION[job.workload], job.preparation
+    out, preparation = job.folder.uri, job.preparation
     rows = [{"number": n, "spec": job.specs[n], "part": json.dumps(job.parts[n])} for n in numbers]
 
     def make(row: Mapping[str, Any]) -> dict[str, str]:
         try:
-            record = write_part(out, row["number"], row["spec"], compression, preparation, json.loads(row["part"]))
+            record = write_part(out, row["number"], row["spec"], preparation, json.loads(row["part"]))
         except OrchestratorError as error:  # its one line, not a task's traceback
             record = {"error": str(error)}
         return {"record": json.dumps(record)}

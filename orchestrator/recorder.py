@@ -120,6 +120,10 @@ class Recorder(Observer):
             self._saboteur.before_step(seat.rank, seat.workers, self._step, seat.placement.shards)
         return self.pause
 
+    def trained(self) -> None:
+        """All steps are taken; a rehearsal may have something for this moment too."""
+        self.stop_wanted()
+
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
         """See Observer: every worker keeps the record, rank 0 sends it and starts a checkpoint when one is due."""
         now = time.time()

@@ -6,7 +6,7 @@ for a seat in the next one.
 """
 
 import statistics
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,7 +16,6 @@ START_GRACE_S = 30.0  # after the last joiner a run starts with fewer than it ex
 SILENCE_FLOOR_S = 5.0
 STALL_STEPS = 20  # a worker that is silent, or stuck in a shard, for as long as this many steps is lost
 FIRST_STEP_S = 300.0  # nothing is known of step times yet: kernels are loaded, a loader starts
-SILENT_DEATHS = 4  # that many deaths without an error, of workers that held the same shard of the same step
 FLAPS, FLAP_WINDOW_S, LEFT_OUT_S = 3, 600.0, 60.0
 
 
@@ -263,35 +262,3 @@ def silence_limit_s(given_s: float, step_s: Iterable[float]) -> float:
         return given_s
     recent = list(step_s)
     return min(30.0, max(SILENCE_FLOOR_S, 2 * statistics.median(recent))) if recent else 30.0
-
-
-@dataclass
-class Suspicion:
-    """Tells a step that breaks its workers from machines that break."""
-
-    _errors: dict[tuple[int, str], int] = field(default_factory=dict)
-    _deaths: list[tuple[int, range]] = field(default_factory=list)
-
-    def raised(self, step: int, error: str, generation: int) -> str:
-        """A worker raised; returns why the run should stop, or "" to go on."""
-        before = self._errors.setdefault((step, error), generation)
-        return f"step {step} failed twice in the same way: {error}" if before < generation else ""
-
-    def died(self, best_step: int, slack: int, shards: range) -> str:
-        """A worker died without a word while it computed `shards`; returns why the run should stop, or "".
-
-        Args:
-            best_step: the most steps that the run ever had.
-            slack: by how many steps that may be wrong: reports are on their way.
-        """
-        if not self._deaths or best_step > self._deaths[0][0] + slack:
-            self._deaths = []
-        self._deaths.append((best_step, shards))
-        times = Counter(shard for _, held in self._deaths for shard in held)
-        deadly = sorted(shard for shard, deaths in times.items() if deaths >= SILENT_DEATHS)
-        if not deadly:
-            return ""
-        return (
-            f"{SILENT_DEATHS} workers died one after the other at about step {best_step}, each while it held shards "
-            f"{deadly}: a sample there seems to crash its reader"
-        )

@@ -54,7 +54,7 @@ def facts(history: History) -> list[tuple[str, str]]:
     result, done = history.result or {}, len(history.column("step"))
     total = history.total_steps
     steps = int(history.column("step")[-1]) if done else 0
-    wall_s = result.get("wall_s") or history.last_s - history.started_s
+    wall_s = result.get("wall_s") or history.seconds
     found = [
         ("workload", str(history.config.get("workload", ""))),
         ("steps", f"{steps:,} of {total:,}" if total else f"{steps:,}"),
@@ -167,7 +167,7 @@ def time_section(history: History) -> dict[str, Any]:
     """Goodput and the parts of a step."""
     if not len(history.column("step_s")):
         return section("Where the time goes", note="No step has been committed yet.")
-    wall_s = history.last_s - history.started_s
+    wall_s = history.seconds
     useful_s = float(history.column("step_s").sum())
     goodput = (history.result or {}).get("goodput", useful_s / wall_s if wall_s else 0.0)
     told = f"Parts of a step, over the run. In all: {shares_told(history)}."
@@ -184,7 +184,7 @@ def comparison_section(histories: Sequence[History]) -> dict[str, Any]:
             history.name,
             history.outcome,
             len(history.column("step")),
-            duration((history.result or {}).get("wall_s", history.last_s - history.started_s)),
+            duration((history.result or {}).get("wall_s", history.seconds)),
             len(history.incidents),
             (history.result or {}).get("weights_sha256", "")[:16],
         ]

@@ -8,12 +8,12 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator import toolchain
-from orchestrator.assembly import TOGETHER, assemble, build
+from orchestrator.assembly import assemble, build
 from orchestrator.command import Parser, refuse
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import OrchestratorError, UserError
@@ -70,7 +70,12 @@ def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, An
     parsed = vars(workload_parser(workload).parse_args(arguments))
     file, dry, faults = parsed.pop("config"), parsed.pop("dry_run"), read_faults(parsed.pop("faults"))
     flags = {name: text for name, text in parsed.items() if text is not None}
-    given = _read_toml(Path(file), workload, alone=not flags.keys() & TOGETHER) if file else {}
+    for name, text in flags.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{flag(name)} {text!a}: not text in UTF-8; give a name that is") from None
+    given = _read_toml(Path(file), workload, flags) if file else {}
     # --steps on the command line replaces the file's epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in flags and other not in flags:
@@ -106,8 +111,21 @@ def check_faults(config: RunConfig, faults: Sequence[Fault]) -> None:
             raise UserError(f"--faults: {SERVER} {fault.rank}: there are {config.servers} (--servers), from 0 on")
 
 
-def _read_toml(file: Path, workload: str, alone: bool) -> dict[str, Any]:
-    """The settings in `file`, each checked; those that need each other too where no flag can change them."""
+def idle_faults(plan: Plan, faults: Sequence[Fault]) -> list[str]:
+    """A line for each fault that cannot happen in this run, by its numbers alone."""
+    most, found = plan.config.workers.maximum, []
+    for number, fault in enumerate(faults, 1):
+        if fault.step > plan.total_steps:
+            found.append(f"fault {number}: step = {fault.step}: the run has {plan.total_steps}; it will not happen")
+        elif fault.kind != SERVER and fault.rank >= most:
+            found.append(
+                f"fault {number}: rank = {fault.rank}: there are at most {most} workers, from 0; it will not happen"
+            )
+    return found
+
+
+def _read_toml(file: Path, workload: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in `file`, each checked; those that need each other too, unless `flags` mend them."""
     try:
         content = tomllib.loads(file.read_text())
     except OSError as error:
@@ -118,10 +136,14 @@ def _read_toml(file: Path, workload: str, alone: bool) -> dict[str, Any]:
     for_workload = content.pop("workload", workload)
     if for_workload != workload:
         raise UserError(f"--config {file}: is for the workload {for_workload}; run that, or give another file")
+    config_type = WORKLOADS[workload].config_type()
     try:
-        (build if alone else assemble)(WORKLOADS[workload].config_type(), content)
+        build(config_type, content)
     except UserError as error:
-        raise UserError(f"--config {file}: {error}") from None
+        try:
+            build(config_type, {**content, **flags})
+        except UserError:
+            raise UserError(f"--config {file}: {error}") from None
     return content
 
 
@@ -132,7 +154,10 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     config = assemble(entry.config_type(), given)
     config = resolve(entry.absolute_paths(config))
     folder = RunFolder(Folder(config.storage).child(config.name))
-    config = take_up(config, given, folder, workload)
+    try:
+        config = take_up(config, given, folder, workload)
+    except OSError as error:
+        raise UserError(f"--storage {config.storage}: {error.strerror or error}; give one that can be used") from None
     check_faults(config, faults)
     finished = folder.result()
     if finished and finished.get("status") == "finished" and not dry:
@@ -144,15 +169,28 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
         raise UserError(f"--compile true: {problem}")
     summary = entry.check_data(config)
     plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint, summary.blocks)
+    if folder.identity() not in ("", plan.identity()):
+        raise UserError(
+            f"--name {config.name}: its checkpoints are of other data ({config.data} has changed since), or of another "
+            "version of this software; bring that back, or use another --name"
+        )
     if dry:
         from orchestrator.dry_run import describe
 
         print(describe(plan, folder, summary.description))
         return 0
+    for line in idle_faults(plan, faults):
+        print(f"warning: --faults: {line}", file=sys.stderr, flush=True)
     folder.folder.check_writable()
-    if folder.folder.read_text(CONFIG) is None:
+    begun = folder.folder.read_text(CONFIG) is not None
+    if not begun:
         folder.folder.write(CONFIG, to_toml(config, workload).encode())
-    return _train(plan, folder, summary.description, started_s, faults)
+    try:
+        return _train(plan, folder, summary.description, started_s, faults)
+    except UserError:
+        if not begun:  # the cluster has no room for it: the name stays free
+            folder.folder.delete(CONFIG)
+        raise
 
 
 def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, faults: tuple[Fault, ...]) -> int:

@@ -1,13 +1,15 @@
 """A run's folder: config.toml, events.jsonl, metrics.jsonl, checkpoints/, model/, result.json, logs/."""
 
 import json
+import math
+import re
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import StorageError, UserError
 from orchestrator.events import Event, record
 from orchestrator.latelogs import LateLogs
 from orchestrator.redact import redact
@@ -30,11 +32,12 @@ class RunFolder:
     def __init__(self, folder: Folder, late: bool = False) -> None:
         self.folder = folder
         self._late = LateLogs(folder, (EVENTS, METRICS, ERRORS), OWNER) if late and not folder.is_local else None
+        self._broken = ""
 
     @property
     def problem(self) -> str:
         """Why the logs are not written any more, "" while they are."""
-        return self._late.problem if self._late else ""
+        return self._late.problem if self._late else self._broken
 
     @property
     def uri(self) -> str:
@@ -49,6 +52,17 @@ class RunFolder:
             return tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
+
+    def identity(self) -> str:
+        """Of the plan that the newest checkpoint is of (Plan.identity); "": there is none."""
+        checkpoints = self.folder.child("checkpoints")
+        steps = sorted((int(name[5:]) for name in checkpoints.names() if re.fullmatch(r"step-\d+", name)), reverse=True)
+        for step in steps:
+            try:
+                return str(json.loads(checkpoints.read_text(f"step-{step}/manifest.json") or "")["identity"])
+            except (ValueError, KeyError, TypeError):  # unfinished, or damaged: the one before it
+                continue
+        return ""
 
     def precision(self) -> str:
         """That of config.toml; "auto" where it is not settled yet."""
@@ -71,7 +85,7 @@ class RunFolder:
         """result.json, or None while there is none."""
         text = self.folder.read_text(RESULT)
         try:
-            return None if text is None else dict(json.loads(text))
+            return None if text is None else dict(loads(text))
         except ValueError:
             raise UserError(f"{self.uri}/{RESULT}: not valid JSON; delete it or use another --name") from None
 
@@ -82,7 +96,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.flush()
-        self.folder.write(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        self.folder.write(RESULT, (dumps(result, indent=1) + "\n").encode())
 
     def take_ownership(self, token: str) -> None:
         """From now on the run belongs to the command with this token; the end of an earlier one is void."""
@@ -111,16 +125,24 @@ class RunFolder:
         lines = self.folder.tail(METRICS, LAST_BYTES).decode(errors="replace").splitlines()
         return next((int(r["step"]) for r in map(_record, reversed(lines)) if r), 0)
 
+    def last_loss(self) -> float:
+        """The newest step's in metrics.jsonl; NaN: there is none."""
+        lines = self.folder.tail(METRICS, LAST_BYTES).decode(errors="replace").splitlines()
+        return next((float(r["loss"]) for r in map(_record, reversed(lines)) if r), math.nan)
+
     def _append(self, name: str, text: str) -> None:
         if self._late:
             self._late.append(name, text)
-        else:
+            return
+        try:
             self.folder.append(name, text)
+        except StorageError as error:  # whoever writes goes on until the coordinator has seen it, and ends the run
+            self._broken = str(error)
 
     def events(self, events: Sequence[Event]) -> None:
         """Append events, stamped with the time now."""
         now = time.time()
-        self._append(EVENTS, "".join(json.dumps(record(e, now)) + "\n" for e in events))
+        self._append(EVENTS, "".join(dumps(record(e, now)) + "\n" for e in events))
 
     def metrics(self, records: Sequence[dict[str, Any]]) -> None:
         """Append step records."""
@@ -158,9 +180,30 @@ class RunFolder:
                 self.folder.write(f"model/{file.relative_to(local)}", file.read_bytes())
 
 
+def dumps(content: Any, indent: int | None = None) -> str:
+    """JSON as its standard has it: null for a number that is not finite, as a held-out loss may be."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def loads(text: str | bytes) -> Any:
+    """What `dumps` wrote: a held-out figure that was not finite is NaN again."""
+    found = json.loads(text)
+    if isinstance(found, dict) and isinstance(figures := found.get("metrics"), dict):
+        found["metrics"] = {name: math.nan if value is None else value for name, value in figures.items()}
+    return found
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        found = loads(line)
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

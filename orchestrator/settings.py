@@ -20,6 +20,7 @@ def setting(
     choices: Sequence[str] = (),
     low: float | None = None,
     high: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A field of a configuration.
 
@@ -28,8 +29,10 @@ def setting(
         result: whether another value gives another result.
         choices: the allowed words, where they are few.
         low, high: the allowed range of a number, both included.
+        below: what it must be less than.
     """
-    return field(default=default, metadata={"result": result, "choices": tuple(choices), "low": low, "high": high})
+    allowed = {"choices": tuple(choices), "low": low, "high": high, "below": below}
+    return field(default=default, metadata={"result": result, **allowed})
 
 
 def settings(config_type: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -76,7 +79,9 @@ def parse_value(config_type: type[Any], name: str, raw: Any) -> Any:
         raise UserError(f"{flag(name)} {raw}: {error}") from None
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{flag(name)} {raw}: not known; choose from {', '.join(meta['choices'])}")
-    low, high = meta["low"], meta["high"]
+    low, high, below = meta["low"], meta["high"], meta["below"]
+    if below is not None and not low <= value < below:
+        raise UserError(f"{flag(name)} {raw}: out of range; give a number from {low:g}, less than {below:g}")
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"from {low:g}" + (f" to {high:g}" if high is not None else "")
         raise UserError(f"{flag(name)} {raw}: out of range; give a number {bounds}")
@@ -99,7 +104,7 @@ def _convert(kind: Any, raw: Any) -> Any:
         if isinstance(raw, bool) or (kind is int and isinstance(raw, float)):
             raise ValueError
         value = kind(raw)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):  # TOML has dates too, and whole numbers of any length
         raise ValueError("not a whole number" if kind is int else "not a number") from None
     if kind is float and not -float("inf") < value < float("inf"):
         raise ValueError("not a finite number")

@@ -124,6 +124,7 @@ class SplitWorker(Worker):
         if not finished:
             self._leave(group)
             return False
+        recorder.trained()
         memory = memory_bytes(state)
         recorder.checkpoint_now(state, recorder.leads)
         using, among, in_step = state.evaluation(workload, group)

@@ -1,6 +1,7 @@
 """A folder in storage: local or any URI that pyarrow.fs knows, with atomic writes."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from orchestrator.errors import OrchestratorError, StorageError, UserError
 T = TypeVar("T")
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # of a local disk: nothing that passes while one waits
 # What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
 PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
@@ -29,7 +31,8 @@ class Folder:
     stream is closed without error, which is atomic there.
 
     A server that refuses what it is asked for, or does not answer, raises UserError, and with `patience_s` StorageError
-    (when that is over): one line. A file that is not there raises FileNotFoundError, local ones OSError as they do.
+    (when that is over): one line. A file that is not there raises FileNotFoundError. A local folder raises OSError as
+    it does, but with `patience_s` StorageError at once where its disk is full, broken or read-only.
     """
 
     def __init__(self, uri: str, flag: str = "--storage", patience_s: float = 0.0) -> None:
@@ -86,7 +89,11 @@ class Folder:
             try:
                 return do()
             except OSError as error:
-                if self.is_local or isinstance(error, FileNotFoundError | NotADirectoryError):
+                if isinstance(error, FileNotFoundError | NotADirectoryError):
+                    raise
+                if self.is_local:
+                    if self._patience_s and error.errno in BROKEN:
+                        raise StorageError(f"{self._flag} {self.uri}: {_line(error)}") from error
                     raise
                 is_away = PASSING.search(str(error)) is not None
                 if not is_away or not self._patience_s or time.monotonic() > until:
@@ -159,9 +166,9 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, atomically; folders on the way are made."""
-        if not self.is_local:
-            self._patiently(lambda: self._put(name, data))
-            return
+        self._patiently(lambda: self._replace(name, data) if self.is_local else self._put(name, data))
+
+    def _replace(self, name: str, data: bytes) -> None:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -186,6 +193,9 @@ class Folder:
         if not self.is_local:
             self.write(name, (self.read_text(name) or "").encode() + text.encode())
             return
+        self._patiently(lambda: self._add(name, text))
+
+    def _add(self, name: str, text: str) -> None:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("a") as file:

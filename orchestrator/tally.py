@@ -14,7 +14,7 @@ from orchestrator.handout import Counted, Handout, Unit
 
 BLOCKS_EACH = 8  # of a worker, so that the last one to finish keeps the others waiting for an eighth of its work
 MOST_CHUNKS = 16  # of a block, so that a loss costs seconds
-DEATHS = 4  # over one block, or before a worker was ready: no accident; as in recovery.Suspicion
+DEATHS = 4  # over one block, or before a worker was ready: no accident; as in suspicion.Suspicion
 FIRST_S, LEAST_S, MEDIANS = 600.0, 30.0, 20.0  # until a block is taken from a worker that does not get on
 
 

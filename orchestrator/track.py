@@ -8,7 +8,6 @@ Exit status: 0 written; 1 a logger failed; 2 there is no run, or a package is mi
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.history import ALIVE_S
 from orchestrator.logbooks import BOOKS, Logbook, need
 from orchestrator.redact import redact
-from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder
+from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder, loads
 from orchestrator.storage import Folder, cache_folder
 from orchestrator.values import LOGGERS, Loggers
 
@@ -59,7 +58,7 @@ class Growing:
         if lines:
             self._offset, self._last = self._offset + len(fresh), lines[-1]
             self.count += len(lines)
-        return [json.loads(line) for line in lines]
+        return [loads(line) for line in lines]
 
 
 class Follower:

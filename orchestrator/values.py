@@ -115,7 +115,8 @@ class Pairs:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+        parts = re.split(r",(?![^()]*\))", text)  # a comma in parentheses belongs to the value: zone=in(a,b)
+        pairs = [part.partition("=") for part in parts if part.strip()]
         if any(not (key.strip() and equals and value.strip()) for key, equals, value in pairs):
             raise ValueError("write KEY=VALUE pairs separated by commas, such as GPU=1,CPU=8")
         return cls(tuple((key.strip(), value.strip()) for key, _, value in pairs))

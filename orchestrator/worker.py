@@ -70,7 +70,7 @@ class Worker:
         self._aborting = threading.Lock()
         self._line: Line | None = None
         self._line_broke, self._why = False, ""  # why the last generation ended, as this worker saw it
-        self._saboteur = Saboteur(task["faults"], self._may_fire)
+        self._saboteur = Saboteur(task["faults"], self._may_fire, coordinator.fault_failed.remote)
         self._state: Any = None
         self._recorder: Any = None
         self._served: Any = None
@@ -267,6 +267,7 @@ class Worker:
             raise
         if not finished:
             return False
+        recorder.trained()
         if recorder.leads:
             self._coordinator.phase.remote("evaluating and saving")
             with group.others_wait():  # storage may be slow, which is not this worker's fault

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from orchestrator.assembly import assemble
-from orchestrator.prepare import COMPRESSION, Job, parser, write_part
+from orchestrator.prepare import Job, parser, write_part
 from orchestrator.tables import Manifest
 from workloads.registry import WORKLOADS
 
@@ -22,6 +22,5 @@ def do(todo: Job, numbers: list[int] | None = None) -> Manifest | None:
     """Make the parts that are missing, or some of them; the manifest when all are there."""
     for number in todo.missing() if numbers is None else numbers:
         part, spec = todo.parts[number], todo.specs[number]
-        compression = COMPRESSION[todo.workload]
-        todo.take(write_part(todo.folder.uri, number, spec, compression, todo.preparation, part))
+        todo.take(write_part(todo.folder.uri, number, spec, todo.preparation, part))
     return None if todo.missing() else todo.finish()

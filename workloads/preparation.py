@@ -23,7 +23,14 @@ class Made:
 
 
 class Preparation(Protocol):
-    """How a workload's source becomes tables. Picklable; parts are made on any node, each a pure function."""
+    """How a workload's source becomes tables. Picklable; parts are made on any node, each a pure function.
+
+    Attributes:
+        compression: of its Parquet files, as pyarrow names it.
+    """
+
+    @property
+    def compression(self) -> str: ...
 
     def parts(self, file_bytes: int) -> Sequence[Part]:
         """The source in parts that give files of about `file_bytes`; raises UserError where there is none."""

@@ -1,13 +1,14 @@
 """Losses as the coordinator sees them: who is given up, who goes on, what the journal says of it."""
 
 import asyncio
+import time
 
 import pytest
 from members import WAIT_S, Run, Worker, play
 
 from orchestrator import membership
-from orchestrator.recovery import SILENT_DEATHS
 from orchestrator.seats import Order, Seat
+from orchestrator.suspicion import SILENT_DEATHS
 
 STALL_S = 2.0  # eight beats: a healthy worker must not be missed on a busy machine
 
@@ -168,6 +169,39 @@ def test_a_sample_that_kills_whoever_reads_it_ends_the_run(tmp_path, waiting):
         assert waiting or "[0, 1, 2, 3]" in run.ended[0]
 
     play(story, tmp_path)
+
+
+def test_workers_that_never_get_ready_end_the_run(tmp_path):
+    """One after the other; those that came together end together, and count once."""
+
+    async def story(run: Run) -> None:
+        for number in range(SILENT_DEATHS):
+            assert not run.ended
+            names = [f"{letter}{number}" for letter in "abc"]
+            for name in names:
+                run.members.came_s[name] = time.time()
+            for name in names:
+                run.members.failed(name, 0, "ValueError: Invalid beta parameter")
+        (reason,) = run.ended
+        assert reason == "workers ended before they could train, 4 times one after the other: " + (
+            "ValueError: Invalid beta parameter"
+        )
+
+    play(story, tmp_path)
+
+
+def test_workers_that_never_get_ready_beside_one_that_does(tmp_path):
+    """That is their machine's fault."""
+
+    async def story(run: Run) -> None:
+        (first,) = await run.enlist("a")
+        for number in range(2 * SILENT_DEATHS):
+            run.members.came_s[str(number)] = time.time()
+            run.members.failed(str(number), 0, "RuntimeError: no CUDA")
+        assert not run.ended
+        assert first.seat.generation == 1
+
+    play(story, tmp_path, workers=1)
 
 
 def test_when_all_are_lost_the_checkpoint_counts(tmp_path):

@@ -14,15 +14,14 @@ from orchestrator.recovery import (
     LEFT_OUT_S,
     SETTLE_S,
     SILENCE_FLOOR_S,
-    SILENT_DEATHS,
     STALL_STEPS,
     START_GRACE_S,
     Member,
     Roster,
-    Suspicion,
     silence_limit_s,
     stall_limit_s,
 )
+from orchestrator.suspicion import SILENT_DEATHS, Suspicion
 
 
 def member(name: str, step: int = -1, rank: int = -1, node: str = "n0") -> Member:

@@ -188,6 +188,19 @@ def test_a_changed_setting_of_a_finished_run_is_refused_all_the_same(tmp_path, c
     assert tree(tmp_path) == before
 
 
+def test_other_data_than_that_of_the_checkpoints_are_refused(tmp_path, capsys):
+    """They would all be passed over, and training begin anew."""
+    folder = started(tmp_path, steps="40")
+    folder.folder.write("checkpoints/step-20/manifest.json", b'{"identity": "of other data"}')
+    folder.folder.write("checkpoints/step-30/manifest.json", b"torn")
+    before = tree(tmp_path)
+    assert main(["resnet", "--storage", str(tmp_path), "--name", "r"]) == 2
+    line = capsys.readouterr().err
+    assert "--name r: its checkpoints are of other data (digits has changed since)" in line
+    assert line.count("\n") == 1
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["a", "A.b_c-9", "x" * 100])
 def test_names_that_are_fine(name, tmp_path):
     assert resolve(build(RunConfig, {"steps": 1, "name": name, "storage": str(tmp_path)})).name == name

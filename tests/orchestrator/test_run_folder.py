@@ -1,12 +1,13 @@
 """A run's folder: whole files are never half written, and records go on cleanly after a crash."""
 
 import json
+import math
 import os
 
 import pytest
 
-from orchestrator.errors import UserError
-from orchestrator.events import RunEnded
+from orchestrator.errors import StorageError, UserError
+from orchestrator.events import Evaluated, RunEnded
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 
@@ -85,6 +86,29 @@ def test_results_errors_and_models(folder, tmp_path):
     (tmp_path / "local" / "deep" / "model.safetensors").write_bytes(b"\x00weights")
     folder.save_model(tmp_path / "local")
     assert (tmp_path / "model" / "deep" / "model.safetensors").read_bytes() == b"\x00weights"
+
+
+def test_figures_that_are_not_finite_are_null_in_json(folder, tmp_path):
+    folder.write_result({"status": "finished", "metrics": {"loss": math.inf, "accuracy": 0.5}, "loss": math.nan})
+    folder.events([Evaluated(3, {"loss": math.nan})])
+    text = (tmp_path / "result.json").read_text() + (tmp_path / EVENTS).read_text()
+    assert text.count("null") == 3
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert math.isnan(folder.result()["metrics"]["loss"])
+    assert math.isnan(folder.newest("evaluated")["metrics"]["loss"])
+
+
+def test_a_full_disk_is_a_problem_that_ends_the_run(tmp_path, monkeypatch):
+    """Logs tell the coordinator, which looks at it; a whole file tells who writes it."""
+    folder = RunFolder(Folder(str(tmp_path), patience_s=60.0), late=True)
+    monkeypatch.setattr(Folder, "_add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert not folder.problem
+    folder.error("lost")
+    assert "No space left on device" in folder.problem
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(StorageError, match="No space left on device"):
+        folder.write_result({})
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

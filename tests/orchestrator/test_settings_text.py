@@ -22,6 +22,8 @@ def values(name: str, field, default) -> st.SearchStrategy:
     if isinstance(default, bool):
         return st.booleans()
     if isinstance(default, float):
+        if meta["below"] is not None:
+            return st.floats(meta["low"], meta["below"], exclude_max=True, allow_subnormal=False)
         high = meta["high"] if meta["high"] is not None else 1e300
         return st.floats(meta["low"], high, allow_subnormal=False)
     if isinstance(default, int):

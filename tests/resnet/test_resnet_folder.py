@@ -1,5 +1,6 @@
 """Folders of image files: what is read, what is left out, what is refused."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -85,3 +86,18 @@ def test_a_truncated_image_is_named(image_folder):
     with pytest.raises(DataError, match=r"dog/2\.jpg cannot be decoded") as caught:
         decode(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_grey_in_16_bits_is_scaled_and_not_cut_off(tmp_path):
+    values = (np.arange(16).reshape(4, 4) * 4096).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    for mode in ("L", "RGB"):
+        found = np.asarray(decode(str(tmp_path / "grey.png"), mode=mode))
+        assert np.array_equal(found if mode == "L" else found[..., 1], values >> 8)
+
+
+def test_an_image_with_too_many_pixels_is_told_as_that(tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    with pytest.raises(DataError, match=r"large.png has more than 32 pixels"):
+        decode(str(tmp_path / "large.png"))

@@ -68,7 +68,8 @@ def find_corpus(data: str) -> Corpus:
         return Corpus(kind, root, files)
     if kind != "text" or not pattern:
         raise UserError(f"--data {data}: not known; write docs or text:GLOB, such as --data 'text:corpus/*.txt'")
-    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    pattern = os.path.expanduser(pattern)
+    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = tuple(Path(name) for name in found if os.path.isfile(name))
     if not files:
         raise UserError(f"--data {data}: no file matches; give a pattern that matches text files, in quotes")

@@ -33,6 +33,7 @@ class TextPreparation:
     config: BertConfig
     tokenizer_json: str
     vocabulary: tuple[str, ...]
+    compression: str = "zstd"
 
     def parts(self, file_bytes: int) -> Sequence[Part]:
         """See Preparation: stretches of files, or all of Python's documentation."""

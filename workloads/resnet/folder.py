@@ -76,6 +76,8 @@ def check_files(paths: list[str]) -> list[int]:
                 pass
         except PermissionError:
             raise
+        except Image.DecompressionBombError:
+            raise UnusableDataError(f"{path} has too many pixels; make it smaller or remove it") from None
         except Exception:  # Pillow lets through what its parsers meet, from SyntaxError to struct.error
             raise UnusableDataError(f"{path} is not an image that Pillow can open; replace or remove it") from None
     return sizes
@@ -85,8 +87,18 @@ def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Imag
     """An image of a file or of encoded bytes; raises DataError naming it where it cannot be read or is truncated."""
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
-            return image.convert(mode)
+            return _eight_bits(image).convert(mode)
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise DataError(f"{name or str(source)} has more than {most:,} pixels; make it smaller or remove it") from None
     except Exception as error:  # as above
         text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
         reason = " ".join(text.split()) or type(error).__name__
         raise DataError(f"{name or str(source)} cannot be decoded ({reason}); replace or remove it") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit grey image in 8 bits, by their upper half; Pillow's own conversion cuts off at 255."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))

@@ -35,6 +35,7 @@ class ImagePreparation:
     """The Preparation of images."""
 
     config: ResnetConfig
+    compression: str = "none"  # images are compressed already
 
     def parts(self, file_bytes: int) -> Sequence[Part]:
         """See Preparation; the training split is mixed, so that the images of a file are no neighbours."""

@@ -1,0 +1,57 @@
+"""When workers that are lost are no accident: facts and times come in, a reason to stop comes out."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+SILENT_DEATHS = 4  # that many, one after the other: of holders of one shard of one step, or of who never had a seat
+
+
+@dataclass
+class Suspicion:
+    """Tells what breaks its workers, a step or the start, from machines that break."""
+
+    _errors: dict[tuple[int, str], int] = field(default_factory=dict)
+    _deaths: list[tuple[int, range]] = field(default_factory=list)
+    _early: int = 0
+    _early_s: float = -1.0
+
+    def raised(self, step: int, error: str, generation: int) -> str:
+        """A worker raised; returns why the run should stop, or "" to go on."""
+        before = self._errors.setdefault((step, error), generation)
+        return f"step {step} failed twice in the same way: {error}" if before < generation else ""
+
+    def died(self, best_step: int, slack: int, shards: range) -> str:
+        """A worker died without a word while it computed `shards`; returns why the run should stop, or "".
+
+        Args:
+            best_step: the most steps that the run ever had.
+            slack: by how many steps that may be wrong: reports are on their way.
+        """
+        if not self._deaths or best_step > self._deaths[0][0] + slack:
+            self._deaths = []
+        self._deaths.append((best_step, shards))
+        times = Counter(shard for _, held in self._deaths for shard in held)
+        deadly = sorted(shard for shard, deaths in times.items() if deaths >= SILENT_DEATHS)
+        if not deadly:
+            return ""
+        return (
+            f"{SILENT_DEATHS} workers died one after the other at about step {best_step}, each while it held shards "
+            f"{deadly}: a sample there seems to crash its reader"
+        )
+
+    def ended_early(self, how: str, came_s: float, now_s: float) -> str:
+        """A worker ended before it asked for a seat, and no other is there; returns why the run should stop, or "".
+
+        Args:
+            came_s: when it came; those that came before the last such end was counted may have ended with it.
+        """
+        if came_s < self._early_s:
+            return ""
+        self._early, self._early_s = self._early + 1, now_s
+        if self._early < SILENT_DEATHS:
+            return ""
+        return f"workers ended before they could train, {self._early} times one after the other: {how}"
+
+    def seated(self) -> None:
+        """Workers have seats: it can be done."""
+        self._early = 0
