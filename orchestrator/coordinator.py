@@ -124,6 +124,10 @@ class Coordinator:
         self._journal.log(WorkerFailed(place.worker, place.step, error))
         self._members.failed(member_id, place.step, error)
 
+    async def never_ready(self, times: int, how: str) -> None:
+        """Workers end one after the other soon after their start, some of them before they are known here."""
+        self._members.never_ready(times, how)
+
     async def stack(self, rank: int, text: str) -> None:
         """The stack of a worker that does not get on."""
         self._journal.error(f"rank {rank} does not get on; its stack:\n{text}")

@@ -19,7 +19,7 @@ from orchestrator.recovery import Member, Roster, silence_limit_s, stall_limit_s
 from orchestrator.replicas import must_share
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
-from orchestrator.suspicion import Suspicion
+from orchestrator.suspicion import SILENT_DEATHS, Suspicion
 
 TICK_S = 0.1
 COME_BACK_S = 10.0
@@ -213,8 +213,8 @@ class Membership:
         if member is None:
             self.roster.lose(member_id)
             self._answers[member_id] = Order("excluded")  # it may be alive, and wait for a seat
-            if pulse is None and not (self.roster.seated or self.roster.ready):
-                self._end_if(self._suspicion.ended_early(detail, self.came_s.get(member_id, now), now))
+            if pulse is None and self._suspicion.ended_early(self.came_s.get(member_id, now), now) >= SILENT_DEATHS:
+                self.never_ready(SILENT_DEATHS, detail)
             return self.notify()
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
         said = f"rank {member.rank} (process {member.pid}): {detail}"
@@ -242,6 +242,11 @@ class Membership:
         reason = self._suspicion.raised(step, error, self.roster.generation)
         self.lose(member_id, "worker_failed", error)
         self._end_if(reason)
+
+    def never_ready(self, times: int, how: str) -> None:
+        """Workers ended before they asked for a seat: where no other is there, that is no machine's fault."""
+        reason = f"workers ended before they could train, {times} times one after the other: {how}"
+        self._end_if("" if self.roster.seated or self.roster.ready else reason)
 
     def _end_if(self, reason: str) -> None:
         if reason and not self.over:

@@ -39,18 +39,15 @@ class Suspicion:
             f"{deadly}: a sample there seems to crash its reader"
         )
 
-    def ended_early(self, how: str, came_s: float, now_s: float) -> str:
-        """A worker ended before it asked for a seat, and no other is there; returns why the run should stop, or "".
+    def ended_early(self, came_s: float, now_s: float) -> int:
+        """A worker ended before it asked for a seat; how often that was, one after the other.
 
         Args:
             came_s: when it came; those that came before the last such end was counted may have ended with it.
         """
-        if came_s < self._early_s:
-            return ""
-        self._early, self._early_s = self._early + 1, now_s
-        if self._early < SILENT_DEATHS:
-            return ""
-        return f"workers ended before they could train, {self._early} times one after the other: {how}"
+        if came_s >= self._early_s:
+            self._early, self._early_s = self._early + 1, now_s
+        return self._early
 
     def seated(self) -> None:
         """Workers have seats: it can be done."""

@@ -32,6 +32,7 @@ from orchestrator.seats import NAMESPACE, OVER
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
+GIVE_UP = 6  # workers in a row that ended soon: who has nobody else is told
 END_S = 5.0  # workers still there so long after the run's end are shut down
 log = logging.getLogger("ray.train")
 
@@ -154,7 +155,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.kill(filled.worker.actor)
         if status.return_value == OVER:
             return
-        self._open(filled.failures + 1 if status.error and lived_s < LIVED_S else 0)
+        failures = filled.failures + 1 if status.error and lived_s < LIVED_S else 0
+        if failures >= GIVE_UP:
+            self._coordinator.never_ready.remote(failures, str(status.error).strip().partition("\n")[0])
+        self._open(failures)
 
     def _open(self, failures: int) -> None:
         """A worker is missing; after `failures` in a row the next one is asked for later."""
