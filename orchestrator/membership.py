@@ -49,8 +49,7 @@ class Membership:
         self._pausing = ""  # the kind of incident that it will be
         self.changed = asyncio.Condition()
         self._last = ""  # who leads the end of a stop
-        self._failures = 0
-        self._fruitless: list[int] = []
+        self._failures, self._fruitless = 0, list[int]()
         self.broken_s = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
 
