@@ -124,9 +124,9 @@ class Coordinator:
         self._journal.log(WorkerFailed(place.worker, place.step, error))
         self._members.failed(member_id, place.step, error)
 
-    async def never_ready(self, times: int, how: str) -> None:
-        """Workers end one after the other soon after their start, some of them before they are known here."""
-        self._members.never_ready(times, how)
+    async def process_ended(self, came_s: float, how: str) -> None:
+        """A worker's process that came at `came_s` has ended with an error; it may never have been known here."""
+        self._members.ended_early(came_s, how)
 
     async def stack(self, rank: int, text: str) -> None:
         """The stack of a worker that does not get on."""
@@ -189,11 +189,11 @@ class Coordinator:
         message = f"on request, after step {step} of {self._plan.total_steps} and a checkpoint"
         self._end("stopped", message, 130, sha256)
 
-    def _end_by_members(self, reason: str) -> None:
+    def _end_by_members(self, reason: str, kind: str = "") -> None:
         if reason:
             self._journal.error(reason)
-            kind, place = last_loss(self._journal)
-            self._fail(reason, 1, kind, place)
+            found, place = (kind, None) if kind else last_loss(self._journal)
+            self._fail(reason, 1, found, place)
         else:
             told = "with the newest checkpoint" if self._journal.first_step >= 0 else "before this command's first step"
             self._end("stopped", f"on request, {told}", 130)

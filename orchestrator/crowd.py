@@ -32,6 +32,7 @@ class Crowd(Membership):
         self.roster.ready.pop(member.id, None)
         self.roster.seated[member.id] = replace(member, rank=rank)
         self._pulses[member.id] = Pulse(now, now, Beat(0, 0, 0, True))
+        self._suspicion.can_train(now)
         return self.roster.seated[member.id]
 
     def let_go(self, member: Member) -> None:

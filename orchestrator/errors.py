@@ -13,6 +13,10 @@ class UserError(OrchestratorError):
     exit_status = 2
 
 
+class GoingOnError(UserError):
+    """The run is going on already, by another command."""
+
+
 class TrainingError(OrchestratorError):
     """Training cannot go on, and trying again would end the same way."""
 

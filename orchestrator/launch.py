@@ -15,7 +15,7 @@ from orchestrator.accelerators import Accelerator
 from orchestrator.clerk import clerk
 from orchestrator.cluster_fit import Node, Offer
 from orchestrator.coordinator import Coordinator
-from orchestrator.errors import UserError
+from orchestrator.errors import GoingOnError, UserError
 from orchestrator.failure import Failure
 from orchestrator.faults import Fault
 from orchestrator.lastwords import command_failed, write_end
@@ -141,7 +141,7 @@ def _start_coordinator(assignment: Assignment) -> Any:
         return actor_class.remote(assignment)
     except ValueError:
         name = assignment.plan.config.name
-        raise UserError(f"--name {name}: this run is going on already on this cluster") from None
+        raise GoingOnError(f"--name {name}: this run is going on already on this cluster") from None
 
 
 def _fit(assignment: Assignment, coordinator: Any, accelerator: Accelerator, offered: Offer | None) -> None:

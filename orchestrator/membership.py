@@ -7,10 +7,9 @@ import asyncio
 import dataclasses
 import secrets
 import time
-import traceback
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
+from orchestrator.background import Background
 from orchestrator.balancer import Balancer
 from orchestrator.channel import PING_S, Beat, Desk, Pulse
 from orchestrator.events import WorkerLeft
@@ -36,7 +35,7 @@ class Membership:
     ) -> None:
         self.roster, self._journal, self._balancer = roster, journal, balancer
         self.desk = Desk(secrets.token_hex(16), self._heard, self._gone)
-        self.end_run: Callable[[str], None]
+        self.end_run: Callable[..., None]
         self.kill: Callable[[Member], None]
         self.stopping = False
         self.over = self.begun = False
@@ -51,18 +50,7 @@ class Membership:
         self._last = ""  # who leads the end of a stop
         self._failures, self._fruitless = 0, list[int]()
         self.broken_s = time.time()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run in the background; what it raises goes to logs/errors.log."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            self._journal.error("".join(traceback.format_exception(error)))
+        self.start = Background(journal.error).start
 
     def notify(self) -> None:
         """Let everyone who waits look again."""
@@ -160,7 +148,7 @@ class Membership:
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
         self._pausing, self.begun = "", False
-        self._suspicion.seated()
+        self._suspicion.can_train(now)
         self.notify()
 
     def _order_stop(self) -> None:
@@ -212,8 +200,8 @@ class Membership:
         if member is None:
             self.roster.lose(member_id)
             self._answers[member_id] = Order("excluded")  # it may be alive, and wait for a seat
-            if pulse is None and self._suspicion.ended_early(self.came_s.get(member_id, now), now) >= SILENT_DEATHS:
-                self.never_ready(SILENT_DEATHS, detail)
+            if pulse is None:
+                self.ended_early(self.came_s.get(member_id, now), detail)
             return self.notify()
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
         said = f"rank {member.rank} (process {member.pid}): {detail}"
@@ -238,18 +226,22 @@ class Membership:
 
     def failed(self, member_id: str, step: int, error: str) -> None:
         """A worker raised and ends; one that fails as another did before it is no accident."""
-        reason = self._suspicion.raised(step, error, self.roster.generation)
+        seated = member_id in self.roster.seated
+        reason = self._suspicion.raised(step, error, self.roster.generation) if seated else ""
         self.lose(member_id, "worker_failed", error)
         self._end_if(reason)
 
-    def never_ready(self, times: int, how: str) -> None:
-        """Workers ended before they asked for a seat: where no other is there, that is no machine's fault."""
-        reason = f"workers ended before they could train, {times} times one after the other: {how}"
-        self._end_if("" if self.roster.seated or self.roster.ready else reason)
+    def ended_early(self, came_s: float, how: str) -> None:
+        """A worker that came at `came_s` has ended; if none is left or ready since, that is no machine's fault."""
+        if self.roster.seated or self.roster.ready or self.roster.gather:
+            self._suspicion.can_train(time.time())
+        elif self._suspicion.ended_early(came_s, time.time()):
+            why = f"workers ended before they could train, {SILENT_DEATHS} times one after the other: {how}"
+            self._end_if(why, "never_ready")
 
-    def _end_if(self, reason: str) -> None:
+    def _end_if(self, reason: str, kind: str = "") -> None:
         if reason and not self.over:
-            self.end_run(reason)
+            self.end_run(reason, kind)
 
     async def tick_forever(self) -> None:
         """Look after time: silence, joiners that have settled, pings."""

@@ -16,7 +16,7 @@ from orchestrator import toolchain
 from orchestrator.assembly import assemble, build
 from orchestrator.command import Parser, refuse
 from orchestrator.config import RunConfig, to_toml
-from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.errors import GoingOnError, OrchestratorError, UserError
 from orchestrator.failure import resume_command, story
 from orchestrator.faults import SERVER, Fault, parse_faults
 from orchestrator.logbooks import need
@@ -75,11 +75,13 @@ def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, An
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"{flag(name)} {text!a}: not text in UTF-8; give a name that is") from None
-    given = _read_toml(Path(file), workload, flags) if file else {}
+    given = _read_toml(Path(file), workload) if file else {}
     # --steps on the command line replaces the file's epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in flags and other not in flags:
             given.pop(other, None)
+    if file:
+        _check_file(Path(file), WORKLOADS[workload].config_type(), given, flags)
     return given | flags, dry, faults
 
 
@@ -115,7 +117,7 @@ def idle_faults(plan: Plan, faults: Sequence[Fault]) -> list[str]:
     """A line for each fault that cannot happen in this run, by its numbers alone."""
     most, found = plan.config.workers.maximum, []
     for number, fault in enumerate(faults, 1):
-        if fault.step > plan.total_steps:
+        if fault.step > plan.total_steps - (plan.config.sync == "parameter-server"):
             found.append(f"fault {number}: step = {fault.step}: the run has {plan.total_steps}; it will not happen")
         elif fault.kind != SERVER and fault.rank >= most:
             found.append(
@@ -124,8 +126,19 @@ def idle_faults(plan: Plan, faults: Sequence[Fault]) -> list[str]:
     return found
 
 
-def _read_toml(file: Path, workload: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in `file`, each checked; those that need each other too, unless `flags` mend them."""
+def _check_file(file: Path, config_type: type[RunConfig], given: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """What the settings of a file must be together, unless `flags` mend it."""
+    try:
+        build(config_type, given)
+    except UserError as error:
+        try:
+            build(config_type, {**given, **flags})
+        except UserError:
+            raise UserError(f"--config {file}: {error}") from None
+
+
+def _read_toml(file: Path, workload: str) -> dict[str, Any]:
+    """The settings in `file`, each checked."""
     try:
         content = tomllib.loads(file.read_text())
     except OSError as error:
@@ -136,14 +149,10 @@ def _read_toml(file: Path, workload: str, flags: Mapping[str, Any]) -> dict[str,
     for_workload = content.pop("workload", workload)
     if for_workload != workload:
         raise UserError(f"--config {file}: is for the workload {for_workload}; run that, or give another file")
-    config_type = WORKLOADS[workload].config_type()
     try:
-        build(config_type, content)
+        assemble(WORKLOADS[workload].config_type(), content)
     except UserError as error:
-        try:
-            build(config_type, {**content, **flags})
-        except UserError:
-            raise UserError(f"--config {file}: {error}") from None
+        raise UserError(f"--config {file}: {error}") from None
     return content
 
 
@@ -169,7 +178,8 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
         raise UserError(f"--compile true: {problem}")
     summary = entry.check_data(config)
     plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint, summary.blocks)
-    if folder.identity() not in ("", plan.identity()):
+    begun = folder.config() is not None
+    if begun and (trained := folder.identities()) and plan.identity() not in trained:
         raise UserError(
             f"--name {config.name}: its checkpoints are of other data ({config.data} has changed since), or of another "
             "version of this software; bring that back, or use another --name"
@@ -182,13 +192,12 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     for line in idle_faults(plan, faults):
         print(f"warning: --faults: {line}", file=sys.stderr, flush=True)
     folder.folder.check_writable()
-    begun = folder.folder.read_text(CONFIG) is not None
     if not begun:
         folder.folder.write(CONFIG, to_toml(config, workload).encode())
     try:
         return _train(plan, folder, summary.description, started_s, faults)
-    except UserError:
-        if not begun:  # the cluster has no room for it: the name stays free
+    except UserError as error:
+        if not begun and not isinstance(error, GoingOnError):  # the cluster has no room for it: the name stays free
             folder.folder.delete(CONFIG)
         raise
 

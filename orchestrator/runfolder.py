@@ -2,7 +2,7 @@
 
 import json
 import math
-import re
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ class RunFolder:
     def __init__(self, folder: Folder, late: bool = False) -> None:
         self.folder = folder
         self._late = LateLogs(folder, (EVENTS, METRICS, ERRORS), OWNER) if late and not folder.is_local else None
-        self._broken = ""
+        self._broken, self._unwritten, self._writing = "", list[tuple[str, str]](), threading.Lock()
 
     @property
     def problem(self) -> str:
@@ -53,16 +53,16 @@ class RunFolder:
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
 
-    def identity(self) -> str:
-        """Of the plan that the newest checkpoint is of (Plan.identity); "": there is none."""
+    def identities(self) -> set[str]:
+        """Of the plans that its checkpoints are of (Plan.identity)."""
         checkpoints = self.folder.child("checkpoints")
-        steps = sorted((int(name[5:]) for name in checkpoints.names() if re.fullmatch(r"step-\d+", name)), reverse=True)
-        for step in steps:
+        found = set[str]()
+        for name in checkpoints.names():
             try:
-                return str(json.loads(checkpoints.read_text(f"step-{step}/manifest.json") or "")["identity"])
-            except (ValueError, KeyError, TypeError):  # unfinished, or damaged: the one before it
+                found.add(str(json.loads(checkpoints.read_text(f"{name}/manifest.json") or "")["identity"]))
+            except (ValueError, KeyError, TypeError, OSError):  # unfinished, or damaged: loading will tell
                 continue
-        return ""
+        return found
 
     def precision(self) -> str:
         """That of config.toml; "auto" where it is not settled yet."""
@@ -93,6 +93,10 @@ class RunFolder:
         """Wait until the logs are in storage; raises StorageError where they do not come there."""
         if self._late:
             self._late.flush()
+        elif self._unwritten:
+            self._append_local("", "")
+            if self._unwritten:
+                raise StorageError(self._broken)
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.flush()
@@ -133,11 +137,20 @@ class RunFolder:
     def _append(self, name: str, text: str) -> None:
         if self._late:
             self._late.append(name, text)
-            return
-        try:
-            self.folder.append(name, text)
-        except StorageError as error:  # whoever writes goes on until the coordinator has seen it, and ends the run
-            self._broken = str(error)
+        else:
+            self._append_local(name, text)
+
+    def _append_local(self, name: str, text: str) -> None:
+        """In order; what a full disk does not take is kept: whoever writes goes on until the run is ended for it."""
+        with self._writing:  # `flush` may be in another thread
+            self._unwritten += [(name, text)] if text else []
+            try:
+                while self._unwritten:
+                    self.folder.append(*self._unwritten[0])
+                    del self._unwritten[0]
+                self._broken = ""
+            except StorageError as error:
+                self._broken = str(error)
 
     def events(self, events: Sequence[Event]) -> None:
         """Append events, stamped with the time now."""

@@ -16,7 +16,7 @@ from orchestrator.errors import OrchestratorError, StorageError, UserError
 T = TypeVar("T")
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
-BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # of a local disk: nothing that passes while one waits
+BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # of a local disk that is written to
 # What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
 PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
@@ -32,7 +32,7 @@ class Folder:
 
     A server that refuses what it is asked for, or does not answer, raises UserError, and with `patience_s` StorageError
     (when that is over): one line. A file that is not there raises FileNotFoundError. A local folder raises OSError as
-    it does, but with `patience_s` StorageError at once where its disk is full, broken or read-only.
+    it does, but with `patience_s` StorageError at once where what is written finds its disk full, broken or read-only.
     """
 
     def __init__(self, uri: str, flag: str = "--storage", patience_s: float = 0.0) -> None:
@@ -89,11 +89,7 @@ class Folder:
             try:
                 return do()
             except OSError as error:
-                if isinstance(error, FileNotFoundError | NotADirectoryError):
-                    raise
-                if self.is_local:
-                    if self._patience_s and error.errno in BROKEN:
-                        raise StorageError(f"{self._flag} {self.uri}: {_line(error)}") from error
+                if self.is_local or isinstance(error, FileNotFoundError | NotADirectoryError):
                     raise
                 is_away = PASSING.search(str(error)) is not None
                 if not is_away or not self._patience_s or time.monotonic() > until:
@@ -166,7 +162,19 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, atomically; folders on the way are made."""
-        self._patiently(lambda: self._replace(name, data) if self.is_local else self._put(name, data))
+        if self.is_local:
+            self._on_disk(lambda: self._replace(name, data))
+        else:
+            self._patiently(lambda: self._put(name, data))
+
+    def _on_disk(self, do: Callable[[], None]) -> None:
+        """Write to a local disk; one that is full does not pass while one waits."""
+        try:
+            do()
+        except OSError as error:
+            if self._patience_s and error.errno in BROKEN:
+                raise StorageError(f"{self._flag} {self.uri}: {_line(error)}") from error
+            raise
 
     def _replace(self, name: str, data: bytes) -> None:
         target = Path(self.path(name))
@@ -193,13 +201,20 @@ class Folder:
         if not self.is_local:
             self.write(name, (self.read_text(name) or "").encode() + text.encode())
             return
-        self._patiently(lambda: self._add(name, text))
+        self._on_disk(lambda: self._add(name, text.encode()))
 
-    def _add(self, name: str, text: str) -> None:
+    def _add(self, name: str, data: bytes) -> None:
+        """All of it, or nothing."""
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a") as file:
-            file.write(text)
+        with target.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(before)
+                raise
 
     def names(self) -> list[str]:
         """Names of what is in the folder, sorted; none where the folder does not exist."""

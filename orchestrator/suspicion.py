@@ -39,16 +39,16 @@ class Suspicion:
             f"{deadly}: a sample there seems to crash its reader"
         )
 
-    def ended_early(self, came_s: float, now_s: float) -> int:
-        """A worker ended before it asked for a seat; how often that was, one after the other.
+    def ended_early(self, came_s: float, now_s: float) -> bool:
+        """A worker ended before it had a seat while no other was there; whether that is no accident any more.
 
         Args:
             came_s: when it came; those that came before the last such end was counted may have ended with it.
         """
         if came_s >= self._early_s:
             self._early, self._early_s = self._early + 1, now_s
-        return self._early
+        return self._early >= SILENT_DEATHS
 
-    def seated(self) -> None:
-        """Workers have seats: it can be done."""
-        self._early = 0
+    def can_train(self, now_s: float) -> None:
+        """Somebody has a seat, or waits for one: ends of those that came before tell nothing about the run."""
+        self._early, self._early_s = 0, now_s

@@ -32,7 +32,6 @@ from orchestrator.seats import NAMESPACE, OVER
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
-GIVE_UP = 6  # workers in a row that ended soon: who has nobody else is told
 END_S = 5.0  # workers still there so long after the run's end are shut down
 log = logging.getLogger("ray.train")
 
@@ -155,10 +154,9 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.kill(filled.worker.actor)
         if status.return_value == OVER:
             return
-        failures = filled.failures + 1 if status.error and lived_s < LIVED_S else 0
-        if failures >= GIVE_UP:
-            self._coordinator.never_ready.remote(failures, str(status.error).strip().partition("\n")[0])
-        self._open(failures)
+        if status.error:
+            self._coordinator.process_ended.remote(time.time() - lived_s, _last_line(status.error))
+        self._open(filled.failures + 1 if status.error and lived_s < LIVED_S else 0)
 
     def _open(self, failures: int) -> None:
         """A worker is missing; after `failures` in a row the next one is asked for later."""
@@ -186,8 +184,9 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._openings.remove(opening)
         try:
             self._fill(opening)
-        except Exception:
+        except Exception as error:
             log.warning("a new worker did not start", exc_info=True)
+            self._coordinator.process_ended.remote(time.time(), _last_line(error))
             ray.kill(opening.actor)
             self._open(opening.failures + 1)
 
@@ -271,3 +270,8 @@ class ElasticController(TrainController):  # type: ignore[misc]
     """Ray Train's controller with such a worker group."""
 
     worker_group_cls = ElasticWorkerGroup
+
+
+def _last_line(error: Exception) -> str:
+    """Of its text, which may be a traceback."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -53,7 +53,7 @@ class Run:
         self.members.end_run, self.members.kill = self._end, lambda m: self.killed.put_nowait(m.id)
         self.workers: list[Worker] = []
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, kind: str = "") -> None:
         self.ended.append(reason)
         self.members.abandon()
 

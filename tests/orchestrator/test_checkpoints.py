@@ -179,6 +179,14 @@ def test_no_flipped_byte_goes_unnoticed_or_escapes(tmp_path):
     assert refused >= 2 * (tmp_path / "step-1" / STATE).stat().st_size
 
 
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+    kept = store(tmp_path)
+    kept.save(3, {"weight": torch.ones(2)})
+    (tmp_path / "step-3").rename(tmp_path / "step-30")
+    with pytest.raises(CheckpointError, match="is that of step 3, renamed"):
+        kept.load(30)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     store(tmp_path, "another").save(1, numbers(1))
     with pytest.raises(CheckpointError, match="of another configuration"):

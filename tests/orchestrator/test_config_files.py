@@ -46,6 +46,7 @@ def test_a_mistake_in_a_file_names_the_file(content, part, tmp_path, capfd):
         ('resources_per_worker = "GPU=2"\n', ["--resources-per-worker", "GPU=1"]),
         ("shards = 6\n", ["--shards", "8"]),
         ("steps = 10\n", ["--epochs", "2"]),
+        ("steps = 10\nshards = 6\n", ["--epochs", "2", "--shards", "8"]),
     ],
 )
 def test_flags_win_over_the_file(content, flags, tmp_path):

@@ -28,7 +28,7 @@ class Floor:
         self.crowd.left, self.crowd.looked = self.left, lambda: None
         self.crowd.held = lambda name: range(*[(v := min(u.shard for u in self.handout.held(name))), v + 1])
         self.reasons: list[str] = []
-        self.crowd.end_run = self.reasons.append
+        self.crowd.end_run = lambda reason, kind: self.reasons.append(reason)
         self.crowd.roster.training = self.crowd.begun = True
         journal.generation_begins(GenerationStarted(1, 0, 3, [], [], [], "cpu"), 0.0, 0.0, [])
 

@@ -172,34 +172,43 @@ def test_a_sample_that_kills_whoever_reads_it_ends_the_run(tmp_path, waiting):
 
 
 def test_workers_that_never_get_ready_end_the_run(tmp_path):
-    """One after the other; those that came together end together, and count once."""
+    """One after the other; those that came together end together, and count once, whoever tells of it."""
 
     async def story(run: Run) -> None:
         for number in range(SILENT_DEATHS):
             assert not run.ended
-            names = [f"{letter}{number}" for letter in "abc"]
+            came_s, names = time.time(), [f"{letter}{number}" for letter in "abc"]
             for name in names:
-                run.members.came_s[name] = time.time()
+                run.members.came_s[name] = came_s
             for name in names:
-                run.members.failed(name, 0, "ValueError: Invalid beta parameter")
+                run.members.failed(name, 0, "ValueError: no such model")
+                run.members.ended_early(came_s, "its process ended")
         (reason,) = run.ended
-        assert reason == "workers ended before they could train, 4 times one after the other: " + (
-            "ValueError: Invalid beta parameter"
-        )
+        assert reason.startswith("workers ended before they could train, 4 times one after the other: ")
 
     play(story, tmp_path)
 
 
 def test_workers_that_never_get_ready_beside_one_that_does(tmp_path):
-    """That is their machine's fault."""
+    """That is their machine's fault; so it is when the one that does is lost, and its replacement is on its way."""
 
     async def story(run: Run) -> None:
         (first,) = await run.enlist("a")
+
+        def end_one(name: str) -> None:
+            run.members.came_s[name] = time.time()
+            run.members.failed(name, 0, "RuntimeError: no CUDA")
+
         for number in range(2 * SILENT_DEATHS):
-            run.members.came_s[str(number)] = time.time()
-            run.members.failed(str(number), 0, "RuntimeError: no CUDA")
+            end_one(f"early {number}")
         assert not run.ended
-        assert first.seat.generation == 1
+        run.members.lose(first.name, "worker_killed", "its process ended")
+        for number in range(SILENT_DEATHS - 1):
+            run.members.ended_early(0.0, "of one that had trained: its process")
+            end_one(f"late {number}")
+        assert not run.ended
+        await run.seat(run.worker("b"))
+        assert not run.ended
 
     play(story, tmp_path, workers=1)
 

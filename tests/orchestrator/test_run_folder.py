@@ -1,8 +1,10 @@
 """A run's folder: whole files are never half written, and records go on cleanly after a crash."""
 
+import io
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -104,11 +106,53 @@ def test_a_full_disk_is_a_problem_that_ends_the_run(tmp_path, monkeypatch):
     folder = RunFolder(Folder(str(tmp_path), patience_s=60.0), late=True)
     monkeypatch.setattr(Folder, "_add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert not folder.problem
-    folder.error("lost")
+    folder.error("kept")
+    folder.metrics([{"step": 1}])
     assert "No space left on device" in folder.problem
+    with pytest.raises(StorageError, match="No space left on device"):
+        folder.write_result({})
+    assert not (tmp_path / "result.json").exists()
+    monkeypatch.undo()
+    folder.metrics([{"step": 2}])
+    assert not folder.problem
+    assert steps(folder) == [1, 2]
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(StorageError, match="No space left on device"):
         folder.write_result({})
+
+
+class Full(io.RawIOBase):
+    """A file whose disk takes three bytes more."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self.file = file
+
+    def __getattribute__(self, name: str) -> object:
+        return object.__getattribute__(self, name) if name in ("file", "write") else getattr(self.file, name)
+
+    def __enter__(self) -> "Full":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> int:
+        if self.file.tell() >= 10:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data[:3])
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_it(tmp_path, monkeypatch):
+    store = Folder(str(tmp_path))
+    store.append("log", "1234567\n")
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *given, **more: Full(plain(self, *given, **more)))
+    with pytest.raises(OSError, match="No space"):
+        store.append("log", "a longer line\n")
+    monkeypatch.undo()
+    assert (tmp_path / "log").read_text() == "1234567\n"
+    store.append("log", "next\n")
+    assert (tmp_path / "log").read_text() == "1234567\nnext\n"
 
 
 @pytest.mark.parametrize("before", [None, b"old"])

@@ -34,6 +34,7 @@ def test_from_no_node_to_the_minimum_to_the_maximum_and_back(autoscaling: str, t
     refused = run("resnet", "--resources-per-worker", "GPU=1", *kept_in(tmp_path, "gpu", autoscaling))
     assert refused.status == 2
     assert "the autoscaler could add 2 x CPU=1; no worker fits" in refused.err
+    assert not (tmp_path / "gpu" / "config.toml").exists(), "the name stays free"
     steps = ["--steps", "400", "--balance", "even"]
     done = run("resnet", *steps, "--workers", "1:2", *kept_in(tmp_path, "run", autoscaling))
     assert done.status == 0, done.err
