@@ -1,6 +1,7 @@
 """The commands of the README, as typed."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -23,12 +24,20 @@ from commands import (
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
+def first_run(storage: Path) -> tuple[Path, str]:
+    """The default run's folder and what it printed; .ci/run has typed it already."""
+    if "ORCHESTRATOR_FIRST_RUN" in os.environ:
+        return Path(os.environ["ORCHESTRATOR_FIRST_RUN"]), Path(os.environ["ORCHESTRATOR_FIRST_OUT"]).read_text()
+    before = ray_processes()
+    done = run("resnet", *kept_in(storage))
+    assert done.status == 0, done.err
+    wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
+    return storage / "run", done.out + done.err
+
+
 @pytest.mark.busy
 def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
-    before = ray_processes()
-    done = run("resnet", *kept_in(tmp_path))
-    assert done.status == 0, done.err
-    folder = tmp_path / "run"
+    folder, printed = first_run(tmp_path)
     found = result(folder)
     assert found["status"] == "finished"
     assert found["metrics"]["accuracy"] >= 0.98
@@ -37,11 +46,10 @@ def test_resnet_on_digits_reaches_98_percent(tmp_path: Path) -> None:
     (measured,) = events(folder, "precision_chosen")
     assert measured["seconds"].keys() == {"fp32", "bf16"}
     assert f'\nprecision = "{measured["precision"]}"\n' in (folder / "config.toml").read_text()
-    assert str(folder) in done.out
-    assert "next:" in done.out
-    assert not CONTROL.search(done.out + done.err)
+    assert str(folder) in printed
+    assert "next:" in printed
+    assert not CONTROL.search(printed)
     assert (folder / "model" / "model.safetensors").exists()
-    wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
 
 
 @pytest.mark.busy

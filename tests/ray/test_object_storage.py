@@ -68,6 +68,8 @@ def test_a_run_outlives_ten_seconds_without_its_storage(bucket: str, proxy: Prox
     )
     assert made.status == 0, made.out + made.err
     source = ["--data", f"parquet:{address(proxy.port).replace('/runs', '/digits')}"]
+    local = ["--data", f"parquet:{data}", "--storage", str(tmp_path), "--name", "again"]
+    again = start(["resnet", *DIGITS, *local], **KEYS)  # beside the other: each has a Ray of its own
     process = start(["resnet", *DIGITS, *source, "--storage", address(proxy.port), "--name", "cut"], **KEYS)
     folder = Folder(bucket).child("cut")
     wait_until(lambda: bool(folder.child("checkpoints").names()), 120, "a checkpoint on S3")
@@ -81,8 +83,8 @@ def test_a_run_outlives_ten_seconds_without_its_storage(bucket: str, proxy: Prox
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 251))
     assert json.loads(folder.read("result.json"))["incidents"] == []
     assert "model.safetensors" in folder.child("model").names()
-    again = run("resnet", *DIGITS, "--data", f"parquet:{data}", "--storage", str(tmp_path), "--name", "again", **KEYS)
-    assert again.status == 0, again.err
+    undisturbed = finish(again)
+    assert undisturbed.status == 0, undisturbed.err
     assert json.loads(folder.read("result.json"))["weights_sha256"] == result(tmp_path / "again")["weights_sha256"]
 
 
