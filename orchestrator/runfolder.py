@@ -126,13 +126,15 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The newest step in metrics.jsonl; 0: there is none."""
-        lines = self.folder.tail(METRICS, LAST_BYTES).decode(errors="replace").splitlines()
-        return next((int(r["step"]) for r in map(_record, reversed(lines)) if r), 0)
+        return int(self._last_record().get("step", 0))
 
     def last_loss(self) -> float:
         """The newest step's in metrics.jsonl; NaN: there is none."""
+        return float(self._last_record().get("loss", math.nan))
+
+    def _last_record(self) -> dict[str, Any]:
         lines = self.folder.tail(METRICS, LAST_BYTES).decode(errors="replace").splitlines()
-        return next((float(r["loss"]) for r in map(_record, reversed(lines)) if r), math.nan)
+        return next((found for line in reversed(lines) if (found := _record(line))), {})
 
     def _append(self, name: str, text: str) -> None:
         if self._late:

@@ -16,10 +16,11 @@ def schedule(folder: Path, *tables: str) -> str:
     return str(file)
 
 
+@pytest.mark.busy
 def test_a_step_that_kills_its_workers_is_no_accident(tmp_path: Path) -> None:
     """Dying without a word in the same step again and again, with the same shards in hand."""
     faults = schedule(tmp_path, *['kind = "kill"\nrank = 0\nstep = 20'] * 12)
-    done = run(*command(tmp_path, "--workers", "1", "--faults", faults))
+    done = run(*command(tmp_path, "--workers", "2", "--faults", faults))
     assert done.status == 1
     assert "4 workers died one after the other at about step" in done.err
     assert 4 <= len(events(tmp_path / "run", "fault_fired")) < 12, "it stopped before the schedule did"
