@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from orchestrator.batchnorm import RunningStatistics
+from orchestrator.devices import seed
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.group import Group
 from orchestrator.handout import Unit, offsets
@@ -114,7 +115,7 @@ class Microbatches:
         state.model.train()
         for parameter in state.parameters:
             parameter.grad = None
-        torch.manual_seed(derive_seed("step", plan.config.seed, unit.step, unit.shard))
+        seed(self._group.device, derive_seed("step", plan.config.seed, unit.step, unit.shard))
         with state.precision.autocast():
             sums = self._workload.sums(
                 state.model, {name: tensor.to(self._group.device) for name, tensor in batch.items()}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from orchestrator.config import RunConfig
+from orchestrator.devices import seed
 from orchestrator.group import Group
 from orchestrator.precision import Precision
 from orchestrator.splits import Seating, SplitEvaluation, SplitState
@@ -223,7 +224,7 @@ class StageModule(nn.Module):
             # Torch gives memory as it lies; NaN would stay in running statistics, whatever overwrites them.
             hidden = hidden.masked_fill(torch.ones_like(hidden, dtype=torch.bool), 0.0)
         if self.live and first:
-            torch.manual_seed(self.seeds[number])
+            seed(hidden.device, self.seeds[number])
         elif self.live and random_state is not None:
             _go_on_from(random_state)
         with self._state.precision.autocast():

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.events import Event
 
-REPORT_EVERY_S = 0.2
+REPORT_EVERY_S = 0.5  # a call takes the coordinator's process a millisecond
 KEPT = 1024  # steps; more than any rank 0 can be behind with sending
 log = logging.getLogger("orchestrator.reporter")
 

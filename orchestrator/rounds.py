@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from orchestrator import loop
+from orchestrator.devices import seed
 from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.evaluate import evaluate
 from orchestrator.feed import batches
@@ -156,7 +157,7 @@ class Rounds:
             waiting_since = time.perf_counter()
             indices, batch = next(self._feed)
             self._data_s += time.perf_counter() - waiting_since
-            torch.manual_seed(derive_seed("step", plan.config.seed, step, shard))
+            seed(self._group.device, derive_seed("step", plan.config.seed, step, shard))
             with self._state.precision.autocast():
                 sums = self._workload.sums(self._state.trained, batch)
             nominal = self._workload.nominal_count(end - start)

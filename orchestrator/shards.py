@@ -3,6 +3,7 @@
 Everything here is a pure function of integers. The number of workers appears in `Placement` alone.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEISTEL_ROUNDS = 6  # Luby and Rackoff 1988: 4 rounds make a strong pseudo-random permutation; 2 to spare.
+PIECE = 1024  # places whose samples are found in one go: numpy takes as long for the few of a microbatch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -36,6 +38,20 @@ def sample_order(seed: int, epoch: int, size: int, start: int, stop: int) -> NDA
     Returns:
         int64 array of shape [stop - start], values in 0..size-1.
     """
+    if stop - start > PIECE:
+        return _permuted(seed, epoch, size, start, stop)
+    pieces = [_piece(seed, epoch, size, number) for number in range(start // PIECE, -(-stop // PIECE))]
+    found = np.concatenate([*pieces, np.empty(0, np.int64)])
+    first = start // PIECE * PIECE
+    return found[start - first : stop - first]
+
+
+@functools.lru_cache(maxsize=64)
+def _piece(seed: int, epoch: int, size: int, number: int) -> NDArray[np.int64]:
+    return _permuted(seed, epoch, size, number * PIECE, min((number + 1) * PIECE, size))
+
+
+def _permuted(seed: int, epoch: int, size: int, start: int, stop: int) -> NDArray[np.int64]:
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = [np.uint64(derive_seed("order", seed, epoch, r)) for r in range(FEISTEL_ROUNDS)]
