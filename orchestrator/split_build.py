@@ -1,5 +1,6 @@
 """From a whole model to a worker's part of it: fully_shard, parallelize_module, stages of a pipeline."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -42,6 +43,8 @@ def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
 
 
 MESHES = itertools.count()
+VECTOR = 16  # fp32 numbers of AVX-512; AVX2 has 8
+SMALL = 2**16  # numbers of a parameter that all workers may hold
 
 
 def mesh_of(group: Group) -> DeviceMesh:
@@ -56,14 +59,39 @@ def mesh_of(group: Group) -> DeviceMesh:
 
 def spread(model: nn.Module, workload: Workload, inside: Group) -> None:
     """Spread the parameters of `model` over a group, a layer at a time; gradients are added in the tree's order."""
-    # fully_shard takes contiguous parameters only.
+    # fully_shard takes contiguous parameters only; a convolution rounds otherwise where its weights lie otherwise.
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and lies_channels_last(module.weight):
+            module.forward = functools.partial(channels_last, module)  # type: ignore[method-assign]
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    mesh = mesh_of(inside)
+    mesh, whole = mesh_of(inside), {p for p in model.parameters() if stays_whole(p, inside.world)}
     for module in (*workload.layers(model), model):
-        found: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        found: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
         found.set_custom_reduce_scatter(TreeScatter())
         found.set_gradient_divide_factor(1.0)
         found.set_force_sum_reduction_for_comms(True)
+
+
+def lies_channels_last(weight: Tensor) -> bool:
+    """Whether this is how the memory of a convolution's weights is laid out."""
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def stays_whole(parameter: Tensor, workers: int) -> bool:
+    """Whether a small parameter would be cut so that pieces do not fill the processor's vectors.
+
+    Torch's optimizers round the rest of a tensor, beyond its last whole vector, otherwise than what lies in vectors.
+    """
+    row = parameter.numel() // max(1, parameter.shape[0])
+    piece = -(-parameter.shape[0] // workers) * row
+    return parameter.numel() <= SMALL and bool(parameter.numel() % VECTOR or piece % VECTOR)
+
+
+def channels_last(convolution: nn.Conv2d, hidden: Tensor) -> Tensor:
+    """Its forward pass with weights in the layout that those of a whole model have, for the same bits."""
+    weight = convolution.weight.to(memory_format=torch.channels_last)
+    found: Tensor = convolution._conv_forward(hidden, weight, convolution.bias)
+    return found
 
 
 def tree_sum(rows: list[Tensor]) -> Tensor:

@@ -7,6 +7,8 @@ own. pipeline: one behind the other. The sums go through the tree as ever, among
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from orchestrator.layout import units_of
 from orchestrator.plan import Plan, Request
@@ -62,6 +64,18 @@ class SideBySideGradients(TogetherGradients):
         # Torch's exchange needs all workers: one without a shard computes another's, for nothing.
         return (mine, True) if mine < filled else (first, False)
 
+    def _take(self) -> None:
+        for place, gradient in self._part.take_gradients():
+            spread = isinstance(self._part.held[place], DTensor)  # torch has added up those; others are this worker's
+            self._reducer.add_gradient(place, gradient if spread else self._summed(gradient))
+
+    def _summed(self, gradient: Tensor) -> Tensor:
+        """Over the shards of a unit, in the tree's order."""
+        inside = self._part.seating.inside
+        rows = torch.empty(inside.world, gradient.numel(), device=gradient.device)
+        inside.wait(inside.start_gather(rows.view(-1), gradient.reshape(-1)))
+        return tree_sum(list(rows)).view_as(gradient)
+
     def _pass(self, step: int, nominal: float, stop: bool) -> None:
         for unit in self._own:
             self._group.step_on()
@@ -80,8 +94,5 @@ class SideBySideGradients(TogetherGradients):
         extra = self._extra(shard, sums, indices, len(indices), stop)
         if not counts:
             extra.zero_()
-        inside = self._part.seating.inside
-        rows = torch.empty(inside.world, extra.numel(), device=extra.device)
-        inside.wait(inside.start_gather(rows.view(-1), extra))
-        self._reducer.add_extra(tree_sum(list(rows)))
+        self._reducer.add_extra(self._summed(extra))
         (sums.loss / nominal * float(counts)).backward()

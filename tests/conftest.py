@@ -1,7 +1,11 @@
 """Tests run in two processes of pytest (pytest-xdist); those of Ray are all in one, one after the other."""
 
+import os
+
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+GIVES_WAY = 10  # nice(2); 0 is ordinary, 19 the most
 
 
 class RayTogether(LoadScopeScheduling):
@@ -20,3 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayTogether:
     """xdist's hook."""
     return RayTogether(config, log)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The rest gives way to Ray's tests, which take longer: cores go to them first where both want one."""
+    beside_another = hasattr(item.config, "workerinput")
+    if beside_another and not item.nodeid.startswith("tests/ray/") and os.nice(0) < GIVES_WAY:
+        os.nice(GIVES_WAY)

@@ -27,8 +27,6 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-CHECKPOINT_EVERY = 10
-
 
 def append(log, record):
     with log.open("a") as file:
@@ -95,7 +93,7 @@ def train_func(config):
             if writes:
                 append(settings.log, {"step": step, "step_s": now - stepped_s, "generation": generation})
             stepped_s = now
-            if step % CHECKPOINT_EVERY == 0:
+            if step % settings.checkpoint_every == 0:
                 report(model, optimizer, step, loss)
 
 
@@ -111,6 +109,7 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--mask-rate", type=float, default=0.15)
+    parser.add_argument("--checkpoint-every", type=int, default=10, help="steps")
     parser.add_argument("--head", choices=("full", "masked"), default="masked")
     settings = parser.parse_args()
     ray.init(address=settings.address)

@@ -99,7 +99,8 @@ MORE = [
     ("resnet", "pipeline=3", 3, EXACT, {"model": "resnet20", "precision": "bf16", "optimizer": "adam", "lr": 0.001}),
     ("resnet", "pipeline=2", 4, EXACT, EPOCHS),
     ("resnet", "fsdp", 3, FLIPS, EPOCHS),
-    ("resnet", "hsdp=2", 4, FLIPS, EPOCHS),
+    ("resnet", "fsdp", 4, EXACT, EPOCHS),
+    ("resnet", "hsdp=2", 4, EXACT, EPOCHS),
 ]
 
 
@@ -109,7 +110,7 @@ MORE = [
         ("bert", "tensor=2", 2, NEAR, {}),
         ("bert", "fsdp", 3, NEAR, {}),
         ("bert", "hsdp=2", 4, EXACT, {}),
-        ("resnet", "fsdp", 2, FLIPS, {}),
+        ("resnet", "fsdp", 2, EXACT, {}),
         ("resnet", "pipeline=4", 4, EXACT, {}),
         ("bert", "pipeline=2", 2, EXACT, {}),
         *(pytest.param(*case, marks=pytest.mark.long) for case in MORE),
