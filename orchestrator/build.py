@@ -5,6 +5,7 @@ import os
 import torch
 
 from orchestrator.devices import move
+from orchestrator.errors import UserError
 from orchestrator.feed import get_ready
 from orchestrator.optimizer import build_optimizer
 from orchestrator.plan import Plan
@@ -22,6 +23,15 @@ def prepare_torch(threads: int, same_bits: bool) -> None:
     torch._C._set_deterministic_algorithms(same_bits, warn_only=True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 costs a pass over memory, changes no result
     torch.backends.cudnn.benchmark = False
+
+
+def check_same_data(plan: Plan, workload: Workload, host: str) -> None:
+    """Raises UserError where the data that `host` has is not what the run was begun with."""
+    if workload.fingerprint != plan.fingerprint:
+        raise UserError(
+            f"--data {plan.config.data}: what {host} has is not what the run was begun with; give every node the same, "
+            "and leave it as it is during a run"
+        )
 
 
 def settle_loader(plan: Plan, workload: Workload) -> Plan:

@@ -85,12 +85,20 @@ def token(file: Path) -> Finding:
 
 def space(path: Path, purpose: str) -> Finding:
     """Free disk where `path` is or will be."""
-    there = next(p for p in (path, *path.parents) if p.exists())
+    there = next(p for p in (path, *path.parents) if _is_there(p))
     free = shutil.disk_usage(there).free / GB
     if free < FREE_GB:
         advice = f"free some, or move {purpose} to another disk"
         return Finding("warning", f"{free:.1f} GB free for {purpose} ({path})", advice)
     return ok(f"{free:.0f} GB free for {purpose} ({path})")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it can be seen; a folder that may not be looked into says neither."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def shared_memory(path: Path = Path("/dev/shm")) -> Finding:
@@ -138,6 +146,15 @@ def here(where: str) -> Iterator[Finding]:
     yield storage(folder)
 
 
+def versions() -> dict[str, str]:
+    """What nodes should have alike, "none" where it is not installed."""
+    found = dict.fromkeys(("ray", "torch", "transformers", "pyarrow"), "none")
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def look_at_node(probe: tuple[str, str]) -> dict[str, Any]:
     """Runs on a node.
 
@@ -145,7 +162,7 @@ def look_at_node(probe: tuple[str, str]) -> dict[str, Any]:
         probe: URI of the storage, and the name of a file that was just written there.
     """
     found: dict[str, Any] = {"now_s": time.time(), "free_gb": shutil.disk_usage("/tmp").free / GB}
-    found["versions"] = {name: importlib.metadata.version(name) for name in ("ray", "torch", "transformers", "pyarrow")}
+    found["versions"] = versions()
     try:
         found["sees_storage"] = Folder(probe[0]).read_text(probe[1]) is not None
     except Exception as error:
@@ -201,11 +218,12 @@ def on_nodes(where: str) -> Iterator[Finding]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
     yield ok(f"cluster: {len(alive)} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs")
-    mine = {name: importlib.metadata.version(name) for name in ("ray", "torch", "transformers", "pyarrow")}
+    mine = versions()
     folder, probe = Folder(where), f".doctor-{uuid.uuid4().hex[:8]}"
     refused = contextlib.suppress(OSError, OrchestratorError)  # `here` has found out why
     with refused:
         folder.write(probe, b"here")
+    answered = []
     try:
         for node in alive:
             name, started = node["NodeManagerAddress"], time.time()
@@ -215,15 +233,22 @@ def on_nodes(where: str) -> Iterator[Finding]:
                 reason = str(error).splitlines()[-1][:200]
                 yield Finding("problem", f"node {name} does not do what it is told: {reason}", "see its raylet's log")
                 continue
+            answered.append(node)
             yield from judge_node(name, said, (started, time.time()), mine)
     finally:
         with refused:
             folder.delete(probe)
-    for node in alive[1:NODES_TIMED]:
-        sent = task(os.urandom, alive[0]["NodeID"]).remote(SENT_BYTES)
-        ray.wait([sent], fetch_local=False)
-        seconds = ray.get(task(_receive, node["NodeID"]).remote([sent]), timeout=ASKED_S)
-        yield judge_link(alive[0]["NodeManagerAddress"], node["NodeManagerAddress"], seconds)
+    for node in answered[1:NODES_TIMED]:
+        one, other = answered[0]["NodeManagerAddress"], node["NodeManagerAddress"]
+        sent = task(os.urandom, answered[0]["NodeID"]).remote(SENT_BYTES)
+        try:
+            ray.wait([sent], fetch_local=False, timeout=ASKED_S)
+            seconds = ray.get(task(_receive, node["NodeID"]).remote([sent]), timeout=ASKED_S)
+        except ray.exceptions.RayError as error:
+            said = f"{one} to {other}: {SENT_BYTES / 1e6:g} MB do not arrive ({type(error).__name__})"
+            yield Finding("problem", said, "see the network between them, and the raylets' logs")
+            continue
+        yield judge_link(one, other, seconds)
 
 
 def _receive(reference: list[Any]) -> float:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.redact import redact
 from orchestrator.runfolder import ERRORS, RunFolder
 
@@ -73,6 +74,6 @@ def _end(
         print(f"--log {loggers}: not done within {patience_s:g} s; {later}", file=sys.stderr, flush=True)
         return
     if status:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OrchestratorError):
             folder.error(f"--log {loggers}: the process ended with {status}\n" + "".join(said))
         print(f"--log {loggers}: its process was lost ({status}); see {ERRORS}; {later}", file=sys.stderr, flush=True)

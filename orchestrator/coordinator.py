@@ -134,12 +134,18 @@ class Coordinator:
 
     async def fail(
         self, message: str, exit_status: int, traceback: str, kind: str = "ray_train", place: Place | None = None
-    ) -> None:
-        """The run cannot go on, which a worker at `place` has found, or the command; returns when that is written."""
+    ) -> bool:
+        """The run cannot go on, which a worker at `place` has found, or the command; answers when that is written.
+
+        False: it does go on, for what a newcomer finds others did not.
+        """
+        if place and place.worker < 0 and self._faults.begun_s:
+            return False
         self._journal.error(traceback)
         self._told.add(place.worker if place else -1)
         self._fail(message, exit_status, kind, place and at_fault(place, self._members.roster, self._members.placement))
         await self._written.wait()
+        return True
 
     def _fail(self, message: str, exit_status: int, kind: str, place: Place | None = None) -> None:
         """Nobody trains on; the rest is written down when it is known what the worker has said last."""

@@ -29,6 +29,7 @@ class Crew:
         """
         self._plan, self._uri, self._loopback = plan, uri, loopback
         self.era = 0
+        self._asked: Any = None  # the newest checkpoint, until it has begun to be written
         self.handles: list[Any] = []
 
     def _start(self, number: int) -> Any:
@@ -56,7 +57,7 @@ class Crew:
             for number in await self.missing():
                 self.end(number)
                 self.handles[number] = self._start(number)
-        self.era += 1
+        self.era, self._asked = self.era + 1, None
         first: Restored = await self.handles[0].restore.remote(self.era, None)
         if not first.problem:
             others = [handle.restore.remote(self.era, first.step) for handle in self.handles[1:]]
@@ -103,10 +104,12 @@ class Crew:
     def checkpoint(self, step: int) -> None:
         """Ask for a checkpoint of the parameters as they are now; Server calls the dispatcher's `saved` when it is."""
         parts = [handle.snapshot.remote() for handle in self.handles]
-        self.handles[0].write.remote(step, *parts)
+        self._asked = self.handles[0].write.remote(step, *parts)
 
     async def written(self) -> None:
-        """Until the last checkpoint is whole; raises why it is not."""
+        """Until the last checkpoint is whole; raises why it is not: a server may be lost before it gave its part."""
+        if self._asked is not None:
+            await self._asked
         while not await self.handles[0].written.remote():
             await asyncio.sleep(WRITTEN_S)
 

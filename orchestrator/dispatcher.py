@@ -48,7 +48,7 @@ class Dispatcher(Keeper):
         self._handout = Handout(finished, self._plan.total_steps, self._plan.config.staleness.steps)
         self._book.clear()
         self._committing = self._saving = self._recovering = self._ripe = self._halting = False
-        self._evaluation, self._evaluator, self._finisher = 0, "", ""
+        self._evaluation, self._evaluator, self._finisher = self._evaluation_due(restored.step), "", ""
         self._recorded_s = self._saved_s = time.time()
         self._saved_step = restored.step
         self._loaded = (max(load_s, 1e-6), list(restored.rejected))
@@ -56,6 +56,11 @@ class Dispatcher(Keeper):
         if self._handout.complete:
             self._members.start(self._ripen())
         self._members.notify()
+
+    def _evaluation_due(self, step: int) -> int:
+        """The step after which to evaluate first: that of the checkpoint, if it was lost before it was; 0: none."""
+        done = self._journal.newest("evaluated")
+        return step if self._plan.evaluates_after(step) and (done is None or done["step"] != step) else 0
 
     def _regroup(self) -> None:
         """Who trains has changed: a new generation begins, with no barrier."""
@@ -118,7 +123,8 @@ class Dispatcher(Keeper):
         member = roster.seated.get(member_id)
         if member is None or self._handout is None or era != self._crew.era:
             return Order("attach")
-        if member.node in roster.draining and any(m.node not in roster.draining for m in roster.seated.values()):
+        staying = sum(m.node not in roster.draining for m in roster.seated.values())
+        if member.node in roster.draining and staying >= roster.minimum:
             self._members.let_go(member)
             return Order("leave")
         if self._committing or not roster.training:
@@ -193,7 +199,7 @@ class Dispatcher(Keeper):
     def _look(self) -> None:
         """Ten times a second: a stop that was asked for, nodes that will go."""
         roster, handout = self._members.roster, self._handout
-        if roster.draining != self._draining:
+        if roster.draining != self._draining and not self._committing:  # servers are between two steps then
             self._draining = roster.draining
             self._checkpoint()
             self._members.notify()

@@ -64,9 +64,9 @@ def find_run(uri: str) -> Trained:
 def settle_out(trained: Trained, given: str, mode: str) -> Folder:
     """Where the files go; raises UserError where something else is there, or it cannot be written."""
     out = Folder(given, "--out") if given else trained.folder.child("export").child(mode)
+    out.check_writable()
     if out.names() and out.read_text(ABOUT) is None:
         raise UserError(f"--out {out.uri}: holds other files; give an empty folder, or one that an export has made")
-    out.check_writable()
     return out
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from orchestrator.errors import DataError
+from orchestrator.errors import OrchestratorError
 from orchestrator.plan import Request
 from workloads.workload import Batch, Samples
 
@@ -34,19 +34,19 @@ class LoaderLostError(RuntimeError):
     """A loader process is gone, and the microbatches that it was making."""
 
 
-class _Microbatches(Dataset[Fed | DataError]):
+class _Microbatches(Dataset[Fed | OrchestratorError]):
     """A map from a request to its batch, in the form that torch's DataLoader takes.
 
-    A DataError is handed over as a value: torch would wrap its one line into a loader process's traceback.
+    An error of ours is handed over as a value: torch would wrap its one line into a loader process's traceback.
     """
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
 
-    def __getitem__(self, request: Request) -> Fed | DataError:
+    def __getitem__(self, request: Request) -> Fed | OrchestratorError:
         try:
             return request.indices, self._samples.microbatch(request.indices, request.epoch, request.progress)
-        except DataError as error:
+        except OrchestratorError as error:
             return error
 
 
@@ -67,7 +67,7 @@ def batches(
     made = _ahead(microbatches, samples, requests, processes) if processes else here
     try:
         for fed in made:
-            if isinstance(fed, DataError):
+            if isinstance(fed, OrchestratorError):
                 raise fed
             indices, batch = fed
             yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
@@ -90,14 +90,14 @@ def get_ready(samples: Samples) -> None:
 
 def _ahead(
     microbatches: _Microbatches, samples: Samples, requests: Iterable[Request], processes: int
-) -> Generator[Fed | DataError, None, None]:
+) -> Generator[Fed | OrchestratorError, None, None]:
     coming = iter(requests)
     first = next(coming, None)
     if first is None:
         return
     used, each = depth(processes, _bytes(samples, first), _room())
     get_ready(samples)
-    loader: Iterable[Fed | DataError] = DataLoader(
+    loader: Iterable[Fed | OrchestratorError] = DataLoader(
         microbatches,
         sampler=itertools.chain([first], coming),  # type: ignore[arg-type]
         batch_size=None,
@@ -155,7 +155,7 @@ def _bytes(samples: Samples, request: Request) -> int:
     """Of a microbatch, by one sample of it; 0 where that cannot be read, which training will tell."""
     try:
         one = samples.microbatch(request.indices[:1], request.epoch, request.progress)
-    except DataError:
+    except OrchestratorError:
         return 0
     return sum(tensor.nbytes for tensor in one.values()) * len(request.indices)
 

@@ -21,6 +21,7 @@ from typing import Any
 from orchestrator.errors import DataError
 
 LEFT_BEHIND_S = 3600.0  # age at which an unfinished file belongs to no living process
+ATTEMPTS = 5  # to keep a fetched file until it is mapped
 log = logging.getLogger("orchestrator.filecache")
 
 
@@ -63,11 +64,26 @@ class FileCache:
         if file.sha256 in self._tables:
             self._tables.move_to_end(file.sha256)
             return self._tables[file.sha256]
-        table = self._map(self.ensure(file, fetch), file)
+        table = self._mapped(file, fetch)
         self._tables[file.sha256] = table
         while len(self._tables) > self._keep_open:
             self._tables.popitem(last=False)
         return table
+
+    def _mapped(self, file: TableFile, fetch: Callable[[str], bytes]) -> Any:
+        import pyarrow as pa
+
+        for _ in range(ATTEMPTS):
+            path = self.ensure(file, fetch)
+            try:
+                return self._map(path, file)
+            except FileNotFoundError:
+                log.warning("%s was thrown away by another process before it was read", path)
+            except pa.ArrowInvalid as error:  # a power cut may leave a name without its content
+                log.warning("%s is damaged (%s); fetching it again", path, error)
+                path.unlink(missing_ok=True)
+        each_time = f"{file.name}: its copy in {self._folder} is gone or damaged each time"
+        raise DataError(f"{each_time}; give a larger --data-cache, or look at that disk")
 
     def ensure(self, file: TableFile, fetch: Callable[[str], bytes]) -> Path:
         """The local file, fetched if it is not here; raises as `table` does."""
@@ -114,6 +130,8 @@ class FileCache:
         try:
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table, max_chunksize=max(1, table.num_rows))
+            with beside.open("rb") as written:
+                os.fsync(written.fileno())
             beside.replace(path)
         except BaseException:
             beside.unlink(missing_ok=True)
@@ -152,4 +170,6 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
             return data
         problem = f"{len(data)} bytes with SHA-256 {found[:16]}... instead of {file.bytes} with {file.sha256[:16]}..."
         log.warning("%s: %s%s", file.name, problem, again)
-    raise DataError(f"{file.name} is damaged: {problem}; prepare the data again, which mends this file alone")
+    raise DataError(
+        f"{file.name} is damaged: {problem}; prepare the data again with --verify, which mends this file alone"
+    )

@@ -101,7 +101,11 @@ class Keeper(Coordinator):
     async def _look_into(self, error: Exception, era: int) -> None:
         """What was asked of the servers failed: because one is lost, or the run cannot go on."""
         await self._check_servers(era)
-        if era == self._crew.era and not self._recovering and not self._outcome:
+        if era != self._crew.era or self._recovering or self._outcome:
+            return
+        if isinstance(error, actor_lost()):  # it lives, but nobody knows whether it has done what it was asked
+            await self._go_back(str(error).splitlines()[0])
+        else:
             await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
 
     async def server_missed(self, era: int) -> None:
@@ -117,11 +121,13 @@ class Keeper(Coordinator):
         except (ray.exceptions.RayError, OrchestratorError) as error:
             await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
             return
-        if not lost or era != self._crew.era or self._recovering or self._outcome:
-            return
+        if lost and era == self._crew.era and not self._recovering and not self._outcome:
+            await self._go_back(f"server {', '.join(map(str, lost))}: its process ended or does not answer")
+
+    async def _go_back(self, detail: str) -> None:
         self._handout, self._recovering = None, True
         self._members.roster.training = False
-        self._miss_server(f"server {', '.join(map(str, lost))}: its process ended or does not answer")
+        self._miss_server(detail)
         self._members.notify()
         await self._stand()
 

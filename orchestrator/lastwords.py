@@ -48,20 +48,22 @@ def last_words(pid: int, logs: str = "") -> list[str]:
     return redact(text).splitlines()
 
 
-def tell_failure(coordinator: Any, member_id: str, place: Place, error: Exception) -> None:
+def tell_failure(coordinator: Any, member_id: str, place: Place, error: Exception) -> bool:
     """Tell the coordinator of what a worker has raised, keys redacted: this process may know some that others do not.
 
-    An error of ours ends the run; another one this worker alone, unless that would go on for ever.
+    An error of ours ends the run, unless others train and this worker never did: what it lacks they have. Another one
+    ends this worker alone, unless that would go on for ever. Returns whether the run is over.
     """
     import ray
 
     trace = redact("".join(traceback.format_exception(error)))
     if isinstance(error, OrchestratorError):
         found = dataclasses.replace(place, shards=getattr(error, "shards", ()))
-        ray.get(coordinator.fail.remote(redact(str(error)), error.exit_status, trace, kind_of(error), found))
-    else:
-        text = redact(f"{type(error).__name__}: {error}")
-        ray.get(coordinator.worker_failed.remote(member_id, place, text, trace))
+        if ray.get(coordinator.fail.remote(redact(str(error)), error.exit_status, trace, kind_of(error), found)):
+            return True
+    text = redact(str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}")
+    ray.get(coordinator.worker_failed.remote(member_id, place, text, trace))
+    return False
 
 
 def at_fault(place: Place, roster: Roster, placement: Placement) -> Place:

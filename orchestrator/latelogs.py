@@ -76,7 +76,7 @@ class LateLogs:
                 self._unwritten.clear()
             for name, text in todo.items():
                 try:
-                    self._folder.write(name, text.encode())
+                    self._folder.write(name, text.encode("utf-8", "backslashreplace"))
                 except BaseException:
                     with self._lock:
                         self._unwritten |= set(todo)

@@ -221,16 +221,20 @@ def _signals(coordinator: Any) -> Iterator[list[int]]:
 def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted: list[int]) -> Status:
     import ray
 
-    silent_since = time.monotonic()
+    silent_since, again = time.monotonic(), False
     with Progress(plan.total_steps, lambda: len(nodes())) as progress:
         while True:
             alive = trainer.is_alive()
             try:
                 status: Status = ray.get(coordinator.status.remote())
                 silent_since = time.monotonic()
+                if again and interrupted:  # its successor knows nothing of it
+                    coordinator.request_stop.remote()
+                again = False
             except ray.exceptions.ActorUnavailableError:  # its process was lost: Ray starts another
                 if time.monotonic() - silent_since > COORDINATOR_BACK_S:
                     raise
+                again = True
                 time.sleep(POLL_S)
                 continue
             progress.show(status, stopping=bool(interrupted))

@@ -157,6 +157,8 @@ class Membership:
             if self.excluded(self._last):
                 self.end_run("the worker that wrote down the state of the stop was lost; earlier checkpoints are kept")
             return
+        if self.roster.gather and not self.roster.gathered(self.broken_s, time.time()):
+            return
         there = self.roster.by_state()
         if not there:
             order = self.roster.form(time.time())  # parts of a state: its holders write it down after one more step

@@ -224,7 +224,7 @@ class StageModule(nn.Module):
             # Torch gives memory as it lies; NaN would stay in running statistics, whatever overwrites them.
             hidden = hidden.masked_fill(torch.ones_like(hidden, dtype=torch.bool), 0.0)
         if self.live and first:
-            seed(hidden.device, self.seeds[number])
+            seed(self._state.seating.inside.device, self.seeds[number])
         elif self.live and random_state is not None:
             _go_on_from(random_state)
         with self._state.precision.autocast():

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -33,6 +34,8 @@ from workloads.preparation import Part, Preparation
 from workloads.registry import WORKLOADS
 
 MB = 10**6
+OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
+OWN_RECORD = re.compile(r"\d{5,}\.json")
 NAMED = 100  # broken samples that the manifest names
 LINE_EVERY_S = 5.0
 OWN_FLAGS = {"bert": ("tokenizer", "vocab_size", "sequence_length")}
@@ -80,6 +83,8 @@ class Job:
         for number, spec in enumerate(self.specs):
             if Path(_record_name(number)).name in there:
                 record = json.loads(self.folder.read(_record_name(number)))
+                if record["broken"]:  # what could not be read may be mended, or was only out of reach
+                    continue
                 if record["spec"] == spec and "schema" in record and all(map(self._whole, record["files"].values())):
                     self.records[number] = record
 
@@ -130,11 +135,12 @@ class Job:
             self.folder.write(MANIFEST, found.to_json().encode())
         known = {file.name for files in found.files.values() for file in files}
         for name in self.folder.names():
-            if name.endswith(".parquet") and name.startswith(SPLITS) and name not in known:
+            if OWN_FILE.fullmatch(name) and name not in known:
                 self.folder.delete(name)
         wanted = {Path(_record_name(number)).name for number in self.records}
         for name in set(self.folder.child("parts").names()) - wanted:
-            self.folder.delete(f"parts/{name}")
+            if OWN_RECORD.fullmatch(name):
+                self.folder.delete(f"parts/{name}")
         return found
 
 

@@ -166,6 +166,12 @@ class Roster:
         self.training = True
         return order
 
+    def gathered(self, since_s: float, now: float) -> bool:
+        """Whether those that an earlier coordinator had are back, as far as they come; `since_s`: its successor."""
+        if not self.ready:
+            return now - since_s >= START_GRACE_S
+        return not self.gather or len(self.ready) >= self.expected or now - self._joined_s >= GATHER_S
+
     def _ranked(self, members: list[Member]) -> list[Member]:
         """The members that sit, in rank order."""
         return beside_each_other(sorted(members, key=lambda m: (-m.step, m.rank < 0, m.rank)))

@@ -166,7 +166,9 @@ class Rounds:
             (sums.loss / nominal).backward()
             lr = learning_rate(plan.config, step, plan.total_steps)
             loop.update(self._state, lr, nominal / (float(sums.count) or 1.0), plan.config.clip_norm)
-            by_step[number] = torch.stack([sums.loss.detach(), sums.count, torch.tensor(len(indices))])
+            by_step[number] = torch.stack(
+                [sums.loss.detach(), sums.count, torch.tensor(len(indices), device=sums.loss.device)]
+            )
             ledger = zlib.crc32(ledger_of(indices).to_bytes(4, "big"), ledger)
             if not torch.isfinite(sums.loss) and not by_shard[shard, 1]:
                 by_shard[shard, 1] = number + 1
@@ -250,4 +252,6 @@ def _make_optimizer_state(state: TrainingState) -> None:
     state.optimizer.step()
     for parameter in state.parameters:
         parameter.grad = None
-        state.optimizer.state[parameter]["step"].zero_()
+        for entry in state.optimizer.state[parameter].values():  # weight decay has left its mark, gradient or not
+            if isinstance(entry, Tensor):
+                entry.zero_()

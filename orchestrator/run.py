@@ -164,6 +164,7 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     config = resolve(entry.absolute_paths(config))
     folder = RunFolder(Folder(config.storage).child(config.name))
     try:
+        known = folder.config() is not None
         config = take_up(config, given, folder, workload)
     except OSError as error:
         raise UserError(f"--storage {config.storage}: {error.strerror or error}; give one that can be used") from None
@@ -179,6 +180,8 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     summary = entry.check_data(config)
     plan = Plan(workload, config, summary.train_samples, summary.heldout_samples, summary.fingerprint, summary.blocks)
     begun = folder.config() is not None
+    if begun and not known:
+        raise UserError(f"--name {config.name}: another command has begun it just now; give this one again, or another")
     if begun and (trained := folder.identities()) and plan.identity() not in trained:
         raise UserError(
             f"--name {config.name}: its checkpoints are of other data ({config.data} has changed since), or of another "

@@ -45,13 +45,13 @@ class RunFolder:
 
     def config(self) -> dict[str, Any] | None:
         """The settings the run was started with, or None where there is no such run."""
-        text = self.folder.read_text(CONFIG)
-        if text is None:
-            return None
         try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            text = self.folder.read_text(CONFIG)
+            return None if text is None else tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
+        except PermissionError as error:
+            raise UserError(f"{self.uri}: cannot be read ({error.strerror}); give one that can") from None
 
     def identities(self) -> set[str]:
         """Of the plans that its checkpoints are of (Plan.identity)."""

@@ -171,6 +171,8 @@ def _resources(text: str) -> dict[str, float]:
         raise UserError(f"--resources-per-worker {text}: {error}; write such as CPU=2") from None
     if text and not any(amounts.values()):
         raise UserError(f"--resources-per-worker {text}: reserves nothing; write such as CPU=1")
+    if parts := [name for name, amount in amounts.items() if amount > 1 and amount != int(amount)]:
+        raise UserError(f"--resources-per-worker {text}: {parts[0]} above 1 must be a whole number")
     return {name: amount for name, amount in amounts.items() if amount}
 
 
@@ -207,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = Path(settings.out) if settings.out else None
         if out and (out.is_dir() or not out.absolute().parent.is_dir()):
             raise UserError(f"--out {out}: no file can be written there; give a file in a folder that exists")
+        if out:
+            Folder(str(out.absolute().parent), "--out").check_writable()
         found = score(settings)
         if out:
             out.write_text(json.dumps(found, indent=1) + "\n")

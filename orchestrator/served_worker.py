@@ -66,7 +66,7 @@ class ServedWorker(Worker):
     def run(self) -> str:
         """From the first line to the last."""
         self._connect_line()
-        from orchestrator.build import build_state, prepare_torch, settle_loader
+        from orchestrator.build import build_state, check_same_data, prepare_torch, settle_loader
         from orchestrator.devices import kind_of
         from orchestrator.group import Group
         from orchestrator.microbatch import Microbatches, is_synchronous
@@ -76,6 +76,7 @@ class ServedWorker(Worker):
         prepare_torch(self._plan.config.threads, same_bits=True)
         device, _ = take_device(self._plan.config)
         self._workload = WORKLOADS[self._plan.workload].build(self._plan.config)
+        check_same_data(self._plan, self._workload, self._host)
         self._plan = settle_loader(self._plan, self._workload)
         self._state = build_state(self._plan, self._workload, device)
         self._group = Group(0, 1, device, waiting=True, drag=self._saboteur.drag)
@@ -252,20 +253,27 @@ class ServedWorker(Worker):
         return evaluate(self._workload, self._state.model, self._state.precision, self._group, processes)
 
     def _evaluate(self, job: Job) -> None:
-        import ray
-
-        ray.get(self._coordinator.evaluated.remote(job.step, self._evaluated()))
+        self._told_dispatcher(self._coordinator.evaluated.remote(job.step, self._evaluated()))
 
     def _finish(self, job: Job) -> None:
-        import ray
-
         from orchestrator.recorder import save_trained
         from orchestrator.state import weights_sha256
 
         metrics = self._evaluated()
         with self._group.others_wait():
             save_trained(self._plan, self._task["uri"], self._workload, self._state.model)
-        ray.get(self._coordinator.finish.remote(self.id, 0, weights_sha256(self._state.model), metrics))
+        told = self._coordinator.finish.remote(self.id, 0, weights_sha256(self._state.model), metrics)
+        self._told_dispatcher(told)
+
+    def _told_dispatcher(self, reference: Any) -> None:
+        """Until it has taken it; raises EraOverError if it is lost: its successor gives work out anew."""
+        import ray
+
+        try:
+            ray.get(reference)
+        except actor_lost() as error:
+            self._line_broke = True
+            raise EraOverError(f"the dispatcher was lost: {error}") from error
 
     def _obey(self, order: Order) -> str:
         if order.word == "excluded":

@@ -72,7 +72,7 @@ class SplitRecorder(Recorder):
 
         A checkpoint of a run that held the model whole is one file, which every worker reads, and keeps its part of.
         """
-        started = time.perf_counter()
+        started, self._saved_step = time.perf_counter(), -1
         for step in reversed(group.broadcast_object(self.store.steps() if group.rank == 0 else [])):
             loaded, problem = None, ""
             try:

@@ -29,6 +29,7 @@ class Kept:
         pieces: what it holds.
         whole: the whole state, if it carries that: in the host's memory, as much again as a worker of ddp needs for it.
         sha256: of the weights, if a checkpoint was written.
+        evaluated_step: see TrainingState.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Kept:
     pieces: dict[str, Any]
     whole: dict[str, Any]
     sha256: str
+    evaluated_step: int
 
 
 class SplitWorker(Worker):
@@ -59,7 +61,8 @@ class SplitWorker(Worker):
 
     def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
         """See Worker; what this worker holds at the end is kept."""
-        self._restored, self._whole, self._sha256, self._workload = False, {}, "", workload
+        self._restored, self._whole, self._sha256 = False, {}, ""
+        self._workload, self._device = workload, device
         try:
             over, _ = super()._sit(seat, workload, device, has_state)
             return over, self._restored or has_state
@@ -72,7 +75,7 @@ class SplitWorker(Worker):
         pieces = state.pieces() if state.split else {}
         whole = self._whole if state.split else state.tensors()
         self._holds = Holding(seat.rank % seat.size, seat.size, bool(whole), bool(self._sha256))
-        self._kept = Kept(state.step, self._holds, pieces, whole, self._sha256)
+        self._kept = Kept(state.step, self._holds, pieces, whole, self._sha256, state.evaluated_step)
 
     def _restore(self, group: Any, seat: Seat) -> None:
         """See Worker; first builds this worker's part of the model, and fills it with what it held."""
@@ -97,6 +100,7 @@ class SplitWorker(Worker):
 
     def _take_over(self, kept: Kept, now: Holding) -> None:
         state = self._state
+        state.evaluated_step = kept.evaluated_step
         if state.split:
             state.handing = kept.whole
         if state.split and (kept.holds.part, kept.holds.parts) == (now.part, now.parts):
@@ -166,8 +170,14 @@ class SplitWorker(Worker):
         """See Worker; the state of a stop is in storage, written by the whole replica group before it parted."""
         import ray
 
+        from orchestrator.build import build_state
+
         kept = self._kept
         if order.word != "stop" or kept is None or kept.holds.parts == 1:
+            if kept is not None and not self._restored:  # a generation broke while it built another state
+                self._state = build_state(self._plan, self._workload, self._device)
+                self._state.load(kept.whole, kept.step)
+                self._recorder.join(self._state, True)
             return super()._obey(order)
         if order.lead:
             ray.get(self._coordinator.stopped.remote(kept.step, kept.sha256))

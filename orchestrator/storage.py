@@ -1,7 +1,6 @@
 """A folder in storage: local or any URI that pyarrow.fs knows, with atomic writes."""
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -16,7 +15,6 @@ from orchestrator.errors import OrchestratorError, StorageError, UserError
 T = TypeVar("T")
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
-BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # of a local disk that is written to
 # What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
 PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
@@ -32,14 +30,14 @@ class Folder:
 
     A server that refuses what it is asked for, or does not answer, raises UserError, and with `patience_s` StorageError
     (when that is over): one line. A file that is not there raises FileNotFoundError. A local folder raises OSError as
-    it does, but with `patience_s` StorageError at once where what is written finds its disk full, broken or read-only.
+    it does, but with `patience_s` StorageError at once where it cannot be written to.
     """
 
-    def __init__(self, uri: str, flag: str = "--storage", patience_s: float = 0.0) -> None:
+    def __init__(self, uri: str, flag: str = "--storage", patience_s: float | None = None) -> None:
         """Args:
             uri: a path or a URI such as s3://bucket/runs; a query (?region=...) stays with every part of it.
             flag: by which the user gave it.
-            patience_s: for how long a server that does not answer is asked again.
+            patience_s: for how long a server that does not answer is asked again; None: there is no run yet.
 
         Raises:
             UserError: the URI cannot be used.
@@ -84,7 +82,7 @@ class Folder:
 
     def _patiently(self, do: Callable[[], T]) -> T:
         """Do something, again and again while the server is away."""
-        until, pauses = time.monotonic() + self._patience_s, iter(PAUSES_S)
+        until, pauses = time.monotonic() + (self._patience_s or 0.0), iter(PAUSES_S)
         while True:
             try:
                 return do()
@@ -92,14 +90,14 @@ class Folder:
                 if self.is_local or isinstance(error, FileNotFoundError | NotADirectoryError):
                     raise
                 is_away = PASSING.search(str(error)) is not None
-                if not is_away or not self._patience_s or time.monotonic() > until:
+                if not is_away or self._patience_s is None or time.monotonic() > until:
                     raise self._given_up(error, is_away) from error
                 log.warning("%s does not answer; asking again: %s", self.uri, _line(error))
                 time.sleep(next(pauses, PAUSES_S[-1]))
 
     def _given_up(self, error: OSError, is_away: bool) -> OrchestratorError:
         said = f"{self._flag} {self.uri}: {{}} ({_line(error)})"
-        if self._patience_s:
+        if self._patience_s is not None:
             return StorageError(said.format(f"does not answer for {self._patience_s:g} s" if is_away else "refuses"))
         if is_away:
             return UserError(said.format("does not answer") + "; look at the address, and whether the server is up")
@@ -168,11 +166,11 @@ class Folder:
             self._patiently(lambda: self._put(name, data))
 
     def _on_disk(self, do: Callable[[], None]) -> None:
-        """Write to a local disk; one that is full does not pass while one waits."""
+        """Write to a local disk or a mounted one; what is wrong with it does not pass while one waits."""
         try:
             do()
         except OSError as error:
-            if self._patience_s and error.errno in BROKEN:
+            if self._patience_s is not None:
                 raise StorageError(f"{self._flag} {self.uri}: {_line(error)}") from error
             raise
 
@@ -199,9 +197,9 @@ class Folder:
     def append(self, name: str, text: str) -> None:
         """Add whole lines at the end; object stores cannot, so there the object is written anew."""
         if not self.is_local:
-            self.write(name, (self.read_text(name) or "").encode() + text.encode())
+            self.write(name, (self.read_text(name) or "").encode() + _bytes(text))
             return
-        self._on_disk(lambda: self._add(name, text.encode()))
+        self._on_disk(lambda: self._add(name, _bytes(text)))
 
     def _add(self, name: str, data: bytes) -> None:
         """All of it, or nothing."""
@@ -255,6 +253,11 @@ def cache_folder() -> Path:
     """Where data that can be made again is kept on this machine."""
     given = os.environ.get("ORCHESTRATOR_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "elastic-orchestrator"
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8; what stands for other bytes in a file's name (os.fsdecode) is written out."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _line(error: BaseException) -> str:

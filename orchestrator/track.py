@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parser.parse_args(arguments)
         # Training goes on while its storage is away, and so does this beside it; a person is told at once.
-        run = RunFolder(Folder(settings.run, flag="RUN", patience_s=PATIENCE_S if settings.owner else 0.0))
+        run = RunFolder(Folder(settings.run, flag="RUN", patience_s=PATIENCE_S if settings.owner else None))
         config = run.config()
         if config is None:
             raise UserError(f"{run.uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")

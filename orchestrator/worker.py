@@ -33,7 +33,8 @@ def train_worker(task: dict[str, Any], kind: "type[Worker] | None" = None) -> st
     Args:
         task: "plan", "uri" of the run folder, "coordinator" (actor name), "group_timeout_s", "loopback", "faults".
 
-    Errors of ours end the run through the coordinator; others end this worker, and the others go on.
+    Errors of ours end the run through the coordinator, once this worker has trained or nobody has; others end this
+    worker, and the others go on.
     """
     import ray
 
@@ -44,8 +45,7 @@ def train_worker(task: dict[str, Any], kind: "type[Worker] | None" = None) -> st
     except GivenUpError:
         raise
     except Exception as error:
-        tell_failure(coordinator, worker.id, worker.place, error)
-        if isinstance(error, OrchestratorError):
+        if tell_failure(coordinator, worker.id, worker.place, error):
             return OVER
         raise
     finally:
@@ -99,13 +99,14 @@ class Worker:
     def run(self) -> str:
         """From the first line to the last."""
         self._connect_line()
-        from orchestrator.build import prepare_torch, settle_loader
+        from orchestrator.build import check_same_data, prepare_torch, settle_loader
         from orchestrator.split_recorder import recorder_for
         from workloads.registry import WORKLOADS
 
         prepare_torch(self._plan.config.threads, same_bits=self._plan.config.reduce == "fixed")
         device, self._spot = take_device(self._plan.config)
         workload = WORKLOADS[self._plan.workload].build(self._plan.config)
+        check_same_data(self._plan, workload, self._host)
         self._plan = settle_loader(self._plan, workload)
         self._recorder = recorder_for(self._plan, self._task["uri"], self._coordinator, self._saboteur)
         kind, has_state = self._new_state(workload, device), False

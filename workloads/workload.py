@@ -73,6 +73,11 @@ class Workload(Protocol):
         """Whether preparing a microbatch is heavy work (image files), so that it pays to do it ahead."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the data as it lies here: that of its DataSummary, where it is the same."""
+        ...
+
     def build_model(self) -> nn.Module:
         """A new model on the CPU, fp32; initial weights come from torch's global generator (the caller seeds)."""
         ...

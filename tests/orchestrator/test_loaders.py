@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import feed
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StorageError
 from orchestrator.feed import AHEAD, LoaderLostError, batches, depth
 from orchestrator.plan import Request
 
@@ -27,9 +27,9 @@ class Samples:
 
     modules = ("test_loaders",)
 
-    def __init__(self, deadly: int = -1, bad: int = -1, slow: int = -1) -> None:
+    def __init__(self, deadly: int = -1, bad: int = -1, slow: int = -1, error: type[Exception] = DataError) -> None:
         self.values = np.random.default_rng(0).normal(size=(100, 3, 4, 5)).astype(np.float32)
-        self.deadly, self.bad, self.slow = deadly, bad, slow
+        self.deadly, self.bad, self.slow, self.error = deadly, bad, slow, error
 
     def __len__(self):
         return len(self.values)
@@ -38,7 +38,7 @@ class Samples:
         if self.deadly in indices:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.bad in indices:
-            raise DataError(f"sample {self.bad} cannot be read")
+            raise self.error(f"sample {self.bad} cannot be read")
         if self.slow in indices:
             time.sleep(600)  # until it is killed
         values = torch.from_numpy(self.values[indices]) * (epoch + progress)
@@ -95,12 +95,13 @@ def test_no_more_lies_ready_than_has_room(monkeypatch):
     assert taken == len(REQUESTS)
 
 
-def test_an_error_is_raised_where_its_batch_is_due():
+@pytest.mark.parametrize("error", [DataError, StorageError])
+def test_an_error_is_raised_where_its_batch_is_due(error):
     others = set(multiprocessing.active_children())
-    reading = batches(Samples(bad=30), iter(REQUESTS), 3, CPU)
+    reading = batches(Samples(bad=30, error=error), iter(REQUESTS), 3, CPU)
     for _ in range(7):
         next(reading)
-    with pytest.raises(DataError, match=r"^sample 30 cannot be read$"):
+    with pytest.raises(error, match=r"^sample 30 cannot be read$"):
         next(reading)
     assert not set(multiprocessing.active_children()) - others, "its loader processes end at once"
 

@@ -121,6 +121,25 @@ def test_a_coordinator_that_comes_back_goes_on_with_the_same_workers(tmp_path):
     play(again, tmp_path, again=True)
 
 
+def test_a_stop_after_the_loss_of_a_coordinator_waits_for_its_survivors(tmp_path):
+    async def story(run: Run) -> None:
+        run.steps(1, 2, 3, by=await run.enlist("ab"))
+
+    async def again(run: Run) -> None:
+        run.members.stopping = True
+        run.members.seat()
+        b, a = run.worker("b"), run.worker("a")
+        a.step, a.rank, b.step, b.rank = 3, 0, 2, 1
+        first = asyncio.create_task(b.join("gone"))
+        await asyncio.wait([first], timeout=0)
+        run.members.seat()
+        assert await asyncio.gather(first, a.join("gone")) == [Order("stop", lead=False), Order("stop", lead=True)]
+        assert not run.ended
+
+    play(story, tmp_path)
+    play(again, tmp_path, again=True)
+
+
 def test_a_stop_is_led_by_who_has_the_newest_step(tmp_path):
     async def story(run: Run) -> None:
         a, b = await run.enlist("ab")

@@ -10,7 +10,7 @@ from toys import RoundRecorder, ToyWorkload, run_toy, toy_plan, toy_state
 from orchestrator.errors import NonFiniteLossError
 from orchestrator.group import Group
 from orchestrator.plan import Plan
-from orchestrator.rounds import Rounds, train
+from orchestrator.rounds import Rounds, _make_optimizer_state, train
 from orchestrator.shards import even_placement
 from orchestrator.state import weights_sha256
 
@@ -40,6 +40,16 @@ def run_rounds(group: Group, plan: Plan, start=None, stop_after: int = 0) -> Tra
     recorder = RoundRecorder(stop_after).starts_at(state.step)
     train(plan, workload, state, group, even_placement(plan.config.shards, group.world), recorder)
     return Trained(weights_sha256(state.model), recorder.losses, state.step, recorder.evaluations, state.snapshot())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_an_optimizer_begins_with_nothing(optimizer):
+    """Its state is made before the first step; weight decay alone would leave something in it."""
+    state = toy_state(toy_plan(optimizer=optimizer, weight_decay=0.1))
+    _make_optimizer_state(state)
+    entries = [t for p in state.parameters for t in state.optimizer.state[p].values() if isinstance(t, torch.Tensor)]
+    assert len(entries) >= len(list(state.parameters))
+    assert not any(t.any() for t in entries)
 
 
 def alone() -> Group:

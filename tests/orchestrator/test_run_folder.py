@@ -121,6 +121,29 @@ def test_a_full_disk_is_a_problem_that_ends_the_run(tmp_path, monkeypatch):
         folder.write_result({})
 
 
+@pytest.mark.parametrize("patience_s", [0.0, 60.0])
+def test_a_mounted_folder_that_goes_away_is_a_problem_too(tmp_path, monkeypatch, patience_s):
+    folder = RunFolder(Folder(str(tmp_path), patience_s=patience_s), late=True)
+    monkeypatch.setattr(Folder, "_add", lambda *_: (_ for _ in ()).throw(OSError(107, "not connected")))
+    for step in (1, 2):
+        folder.metrics([{"step": step}])
+    assert "not connected" in folder.problem
+    monkeypatch.undo()
+    folder.metrics([{"step": 3}])
+    assert steps(folder) == [1, 2, 3]
+
+
+def test_names_that_are_not_utf8_can_be_written_down(folder, tmp_path):
+    folder.error(f"{os.fsdecode(bytes([99, 233]))} cannot be decoded")
+    assert (tmp_path / "logs" / "errors.log").read_text() == "c\\udce9 cannot be decoded\n"
+
+
+def test_a_config_that_is_not_utf8_is_the_users(folder, tmp_path):
+    (tmp_path / "config.toml").write_bytes(b'name = "caf\xe9"')
+    with pytest.raises(UserError, match="not valid TOML"):
+        folder.config()
+
+
 class Full(io.RawIOBase):
     """A file whose disk takes three bytes more."""
 

@@ -127,6 +127,33 @@ def test_a_damaged_file_is_fetched_again_once(tmp_path):
     assert store.fetched == 2
 
 
+def test_a_copy_that_a_power_cut_left_empty_is_fetched_again(tmp_path):
+    data = encoded([1, 2])
+    store, file = Store(data), described(data, 2)
+    cache = FileCache(tmp_path / "c", 10**9, 4)
+    cache.ensure(file, store).write_bytes(b"")
+    assert cache.table(file, store).column("x").to_pylist() == [1, 2]
+    assert store.fetched == 2
+
+
+def test_a_copy_that_another_process_threw_away_is_fetched_again(tmp_path, monkeypatch):
+    data, ensure = encoded([1, 2]), FileCache.ensure
+    store, file = Store(data), described(data, 2)
+
+    def thrown_away_at_first(*given):
+        path = ensure(*given)
+        if store.fetched < 3:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(FileCache, "ensure", thrown_away_at_first)
+    assert FileCache(tmp_path / "c", 10**9, 4).table(file, store).num_rows == 2
+    assert store.fetched == 3
+    monkeypatch.setattr(FileCache, "ensure", lambda *_: tmp_path / "never")
+    with pytest.raises(DataError, match="give a larger --data-cache"):
+        FileCache(tmp_path / "c", 10**9, 4).table(file, store)
+
+
 def test_a_file_that_stays_damaged_stops_with_its_name(tmp_path):
     data = encoded([1, 2])
     store = Store(data, bad=9)

@@ -1,9 +1,12 @@
 """Images as Parquet files: nothing is lost or changed, broken ones are named, what is done is not done again."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 from preparing import do, job
+from pyarrow import parquet
 
 from orchestrator.errors import DataError, UserError
 from orchestrator.tables import read_manifest
@@ -80,6 +83,43 @@ def test_too_many_broken_images_stop_the_job(tmp_path, image_folder):
     with pytest.raises(DataError, match=r"1 cannot be read, more than --max-broken 0.05 of 10; the first: .*cat/1.png"):
         do(job("resnet", f"imagefolder:{broken(image_folder)}", tmp_path / "out", "--max-broken", "0.05"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_too_many_broken_images_stop_the_next_job_too(tmp_path, image_folder):
+    """All parts have been written by then."""
+    source, out = f"imagefolder:{broken(image_folder)}", tmp_path / "out"
+    do(job("resnet", source, out, "--max-broken", "0.2"))
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"more than --max-broken 0.05"):
+        do(job("resnet", source, out, "--max-broken", "0.05"))
+    assert not (out / "manifest.json").exists()
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(tmp_path, image_folder):
+    source, out = f"imagefolder:{broken(image_folder)}", tmp_path / "out"
+    do(job("resnet", source, out, "--max-broken", "0.2"))
+    assert job("resnet", source, out, "--max-broken", "0.2").missing() == [0]
+
+
+def test_files_of_somebody_else_stay(tmp_path):
+    out = tmp_path / "out"
+    do(job("resnet", "digits", out, "--file-mb", "0.02"))
+    others = [out / "train-00000-of-00010.parquet", out / "trainer.parquet", out / "parts" / "notes" / "a.txt"]
+    for file in others:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"not ours")
+    do(job("resnet", "digits", out))
+    assert [file.read_bytes() for file in others] == [b"not ours"] * 3
+    assert not (out / "train-00003.parquet").exists(), "what the earlier job made"
+
+
+def test_a_file_name_that_is_not_utf8_is_written_out(tmp_path, image_folder):
+    folder = image_folder("png")
+    odd = os.fsencode(folder / "train" / "cat") + b"/caf\xe9.png"
+    os.rename(folder / "train" / "cat" / "0.png", odd)
+    do(job("resnet", f"imagefolder:{folder}", tmp_path / "out"))
+    names = parquet.read_table(tmp_path / "out" / "train-00000.parquet").column("name").to_pylist()
+    assert r"train/cat/caf\udce9.png" in names
 
 
 def test_a_job_that_was_broken_off_goes_on(tmp_path):

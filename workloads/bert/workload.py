@@ -100,6 +100,11 @@ class BertWorkload:
         """Sequences are tokenized already."""
         return False
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the sequences and the vocabulary."""
+        return self._prepared.summary.fingerprint
+
     def build_model(self) -> nn.Module:
         """A new BERT, fp32, on the CPU; weights from torch's global generator."""
         vocabulary = self._prepared.vocabulary

@@ -20,7 +20,7 @@ from orchestrator.errors import UserError
 from orchestrator.tables import Table, read_manifest
 from workloads.resnet import prepared
 from workloads.resnet.config import ResnetConfig, last_size
-from workloads.resnet.folder import check_files, read_image_folder
+from workloads.resnet.folder import check_headers, printable, read_image_folder, sizes
 from workloads.resnet.readers import (
     ImageSet,
     Split,
@@ -85,11 +85,11 @@ def split_spec(data: str) -> tuple[str, str]:
     name, _, folder = data.partition(":")
     allowed = "digits, cifar10:DIR, fashion-mnist:DIR, imagefolder:DIR, parquet:URI"
     if name not in KINDS and name != "parquet":
-        raise UserError(_one_line(f"--data {data}: no such kind of data; choose from {allowed}"))
+        raise UserError(printable(f"--data {data}: no such kind of data; choose from {allowed}"))
     if name in WITHOUT_FOLDER and data != name:
-        raise UserError(_one_line(f"--data {data}: {name} takes no folder; write --data {name}"))
+        raise UserError(printable(f"--data {data}: {name} takes no folder; write --data {name}"))
     if name not in WITHOUT_FOLDER and not folder.strip():
-        raise UserError(_one_line(f"--data {data}: a folder is missing; write --data {name}:DIR"))
+        raise UserError(printable(f"--data {data}: a folder is missing; write --data {name}:DIR"))
     return name, folder
 
 
@@ -156,8 +156,11 @@ def check(config: RunConfig) -> DataSummary:
     assert isinstance(config, ResnetConfig)
     splits = [open_split(config, "train"), open_split(config, "heldout")]
     train, heldout = splits
+    found = fingerprint(config, splits)
     with _user_errors(config):
-        fingerprint = _fingerprint(splits)
+        for images in splits:
+            if isinstance(images.images, list):
+                check_headers(images.images)
         if _shape(train) != _shape(heldout):
             raise UnusableDataError(f"train images are {_shape(train)}, held-out ones {_shape(heldout)}; use one size")
     size = image_size(config, train)
@@ -169,9 +172,8 @@ def check(config: RunConfig) -> DataSummary:
     files = "images" if isinstance(train.images, np.ndarray) else "image files"
     words = f"{kind(config).words} {files} {size}x{size}, {len(train.class_names)} classes"
     blocks = tuple(train.images.order.sizes) if isinstance(train.images, Table) else ()
-    return DataSummary(
-        len(train), len(heldout), f"{config.data.partition(':')[0]}: {counts} {words}", fingerprint, blocks
-    )
+    described = f"{config.data.partition(':')[0]}: {counts} {words}"
+    return DataSummary(len(train), len(heldout), described, found, blocks)
 
 
 def _check_microbatch(config: ResnetConfig, size: int, train_samples: int) -> None:
@@ -190,15 +192,20 @@ def _shape(images: ImageSet) -> str:
     return "files" if not isinstance(images.images, np.ndarray) else "x".join(str(n) for n in images.images.shape[1:])
 
 
+def fingerprint(config: ResnetConfig, splits: Sequence[ImageSet]) -> str:
+    """SHA-256 over pixels and labels; of image files over their names, sizes in bytes and labels. Raises UserError."""
+    with _user_errors(config):
+        return _fingerprint(splits)
+
+
 def _fingerprint(splits: Sequence[ImageSet]) -> str:
-    """SHA-256 over pixels and labels; of image files over their names, sizes in bytes and labels."""
     digest = hashlib.sha256()
     for images in splits:
         if isinstance(images.images, Table):
             return images.images.fingerprint
         if isinstance(images.images, list):
             root = os.path.commonpath(images.images)
-            for path, file_bytes in zip(images.images, check_files(images.images), strict=True):
+            for path, file_bytes in zip(images.images, sizes(images.images), strict=True):
                 digest.update(f"{os.path.relpath(path, root)}\0{file_bytes}\n".encode("utf-8", "surrogateescape"))
         else:
             digest.update(str(images.images.shape).encode())
@@ -212,19 +219,14 @@ def _absolute(folder: str) -> str:
     return os.path.abspath(os.path.expanduser(folder)) if folder else ""
 
 
-def _one_line(text: str) -> str:
-    """Control characters of odd file names written out, so that the message stays one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 @contextmanager
 def _user_errors(config: ResnetConfig) -> Iterator[None]:
     """What the readers raise, as a UserError that names the flag."""
     try:
         yield
     except UnusableDataError as error:
-        raise UserError(_one_line(f"--data {config.data}: {error}")) from None
+        raise UserError(printable(f"--data {config.data}: {error}")) from None
     except OSError as error:
         where, reason = error.filename or config.data, error.strerror or str(error)
         advice = "make it readable for the user who runs the workers"
-        raise UserError(_one_line(f"--data {config.data}: {where} cannot be read ({reason}); {advice}")) from None
+        raise UserError(printable(f"--data {config.data}: {where} cannot be read ({reason}); {advice}")) from None

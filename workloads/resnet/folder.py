@@ -61,14 +61,16 @@ def _image_files(folder: Path) -> Iterator[str]:
                 yield entry.path
 
 
-def check_files(paths: list[str]) -> list[int]:
-    """The sizes of all files in bytes; refuses an empty one, and an unreadable one of HEADERS_CHECKED.
+def sizes(paths: list[str]) -> list[int]:
+    """Of all files, in bytes; refuses an empty one."""
+    found = [os.stat(path).st_size for path in paths]
+    if 0 in found:
+        raise UnusableDataError(f"{paths[found.index(0)]} is empty; replace or remove it")
+    return found
 
-    Those are spread evenly over the list, and so over the classes.
-    """
-    sizes = [os.stat(path).st_size for path in paths]
-    if 0 in sizes:
-        raise UnusableDataError(f"{paths[sizes.index(0)]} is empty; replace or remove it")
+
+def check_headers(paths: list[str]) -> None:
+    """Refuses an unreadable image among HEADERS_CHECKED that are spread evenly over the list, and so over classes."""
     stride = -(-len(paths) // HEADERS_CHECKED)
     for path in paths[::stride]:
         try:
@@ -80,21 +82,26 @@ def check_files(paths: list[str]) -> list[int]:
             raise UnusableDataError(f"{path} has too many pixels; make it smaller or remove it") from None
         except Exception:  # Pillow lets through what its parsers meet, from SyntaxError to struct.error
             raise UnusableDataError(f"{path} is not an image that Pillow can open; replace or remove it") from None
-    return sizes
+
+
+def printable(name: str) -> str:
+    """On one line and in UTF-8: what an odd file name has else is written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Image:
     """An image of a file or of encoded bytes; raises DataError naming it where it cannot be read or is truncated."""
+    named = printable(name or str(source))
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
             return _eight_bits(image).convert(mode)
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise DataError(f"{name or str(source)} has more than {most:,} pixels; make it smaller or remove it") from None
+        raise DataError(f"{named} has more than {most:,} pixels; make it smaller or remove it") from None
     except Exception as error:  # as above
         text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
         reason = " ".join(text.split()) or type(error).__name__
-        raise DataError(f"{name or str(source)} cannot be decoded ({reason}); replace or remove it") from None
+        raise DataError(f"{named} cannot be decoded ({reason}); replace or remove it") from None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

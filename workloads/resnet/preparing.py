@@ -18,7 +18,7 @@ from orchestrator.tables import Table
 from workloads.preparation import Made, Part
 from workloads.resnet import data
 from workloads.resnet.config import ResnetConfig
-from workloads.resnet.folder import decode
+from workloads.resnet.folder import decode, printable
 from workloads.resnet.readers import ImageSet, Split
 
 MIXING_SEED = derive_seed("prepare")
@@ -115,9 +115,9 @@ def _encoded(images: ImageSet, index: int, root: str) -> tuple[bytes, str]:
         try:
             raw = Path(path).read_bytes()
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror})") from None
+            raise DataError(f"{printable(path)} cannot be read ({error.strerror})") from None
         decode(raw, path)
-        return raw, os.path.relpath(path, root)
+        return raw, printable(os.path.relpath(path, root))
     assert not isinstance(images.images, Table)
     pixels: Any = images.images[index]
     out = io.BytesIO()

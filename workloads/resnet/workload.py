@@ -104,6 +104,11 @@ class ResnetWorkload:
         """Image files are decoded sample by sample; the other kinds lie in memory."""
         return data.kind(self.config).decodes
 
+    @property
+    def fingerprint(self) -> str:
+        """Of pixels and labels; of image files their names and sizes."""
+        return data.fingerprint(self.config, [self._open("train"), self._open("heldout")])
+
     @functools.cached_property
     def _description(self) -> dict[str, Any]:
         """What config.json holds: everything needed to build the model and feed it."""

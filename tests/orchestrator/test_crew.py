@@ -1,0 +1,76 @@
+"""Parameter servers as the dispatcher sees them, without Ray: what is lost before it is written is missed."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from toys import toy_plan
+
+from orchestrator.crew import Crew
+from orchestrator.dispatcher import Dispatcher
+
+
+class LostError(Exception):
+    """As Ray says it."""
+
+
+class Handle:
+    """A server; `lost` is before it has given its part of a checkpoint."""
+
+    def __init__(self, lost: bool = False) -> None:
+        self.lost, self.asked = lost, list[int]()
+        for name in ("snapshot", "write", "written"):
+            setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
+
+    def _future(self, result: Any, error: Exception | None = None) -> "asyncio.Future[Any]":
+        made = asyncio.get_running_loop().create_future()
+        made.set_exception(error) if error else made.set_result(result)
+        return made
+
+    def _snapshot(self) -> Any:
+        return self
+
+    def _write(self, step: int, *parts: "Handle") -> Any:
+        self.asked.append(step)
+        return self._future(None, LostError() if any(part.lost for part in parts) else None)
+
+    def _written(self) -> Any:
+        return self._future(True)
+
+
+def crew(*handles: Handle) -> Crew:
+    made = Crew(toy_plan(sync="parameter-server"), "", True)
+    made.handles = list(handles)
+    return made
+
+
+def test_a_checkpoint_is_written_when_all_have_given_their_part():
+    async def story() -> None:
+        there = crew(Handle(), Handle())
+        await there.written()
+        there.checkpoint(5)
+        await there.written()
+        assert there.handles[0].asked == [5]
+
+    asyncio.run(story())
+
+
+def test_a_server_that_is_lost_before_its_part_is_written_is_missed():
+    async def story() -> None:
+        there = crew(Handle(), Handle(lost=True))
+        there.checkpoint(5)
+        with pytest.raises(LostError):
+            await there.written()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("newest", "due"), [(None, 4), ({"step": 2}, 4), ({"step": 4}, 0)])
+def test_an_evaluation_that_was_lost_is_made_again(newest, due):
+    plan = toy_plan(sync="parameter-server", steps=20, eval_every=1)
+    every = plan.schedule.steps_per_epoch
+    found = None if newest is None else {"step": newest["step"] * every}
+    run = SimpleNamespace(_plan=plan, _journal=SimpleNamespace(newest=lambda kind: found))
+    assert Dispatcher._evaluation_due(run, 4 * every) == due * every
+    assert Dispatcher._evaluation_due(run, 4 * every - 1) == 0
