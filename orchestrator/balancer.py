@@ -82,7 +82,8 @@ class Balancer:
 
     def judges(self, now: float) -> bool:
         """Whether it is time to look again, and there is enough to go by."""
-        settled = self._journal.recorded - self._begun_at >= SETTLE_STEPS
+        settled = self._journal.recorded - self._begun_at >= SETTLE_STEPS  # at once after a checkpoint was loaded
+        settled &= len(self._journal.step_seconds()) >= SETTLE_STEPS
         if not (self._enabled and settled) or now - self._looked_s < EVERY_S:
             return False
         self._looked_s = now

@@ -79,6 +79,10 @@ def _check_named(address: str) -> None:
     host, _, port = address.rpartition(":")
     if address == "auto":
         raise _no_cluster(address, "none was started here with `ray start`")
+    if address.startswith("ray://"):
+        raise UserError(
+            f"--address {address}: Ray Client is not used here; write HEAD:6379, or submit a job: README.md"
+        )
     if "://" in address or not port.isdigit():
         return
     if not _answers(address):

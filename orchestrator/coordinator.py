@@ -23,6 +23,7 @@ from orchestrator.replicas import roster_of
 from orchestrator.seats import Assignment, Order, Seat, Status
 from orchestrator.values import NO, Figures, keep_largest
 
+MORE_S = 10.0  # than storage is waited for, until it is the worker that does not get on
 LAST_CHECKPOINT_S = 5.0  # Ray Train gives workers as long, once the run is over
 log = logging.getLogger("orchestrator.coordinator")
 
@@ -44,9 +45,11 @@ class Coordinator:
         self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
         roster = roster_of(config, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, again
+        roster.expected = min(roster.maximum, max(roster.expected, self._journal.workers))
         parts = (self._journal, roster, Balancer.of(self._journal, self._plan))
         self._members = self.members_kind(*parts, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
+        self._members.data_s = config.storage_patience + MORE_S if "://" in config.data else 0.0
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch, self._faults = NodeWatch(), Schedule(assignment.faults, self._journal, self._members)
         self._listening: asyncio.Future[int] | None = None
@@ -66,6 +69,7 @@ class Coordinator:
         self._members.came_s.setdefault(member_id, time.time())
         if self._members.over or self._members.excluded(member_id):
             return None
+        self._members.desk.hang_up(member_id)  # it comes again: the end of its old connection is not its own
         return self._host, port, self._members.desk.secret
 
     async def join(self, member: Member, why: str) -> Seat | Order:
@@ -82,7 +86,7 @@ class Coordinator:
         where = (ranges, [m.node for m in seated], [m.pid for m in seated], seated[0].device)
         started = GenerationStarted(seat.generation, step, len(seated), *where, [m.device for m in seated])
         self._journal.generation_begins(started, load_s, restore_s, bad)
-        self._members.begun = True
+        self._members.begun, self._members.begun_at = True, step
         self._finished, self._phase = {}, "training"
         self._faults.begun_s = self._faults.begun_s or time.time()
         if self._members.stopping:
@@ -139,7 +143,7 @@ class Coordinator:
 
         False: it does go on, for what a newcomer finds others did not.
         """
-        if place and place.worker < 0 and self._faults.begun_s:
+        if place and place.worker < 0 and (self._faults.begun_s or self._journal.workers):
             return False
         self._journal.error(traceback)
         self._told.add(place.worker if place else -1)

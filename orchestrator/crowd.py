@@ -49,6 +49,9 @@ class Crowd(Membership):
     def pause(self, kind: str = "") -> None:
         """There is no step boundary at which all could pause."""
 
+    def _check_connections(self, now: float, limit_s: float) -> None:
+        """Workers wait for servers, not for each other."""
+
     def _end_generation(self, kind: str, detail: str, silent_s: float) -> None:
         if not self.stopping:
             self._journal.break_off(kind, detail, len(self.roster.seated), silent_s)

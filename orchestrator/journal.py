@@ -58,6 +58,7 @@ class Journal:
         self.best = 0  # the most it ever was
         self.first_step = -1
         self.generation, self.loss = 0, float("nan")
+        self.workers = 0  # of the newest generation of an earlier coordinator
         self.nodes: list[str] = []  # of all generations, one after the other
         self.fired: set[int] = set()  # faults of a schedule, by an earlier coordinator
         self.incidents: list[Incident] = []
@@ -89,7 +90,7 @@ class Journal:
         if mine:
             self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
             self._training_s = sum(r["step_s"] for r in mine)
-        workers, fields = 0, {f.name for f in dataclasses.fields(Incident)}
+        fields = {f.name for f in dataclasses.fields(Incident)}
         events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
         events = [event for event in events if event["time_s"] >= self._started_s]
         self._listener.recall(events, mine[-1:])
@@ -97,12 +98,12 @@ class Journal:
             if event["event"] == "incident":
                 self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
             elif event["event"] == "generation_started":
-                self.generation, workers = event["generation"], event["workers"]
+                self.generation, self.workers = event["generation"], event["workers"]
                 self.nodes += event["nodes"]
             elif event["event"] == "fault_fired":
                 self.fired.add(event["fault"])
         silent_s = time.time() - (taken[-1]["time_s"] if taken else time.time())
-        self.break_off("coordinator_lost", "its process ended and was started anew", workers, silent_s)
+        self.break_off("coordinator_lost", "its process ended and was started anew", self.workers, silent_s)
 
     def log(self, *events: Event) -> None:
         """Append events, unless another command owns the run by now."""
@@ -115,6 +116,11 @@ class Journal:
     def problem(self) -> str:
         """Why nothing can be written down any more, "" while all is well."""
         return self._folder.problem
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are recorded."""
+        return self.recorded >= self._plan.total_steps
 
     def error(self, text: str) -> None:
         """Append to logs/errors.log."""

@@ -11,17 +11,16 @@ from collections.abc import Callable
 
 from orchestrator.background import Background
 from orchestrator.balancer import Balancer
-from orchestrator.channel import PING_S, Beat, Desk, Pulse
+from orchestrator.channel import Beat, Desk, Pulse
 from orchestrator.events import WorkerLeft
 from orchestrator.journal import Journal
-from orchestrator.recovery import Member, Roster, silence_limit_s, stall_limit_s
+from orchestrator.recovery import FIRST_STEP_S, Member, Roster, silence_limit_s, stall_limit_s
 from orchestrator.replicas import must_share
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
 from orchestrator.suspicion import SILENT_DEATHS, Suspicion
+from orchestrator.timekeeper import LEADS_S, STILL_S, Stillness, Timekeeper, judge
 
-TICK_S = 0.1
-COME_BACK_S = 10.0
 REPORTS_LATE_S = 0.5  # what rank 0 and a heartbeat may be behind
 CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
 FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
@@ -39,6 +38,7 @@ class Membership:
         self.kill: Callable[[Member], None]
         self.stopping = False
         self.over = self.begun = False
+        self.begun_at, self.data_s = -1, 0.0  # step of the generation's begin; how long data may be waited for
         self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion, self.came_s = Suspicion(), dict[str, float]()
         self.placement = Placement((0, 1))
@@ -48,7 +48,7 @@ class Membership:
         self._pausing = ""  # the kind of incident that it will be
         self.changed = asyncio.Condition()
         self._last = ""  # who leads the end of a stop
-        self._failures, self._fruitless = 0, list[int]()
+        self._failures, self._fruitless, self._stillness = 0, list[int](), Stillness()
         self.broken_s = time.time()
         self.start = Background(journal.error).start
 
@@ -154,7 +154,8 @@ class Membership:
     def _order_stop(self) -> None:
         """A stop was asked for: who has the newest state writes it down."""
         if self._last:
-            if self.excluded(self._last):
+            pulse = self._pulses.get(self._last)
+            if self.excluded(self._last) or (pulse and time.time() - pulse.heard_s > LEADS_S):
                 self.end_run("the worker that wrote down the state of the stop was lost; earlier checkpoints are kept")
             return
         if self.roster.gather and not self.roster.gathered(self.broken_s, time.time()):
@@ -247,22 +248,21 @@ class Membership:
 
     async def tick_forever(self) -> None:
         """Look after time: silence, joiners that have settled, pings."""
-        last = pinged = time.time()
-        while not self.over:
-            await asyncio.sleep(TICK_S)
-            now = time.time()
-            if now - last > 1.0:  # this process was held up itself: nobody can be blamed for the silence
-                for pulse in self._pulses.values():
-                    pulse.heard_s, pulse.moved_s = pulse.heard_s + now - last, pulse.moved_s + now - last
-            last = now
-            if now - pinged > PING_S:
-                self.desk.tell_all("ping")
-                pinged = now
-            self._check_pulses(now)
-            if self.roster.wants_pause(now):
-                self.pause("node_drained" if self.roster.drained else "workers_joined")
-            self._balance(now)
-            self.seat()
+        ping = lambda: self.desk.tell_all("ping")  # noqa: E731
+        await Timekeeper(lambda: self.over, self._look, ping, self._shift, self._journal.error).run()
+
+    def _shift(self, by_s: float) -> None:
+        for pulse in self._pulses.values():
+            pulse.heard_s, pulse.moved_s = pulse.heard_s + by_s, pulse.moved_s + by_s
+        self.broken_s += by_s
+        self.roster.shift(by_s)
+
+    def _look(self, now: float) -> None:
+        self._check_pulses(now)
+        if self.roster.wants_pause(now):
+            self.pause("node_drained" if self.roster.drained else "workers_joined")
+        self._balance(now)
+        self.seat()
 
     def _balance(self, now: float) -> None:
         """Move shards from slow workers to quick ones; a worker that only holds the others up leaves."""
@@ -277,17 +277,23 @@ class Membership:
             self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:
-        steps = self._journal.step_seconds()
+        steps, back_s = self._journal.step_seconds(), now - self.broken_s
         silence, stall = silence_limit_s(self._stall_s, steps), stall_limit_s(self._stall_s, steps, self.begun)
         for member_id in list(self.roster.seated):
-            pulse = self._pulses.get(member_id)
-            if pulse is None:
-                continue
-            silent_s, still_s, back_s = now - pulse.heard_s, now - pulse.moved_s, now - self.broken_s
-            if silent_s > silence:
-                self.lose(member_id, "worker_frozen", f"no heartbeat for {silent_s:.1f} s")
-            elif not pulse.beat.waiting and still_s > stall:
-                self.desk.tell(member_id, "dump", self.roster.generation)
-                self.lose(member_id, "worker_stuck", f"no progress for {still_s:.1f} s")
-            elif not self.roster.training and back_s > max(stall, COME_BACK_S):
-                self.lose(member_id, "worker_stuck", f"did not come back for {back_s:.1f} s")
+            if pulse := self._pulses.get(member_id):
+                first_s = FIRST_STEP_S if self.data_s and pulse.beat.step <= self.begun_at else 0.0
+                limit_s = self._stall_s or max(stall, self.data_s, first_s)  # data in storage may have to be fetched
+                lost = judge(pulse, now, silence, limit_s, None if self.roster.training else back_s)
+                if lost and lost[0] == "worker_stuck":
+                    self.desk.tell(member_id, "dump", self.roster.generation)
+                if lost:
+                    self.lose(member_id, *lost)
+        self._check_connections(now, 2 * stall)
+
+    def _check_connections(self, now: float, limit_s: float) -> None:
+        """Packets between two workers may be lost without a word, while both reach the coordinator."""
+        beats = [self._pulses[m.id].beat for m in self.roster.by_rank if m.id in self._pulses]
+        still_s = self._stillness.seconds(now, beats)
+        if self.roster.training and self.begun and not self._journal.complete and still_s > max(STILL_S, limit_s):
+            self._pausing = ""
+            self._end_generation(CONNECTION_LOST, f"all workers wait for each other for {still_s:.0f} s", still_s)

@@ -90,7 +90,8 @@ class Recorder(Observer):
         """
         started = time.perf_counter()
         if group.rank == 0:
-            loaded = self.store.load_newest(on_bad)
+            with group.others_wait():  # for storage
+                loaded = self.store.load_newest(on_bad)
             if loaded:
                 state.load(loaded.tensors, loaded.step)
         load_s = time.perf_counter() - started

@@ -111,6 +111,10 @@ class Roster:
         """Who trains."""
         return sorted(self.seated.values(), key=lambda m: m.rank)
 
+    def shift(self, by_s: float) -> None:
+        """The clock was put, or the coordinator was held up: what is remembered is as long ago as before."""
+        self._joined_s += by_s
+
     def join(self, member: Member, now: float) -> None:
         """A member asks for a seat; one that sat in the generation ends it by that."""
         if self.seated.pop(member.id, None):
@@ -155,7 +159,8 @@ class Roster:
             return None
         fresh = all(m.step < 0 for m in candidates)
         settled = now - self._joined_s >= (START_GRACE_S if fresh else GATHER_S)
-        if (fresh or self.gather) and len(candidates) < self.expected and not settled:
+        there = sum(m.step >= 0 for m in candidates) if self.gather else len(candidates)
+        if (fresh or self.gather) and there < self.expected and not settled:
             return None
         self.gather = False
         # State comes from rank 0, which has the most steps; otherwise ranks stay as they were.
@@ -170,7 +175,8 @@ class Roster:
         """Whether those that an earlier coordinator had are back, as far as they come; `since_s`: its successor."""
         if not self.ready:
             return now - since_s >= START_GRACE_S
-        return not self.gather or len(self.ready) >= self.expected or now - self._joined_s >= GATHER_S
+        back = sum(m.step >= 0 for m in self.ready.values())
+        return not self.gather or back >= self.expected or now - self._joined_s >= GATHER_S
 
     def _ranked(self, members: list[Member]) -> list[Member]:
         """The members that sit, in rank order."""

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.events import Event
 
 REPORT_EVERY_S = 0.5  # a call takes the coordinator's process a millisecond
-KEPT = 1024  # steps; more than any rank 0 can be behind with sending
+KEPT = 8192  # steps; more than what a lost coordinator has not put into storage yet
 log = logging.getLogger("orchestrator.reporter")
 
 

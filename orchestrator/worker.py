@@ -33,8 +33,7 @@ def train_worker(task: dict[str, Any], kind: "type[Worker] | None" = None) -> st
     Args:
         task: "plan", "uri" of the run folder, "coordinator" (actor name), "group_timeout_s", "loopback", "faults".
 
-    Errors of ours end the run through the coordinator, once this worker has trained or nobody has; others end this
-    worker, and the others go on.
+    Some errors of ours end the run (see tell_failure); others end this worker, and the others go on.
     """
     import ray
 
@@ -136,6 +135,8 @@ class Worker:
                 found = ray.get(self._coordinator.enlist.remote(self.id), timeout=COORDINATOR_BACK_S)
                 if found is None:
                     raise GivenUpError("the coordinator does not expect this worker any more")
+                if self._line is not None:
+                    self._line.close()
                 self._line_broke = False
                 self._line = Line(found[:2], found[2], self.id, self._look, self._told)
                 return

@@ -6,7 +6,7 @@ import time
 import pytest
 from members import WAIT_S, Run, Worker, play
 
-from orchestrator import membership
+from orchestrator import timekeeper
 from orchestrator.seats import Order, Seat
 from orchestrator.suspicion import SILENT_DEATHS
 
@@ -46,7 +46,7 @@ def test_a_survivor_goes_on_and_no_step_is_lost(tmp_path, victim, reachable):
 @pytest.mark.parametrize("fault", ["frozen", "stuck", "lost on the way"])
 def test_a_member_that_does_not_get_on_is_given_up(tmp_path, fault, monkeypatch):
     """Silent; alive, but in the same shard for ever while the others wait; told to come back, and not coming."""
-    monkeypatch.setattr(membership, "COME_BACK_S", 0.1)
+    monkeypatch.setattr(timekeeper, "COME_BACK_S", 0.1)
 
     async def story(run: Run) -> None:
         a, b, c = await run.enlist("abc")
