@@ -237,13 +237,12 @@ def test_after_the_loss_of_a_coordinator_its_survivors_gather():
 
 
 def test_a_newcomer_does_not_begin_before_the_survivors_are_back():
-    orphans = roster(1, 8)
-    orphans.gather, orphans.generation, orphans.expected = True, 4, 2
-    orphans.join(member("new", -1, -1), 50.0)
+    orphans = dataclasses.replace(roster(1, 8), gather=True, generation=4, expected=2)
+    orphans.join(member("n", -1, -1), 50.0)
     assert (orphans.form(51.0), orphans.gathered(49.0, 51.0)) == (None, False)
     for name, rank in (("a", 0), ("b", 1)):
         orphans.join(member(name, 9, rank), 51.0)
-    assert [m.id for m in orphans.form(51.6) or []] == ["a", "b", "new"]
+    assert [m.id for m in orphans.form(51.6) or []] == ["a", "b", "n"]
 
 
 seconds = st.floats(0.001, 1e4)
