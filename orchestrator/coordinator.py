@@ -21,6 +21,8 @@ from orchestrator.nodewatch import NodeWatch, end_process
 from orchestrator.recovery import Member
 from orchestrator.replicas import roster_of
 from orchestrator.seats import Assignment, Order, Seat, Status
+from orchestrator.suspicion import Newcomers
+from orchestrator.timekeeper import STILL_S
 from orchestrator.values import NO, Figures, keep_largest
 
 MORE_S = 10.0  # than storage is waited for, until it is the worker that does not get on
@@ -49,28 +51,35 @@ class Coordinator:
         parts = (self._journal, roster, Balancer.of(self._journal, self._plan))
         self._members = self.members_kind(*parts, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
-        self._members.data_s = config.storage_patience + MORE_S if "://" in config.data else 0.0
+        patience_s = config.storage_patience + MORE_S
+        self._members.data_s = patience_s if "://" in config.data else 0.0
+        self._members.still_s = max(STILL_S, patience_s)
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch, self._faults = NodeWatch(), Schedule(assignment.faults, self._journal, self._members)
         self._listening: asyncio.Future[int] | None = None
         self._finished, self._phase = dict[str, str](), "starting workers"
         self._noted: PhaseBegan | None = None
+        self._newcomers = Newcomers()
         self._outcome, self._message, self._exit_status = "", "", 0
         self._failing, self._told, self._written = False, set[int](), asyncio.Event()
 
     async def enlist(self, member_id: str) -> tuple[str, int, str] | None:
         """Where a worker's channel goes: host, port, secret. None: the run is over, or the worker was given up."""
-        if self._listening is None:
-            self._listening = asyncio.get_running_loop().create_future()
-            self._listening.set_result(await self._members.desk.open(self._host))
-            self._members.start(self._members.tick_forever())
-            self._members.start(self._watch_nodes())
-        port = await self._listening
+        port = await self._listen()
         self._members.came_s.setdefault(member_id, time.time())
         if self._members.over or self._members.excluded(member_id):
             return None
         self._members.desk.hang_up(member_id)  # it comes again: the end of its old connection is not its own
         return self._host, port, self._members.desk.secret
+
+    async def _listen(self) -> int:
+        """The desk's port; the first who asks opens it, and from then on time is looked after."""
+        if self._listening is None:
+            self._listening = asyncio.get_running_loop().create_future()
+            self._listening.set_result(await self._members.desk.open(self._host))
+            self._members.start(self._members.tick_forever())
+            self._members.start(self._watch_nodes())
+        return await self._listening
 
     async def join(self, member: Member, why: str) -> Seat | Order:
         """A worker asks for a seat, and says why it left its last one; answers when a generation is complete."""
@@ -87,6 +96,7 @@ class Coordinator:
         started = GenerationStarted(seat.generation, step, len(seated), *where, [m.device for m in seated])
         self._journal.generation_begins(started, load_s, restore_s, bad)
         self._members.begun, self._members.begun_at = True, step
+        self._newcomers = Newcomers()
         self._finished, self._phase = {}, "training"
         self._faults.begun_s = self._faults.begun_s or time.time()
         if self._members.stopping:
@@ -141,9 +151,10 @@ class Coordinator:
     ) -> bool:
         """The run cannot go on, which a worker at `place` has found, or the command; answers when that is written.
 
-        False: it does go on, for what a newcomer finds others did not.
+        False: it does go on, for what a newcomer finds others did not; unless it is one of several that are missing.
         """
-        if place and place.worker < 0 and (self._faults.begun_s or self._journal.workers):
+        newcomer = place is not None and place.worker < 0 and (self._faults.begun_s or self._journal.workers)
+        if newcomer and self._newcomers.spare(self._members.roster.missing() > 0 or self._members.roster.gather):
             return False
         self._journal.error(traceback)
         self._told.add(place.worker if place else -1)
@@ -176,6 +187,7 @@ class Coordinator:
     async def request_stop(self) -> None:
         """Ask the workers to checkpoint and stop after the current step."""
         self._members.stopping = True
+        await self._listen()
         self._members.pause()
         self._members.seat()
 
@@ -209,14 +221,9 @@ class Coordinator:
             self._end("stopped", f"on request, {told}", 130)
 
     def _end(
-        self,
-        outcome: str,
-        message: str,
-        exit_status: int,
-        sha256: str = "",
-        metrics: Mapping[str, float] | None = None,
-        failure: Failure | None = None,
-    ) -> None:
+        self, outcome: str, message: str, exit_status: int, sha256: str = "",
+        metrics: Mapping[str, float] | None = None, failure: Failure | None = None,
+    ) -> None:  # fmt: skip
         """The run's end, written down; the first one counts."""
         if self._outcome or self._failing:
             return

@@ -16,12 +16,13 @@ from orchestrator.events import WorkerLeft
 from orchestrator.journal import Journal
 from orchestrator.recovery import FIRST_STEP_S, Member, Roster, silence_limit_s, stall_limit_s
 from orchestrator.replicas import must_share
+from orchestrator.reporter import REPORT_EVERY_S
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
 from orchestrator.suspicion import SILENT_DEATHS, Suspicion
 from orchestrator.timekeeper import LEADS_S, STILL_S, Stillness, Timekeeper, judge
 
-REPORTS_LATE_S = 0.5  # what rank 0 and a heartbeat may be behind
+REPORTS_LATE_S = REPORT_EVERY_S + 0.3  # what rank 0 and a heartbeat may be behind
 CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
 FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
 
@@ -36,9 +37,8 @@ class Membership:
         self.desk = Desk(secrets.token_hex(16), self._heard, self._gone)
         self.end_run: Callable[..., None]
         self.kill: Callable[[Member], None]
-        self.stopping = False
-        self.over = self.begun = False
-        self.begun_at, self.data_s = -1, 0.0  # step of the generation's begin; how long data may be waited for
+        self.stopping = self.over = self.begun = False
+        self.begun_at, self.data_s, self.still_s = -1, 0.0, STILL_S  # see Coordinator
         self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion, self.came_s = Suspicion(), dict[str, float]()
         self.placement = Placement((0, 1))
@@ -294,6 +294,6 @@ class Membership:
         """Packets between two workers may be lost without a word, while both reach the coordinator."""
         beats = [self._pulses[m.id].beat for m in self.roster.by_rank if m.id in self._pulses]
         still_s = self._stillness.seconds(now, beats)
-        if self.roster.training and self.begun and not self._journal.complete and still_s > max(STILL_S, limit_s):
+        if self.roster.training and self.begun and not self._journal.complete and still_s > max(self.still_s, limit_s):
             self._pausing = ""
             self._end_generation(CONNECTION_LOST, f"all workers wait for each other for {still_s:.0f} s", still_s)

@@ -83,7 +83,7 @@ class Job:
         for number, spec in enumerate(self.specs):
             if Path(_record_name(number)).name in there:
                 record = json.loads(self.folder.read(_record_name(number)))
-                if record["broken"]:  # what could not be read may be mended, or was only out of reach
+                if record["broken"] and self.given.verify:  # what could not be read may have been out of reach
                     continue
                 if record["spec"] == spec and "schema" in record and all(map(self._whole, record["files"].values())):
                     self.records[number] = record
@@ -101,8 +101,12 @@ class Job:
         return [number for number in range(len(self.parts)) if number not in self.records]
 
     def take(self, record: Record) -> None:
-        """A part is done; raises DataError when too much of the source is broken."""
+        """A part is done; raises as check_broken."""
         self.records[record["number"]] = record
+        self.check_broken()
+
+    def check_broken(self) -> None:
+        """Raises DataError when too much of the source is broken."""
         broken, things = self.broken(), self.preparation.things()
         if len(broken) > self.given.max_broken * things:
             share = f"more than --max-broken {self.given.max_broken:g} of {things}"
@@ -130,6 +134,7 @@ class Job:
 
     def finish(self) -> Manifest:
         """Write the manifest, which makes the data usable, and delete what an earlier job left over."""
+        self.check_broken()  # an earlier job may have allowed more
         found = self.manifest()
         if self.folder.read_text(MANIFEST) != found.to_json():
             self.folder.write(MANIFEST, found.to_json().encode())
@@ -213,7 +218,9 @@ def parser(workload: str) -> argparse.ArgumentParser:
     made.add_argument("--licence", default="", help="terms of the source, for the manifest")
     made.add_argument("--file-mb", type=float, default=64.0, help="size of a file, about [64 MB]")
     made.add_argument("--max-broken", type=float, default=0.001, help="share of samples that may be unreadable [0.001]")
-    made.add_argument("--verify", action="store_true", help="read all files and make damaged ones again")
+    made.add_argument(
+        "--verify", action="store_true", help="read all files, make damaged ones again, and try what was broken"
+    )
     made.add_argument("--address", default="", help="Ray cluster to use, as in orchestrator.run")
     for name in OWN_FLAGS.get(workload, ()):
         made.add_argument("--" + name.replace("_", "-"), help="as in orchestrator.run")

@@ -174,7 +174,11 @@ class SplitWorker(Worker):
 
         kept = self._kept
         if order.word != "stop" or kept is None or kept.holds.parts == 1:
-            if kept is not None and not self._restored:  # a generation broke while it built another state
+            if self._state is None and kept is None:  # it has come for nothing
+                return OVER if order.word == "stop" else super()._obey(order)
+            if (
+                order.word == "stop" and kept is not None and not self._restored
+            ):  # a generation broke while it built another state
                 self._state = build_state(self._plan, self._workload, self._device)
                 self._state.load(kept.whole, kept.step)
                 self._recorder.join(self._state, True)

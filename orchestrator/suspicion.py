@@ -52,3 +52,19 @@ class Suspicion:
     def can_train(self, now_s: float) -> None:
         """Somebody has a seat, or waits for one: ends of those that came before tell nothing about the run."""
         self._early, self._early_s = 0, now_s
+
+
+@dataclass
+class Newcomers:
+    """Workers that cannot join a run that was training: what they lack the others have, and one of them may have it."""
+
+    _refused: int = 0
+
+    def spare(self, missed: bool) -> bool:
+        """One more; whether the run goes on all the same.
+
+        Args:
+            missed: whether it waits for somebody like this one.
+        """
+        self._refused += missed
+        return self._refused < SILENT_DEATHS

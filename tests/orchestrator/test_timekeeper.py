@@ -10,6 +10,7 @@ from members import Run, play
 
 from orchestrator import timekeeper
 from orchestrator.channel import Beat, Pulse
+from orchestrator.suspicion import SILENT_DEATHS, Newcomers
 from orchestrator.timekeeper import COME_BACK_S, Stillness, Timekeeper, judge
 
 
@@ -103,13 +104,13 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_looked_after(tmp_path):
     play(story, tmp_path)
 
 
-def test_workers_that_wait_for_each_other_for_too_long_connect_anew(tmp_path, monkeypatch):
+def test_workers_that_wait_for_each_other_for_too_long_connect_anew(tmp_path):
     """A partition between them: packets are dropped, and no connection ends."""
-    monkeypatch.setattr("orchestrator.membership.STILL_S", 0.2)
 
     async def story(run: Run) -> None:
         a, b = await run.enlist("ab")
         run.steps(1, by=[a, b])
+        run.members.still_s = 0.2
         run.members._check_pulses = lambda now: run.members._check_connections(now, 0.1)
         assert await a.told() == await b.told() == ("end", 1)
         await run.seat(a, b)
@@ -139,3 +140,9 @@ def test_who_leads_a_stop_and_is_frozen_is_missed(tmp_path, monkeypatch):
         a.beats.set()
 
     play(story, tmp_path)
+
+
+def test_newcomers_end_a_run_only_if_it_waits_for_one_and_all_are_refused():
+    enough, waits = Newcomers(), Newcomers()
+    assert all(enough.spare(missed=False) for _ in range(100))
+    assert [waits.spare(missed=True) for _ in range(SILENT_DEATHS)] == [True] * (SILENT_DEATHS - 1) + [False]

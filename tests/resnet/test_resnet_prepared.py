@@ -98,7 +98,8 @@ def test_too_many_broken_images_stop_the_next_job_too(tmp_path, image_folder):
 def test_an_image_that_could_not_be_read_is_tried_again(tmp_path, image_folder):
     source, out = f"imagefolder:{broken(image_folder)}", tmp_path / "out"
     do(job("resnet", source, out, "--max-broken", "0.2"))
-    assert job("resnet", source, out, "--max-broken", "0.2").missing() == [0]
+    assert job("resnet", source, out, "--max-broken", "0.2").missing() == []
+    assert job("resnet", source, out, "--max-broken", "0.2", "--verify").missing() == [0]
 
 
 def test_files_of_somebody_else_stay(tmp_path):
