@@ -172,20 +172,18 @@ class SplitWorker(Worker):
 
         from orchestrator.build import build_state
 
-        kept = self._kept
-        if order.word != "stop" or kept is None or kept.holds.parts == 1:
-            if self._state is None and kept is None:  # it has come for nothing
-                return OVER if order.word == "stop" else super()._obey(order)
-            if (
-                order.word == "stop" and kept is not None and not self._restored
-            ):  # a generation broke while it built another state
-                self._state = build_state(self._plan, self._workload, self._device)
-                self._state.load(kept.whole, kept.step)
-                self._recorder.join(self._state, True)
-            return super()._obey(order)
-        if order.lead:
-            ray.get(self._coordinator.stopped.remote(kept.step, kept.sha256))
-        return OVER
+        kept, stop = self._kept, order.word == "stop"
+        if stop and kept is not None and kept.holds.parts > 1:
+            if order.lead:
+                ray.get(self._coordinator.stopped.remote(kept.step, kept.sha256))
+            return OVER
+        if stop and kept is not None and not self._restored:  # a generation broke while it built another state
+            self._state = build_state(self._plan, self._workload, self._device)
+            self._state.load(kept.whole, kept.step)
+            self._recorder.join(self._state, True)
+        if stop and self._state is None:  # a newcomer
+            return OVER
+        return super()._obey(order)
 
 
 def available_bytes() -> int:
