@@ -74,3 +74,30 @@ def test_an_evaluation_that_was_lost_is_made_again(newest, due):
     run = SimpleNamespace(_plan=plan, _journal=SimpleNamespace(newest=lambda kind: found))
     assert Dispatcher._evaluation_due(run, 4 * every) == due * every
     assert Dispatcher._evaluation_due(run, 4 * every - 1) == 0
+
+
+def test_nodes_that_will_go_are_seen_between_two_steps():
+    """In the middle of one, some servers have taken it and others have not."""
+    asked: list[str] = []
+    members = SimpleNamespace(roster=SimpleNamespace(draining=frozenset("n")), stopping=False, notify=lambda: None)
+    run: Any = SimpleNamespace(_members=members, _handout=None, _draining=frozenset(), _committing=True, _outcome="")
+    run._checkpoint = lambda: asked.append("checkpoint")
+    Dispatcher._look(run)
+    assert not asked
+    run._committing = run._recovering = run._ripe = run._halting = False
+    Dispatcher._look(run)
+    Dispatcher._look(run)
+    assert asked == ["checkpoint"], "once"
+
+
+@pytest.mark.parametrize(("minimum", "leaves"), [(1, True), (2, False)])
+def test_a_worker_leaves_a_node_that_will_go_if_enough_stay(minimum, leaves):
+    left: list[str] = []
+    seated = {name: SimpleNamespace(id=name, node=f"node of {name}") for name in "ab"}
+    roster = SimpleNamespace(seated=seated, draining={"node of a"}, minimum=minimum, training=False)
+    members = SimpleNamespace(roster=roster, excluded=lambda name: False, let_go=lambda m: left.append(m.id))
+    run: Any = SimpleNamespace(_members=members, _outcome="", _handout=object(), _crew=SimpleNamespace(era=1))
+    run._committing = False
+    answer = Dispatcher._next(run, "a", 1)
+    assert (left, answer is not None) == ((["a"], True) if leaves else ([], False))
+    assert Dispatcher._next(run, "b", 1) is None
