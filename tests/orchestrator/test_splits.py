@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint
 from distributed import give_other_ranks, run_distributed
 from real import real_plan
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from toys import Recorder
 
 from orchestrator import partfiles
@@ -215,7 +216,21 @@ def test_torch_reads_a_checkpoint_in_parts_and_no_damage_goes_unnoticed(tmp_path
     assert distance(store(tmp_path).load(5).tensors, kept) == 0.0
 
 
+class Asked:
+    """Pickled as getattr(kind, name), as CPython 3.11.0 to 3.11.3 do members of enumerations."""
+
+    def __init__(self, kind: object, name: str) -> None:
+        self.asked = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
 def test_metadata_calls_nothing_but_torch():
+    assert partfiles.parse(pickle.dumps(Asked(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"))).value == 1
+    for kind, name in ((_MEM_FORMAT_ENCODING, "mro"), (Metadata, "__init__"), (torch.Size, "numel")):
+        with pytest.raises(pickle.UnpicklingError, match="does not belong there"):
+            partfiles.parse(pickle.dumps(Asked(kind, name)))
     for harmful in (os.system, torch.load):
         with pytest.raises(pickle.UnpicklingError, match="does not belong there"):
             partfiles.parse(pickle.dumps(harmful))

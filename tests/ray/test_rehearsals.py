@@ -58,14 +58,14 @@ def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> No
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
 
 
-RESNET_1000 = ("resnet", "--steps", "1000", "--checkpoint-every", "50")
-BERT_1000 = (*BERT, "--steps", "1000", "--checkpoint-every", "50")
+RESNET_1500 = ("resnet", "--steps", "1500", "--checkpoint-every", "50")
+BERT_1500 = (*BERT, "--steps", "1500", "--checkpoint-every", "50")
 
 
 @pytest.mark.busy
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "workload", [RESNET_1000, pytest.param(BERT_1000, marks=pytest.mark.long)], ids=["resnet", "bert"]
+    "workload", [RESNET_1500, pytest.param(BERT_1500, marks=pytest.mark.long)], ids=["resnet", "bert"]
 )
 def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...], tmp_path: Path) -> None:
     """One after the other, two at once, during recovery, while state is handed over, while a checkpoint is written."""
@@ -84,7 +84,7 @@ def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...],
         fault("kill", 1, step=450),
         fault("kill", 0, step=550, during="checkpoint", workers=2),
         fault("slow", 1, step=650, seconds=0.3, steps=40, workers=2),
-        fault("kill", 0, step=999, workers=2),
+        fault("kill", 0, step=1499, workers=2),
     ]
     done = rehearse(tmp_path, workload, faults, "--workers", "3", "--stall-limit", "2", timeout_s=500)
     assert_passed(done, tmp_path, "worker_killed", "worker_failed", "worker_frozen", "rebalanced", cadence=50)
