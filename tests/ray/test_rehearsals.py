@@ -59,7 +59,8 @@ def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> No
 
 
 RESNET_1500 = ("resnet", "--steps", "1500", "--checkpoint-every", "50")
-BERT_1500 = (*BERT, "--steps", "1500", "--checkpoint-every", "50")
+# Steps long enough for replacements to come between two faults.
+BERT_1500 = (*BERT, "--steps", "1500", "--checkpoint-every", "50", "--hidden-size", "64", "--sequence-length", "64")
 
 
 @pytest.mark.busy
