@@ -81,7 +81,8 @@ def train_func(config):
     generation, writes = announce(settings.log, step), ray.train.get_context().get_world_rank() == 0
     stepped_s = time.time()
     while True:
-        loader.sampler.set_epoch(step // len(loader))
+        if ray.train.get_context().get_world_size() > 1:
+            loader.sampler.set_epoch(step // len(loader))
         for batch in loader:
             optimizer.zero_grad()
             loss = model(*inputs(batch))
