@@ -142,9 +142,8 @@ def _check_pairs(config: RunConfig) -> None:
         raise UserError(f"--resources-per-worker {given}: {error}; write such as GPU=1,CPU=8") from None
     if given.items and not any(amounts.values()):
         raise UserError(f"--resources-per-worker {given}: reserves nothing; write such as CPU=1")
-    whole = [k for k, v in amounts.items() if v > 1 and v != int(v)]
-    if whole:
-        raise UserError(f"--resources-per-worker {given}: {whole[0]} above 1 must be a whole number")
+    if parts := given.not_whole():
+        raise UserError(f"--resources-per-worker {given}: {parts[0]} above 1 must be a whole number")
 
 
 RESOURCES = {"cuda": "GPU", "tpu": "TPU"}  # of Ray, by --accelerator

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from orchestrator.errors import StorageError
-from orchestrator.storage import Folder
+from orchestrator.storage import Folder, encoded
 
 EVERY_S = 1.0
 REST = 20.0  # times as long as the last writing took: at most about 5 % of a connection, however long the run
@@ -76,7 +76,7 @@ class LateLogs:
                 self._unwritten.clear()
             for name, text in todo.items():
                 try:
-                    self._folder.write(name, text.encode("utf-8", "backslashreplace"))
+                    self._folder.write(name, encoded(text))
                 except BaseException:
                     with self._lock:
                         self._unwritten |= set(todo)

@@ -171,7 +171,7 @@ def _resources(text: str) -> dict[str, float]:
         raise UserError(f"--resources-per-worker {text}: {error}; write such as CPU=2") from None
     if text and not any(amounts.values()):
         raise UserError(f"--resources-per-worker {text}: reserves nothing; write such as CPU=1")
-    if parts := [name for name, amount in amounts.items() if amount > 1 and amount != int(amount)]:
+    if parts := Pairs.parse(text).not_whole():
         raise UserError(f"--resources-per-worker {text}: {parts[0]} above 1 must be a whole number")
     return {name: amount for name, amount in amounts.items() if amount}
 

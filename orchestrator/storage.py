@@ -197,9 +197,9 @@ class Folder:
     def append(self, name: str, text: str) -> None:
         """Add whole lines at the end; object stores cannot, so there the object is written anew."""
         if not self.is_local:
-            self.write(name, (self.read_text(name) or "").encode() + _bytes(text))
+            self.write(name, (self.read_text(name) or "").encode() + encoded(text))
             return
-        self._on_disk(lambda: self._add(name, _bytes(text)))
+        self._on_disk(lambda: self._add(name, encoded(text)))
 
     def _add(self, name: str, data: bytes) -> None:
         """All of it, or nothing."""
@@ -255,7 +255,7 @@ def cache_folder() -> Path:
     return Path(given).expanduser() if given else Path.home() / ".cache" / "elastic-orchestrator"
 
 
-def _bytes(text: str) -> bytes:
+def encoded(text: str) -> bytes:
     """UTF-8; what stands for other bytes in a file's name (os.fsdecode) is written out."""
     return text.encode("utf-8", "backslashreplace")
 

@@ -128,6 +128,10 @@ class Pairs:
             raise ValueError("amounts are numbers from 0")
         return amounts
 
+    def not_whole(self) -> list[str]:
+        """Names of amounts above 1 that are no whole numbers, which Ray does not take; raises as `numbers`."""
+        return [name for name, amount in self.numbers().items() if amount > 1 and amount != int(amount)]
+
     def __str__(self) -> str:
         return ",".join(f"{key}={value}" for key, value in self.items)
 
