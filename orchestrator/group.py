@@ -15,9 +15,10 @@ from torch import Tensor
 from orchestrator.communicators import abort_communicators, meet, slice_group
 from orchestrator.devices import finish, host_of
 from orchestrator.messages import Messages
-from orchestrator.sockets import Address, connections, shut_down
+from orchestrator.sockets import Lines
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.stores import CONNECT_TIMEOUT_S, PeerLostError
+from orchestrator.waiting import Errands, of_this_thread
 
 CONNECT_TIMEOUT = datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
 gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
@@ -45,13 +46,16 @@ class Group:
     drag: Callable[[int], None] = lambda pieces: None
     inside: Any = None
     _over: threading.Event = field(default_factory=threading.Event)
-    _foreign: frozenset[str] = frozenset()
-    _servers: set[Address] = field(default_factory=set)
+    _lines: Lines = field(default_factory=Lines)
     _process_group: dist.ProcessGroup | None = None  # None: that of all workers
     _store: dist.Store | None = None
     _timeout: datetime.timedelta = datetime.timedelta()
     _broken: bool = False
     _ending: Any = field(default_factory=threading.Lock)
+    _errands: Errands = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._errands = Errands("collectives", self._over.is_set)
 
     def connect(self, store: dist.TCPStore | None, generation: int, timeout_s: float) -> "Group":
         """Build the process group of `generation`; blocks until all members are there.
@@ -66,8 +70,7 @@ class Group:
         if store is None:
             assert self.world == 1
             return self
-        self._foreign = frozenset(connections())
-        self._servers.add((store.host, store.port))
+        self._lines.begin((store.host, store.port))
         if self._over.is_set():
             raise PeerLostError("the generation was ended before it began")
         named = dist.PrefixStore(f"generation-{generation}", store)
@@ -109,6 +112,10 @@ class Group:
             _timeout=self._timeout, whole=self,
         )  # fmt: skip
 
+    def errands(self, name: str) -> Errands:
+        """A thread that waits for others, and is left behind if it must be."""
+        return Errands(name, self._over.is_set)
+
     @property
     def process_group(self) -> dist.ProcessGroup:
         """For what torch does by itself."""
@@ -116,19 +123,12 @@ class Group:
         return self._process_group
 
     def _learn_servers(self, groups: str) -> None:
-        """Where gloo's connections between these workers are answered; what is not known cannot be shut down."""
-        store = self._store
-        if self.device.type == "cuda" or store is None:
-            return
-        mine = [c.local for inode, c in connections().items() if c.peer is None and inode not in self._foreign]
-        store.set(f"answers-{groups}-{self.rank}", ",".join(f"{host} {port}" for host, port in mine))
-        for text in store.multi_get([f"answers-{groups}-{rank}" for rank in range(self.world)]):
-            for item in filter(None, text.decode().split(",")):
-                host, port = item.split(" ")
-                self._servers.add((host, int(port)))
+        if self.device.type != "cuda" and self._store is not None:
+            self._lines.learn(self._store, groups, self.rank, self.world)
 
     def close(self) -> None:
         """Leave; connections of the process group are closed."""
+        self._errands.close()
         if dist.is_initialized():
             self._end_nccl()
             dist.destroy_process_group()
@@ -141,16 +141,11 @@ class Group:
             return
         self._end_nccl()
         self.hang_up()
-        for inode, connection in connections().items():
-            if inode in self._foreign and connection.peer in self._servers:
-                shut_down(inode, connection)  # to the store, which was connected before
+        self._lines.cut_store()
 
     def hang_up(self) -> None:
         """Leave in the middle of a message: whoever waits for this worker, or here for others, gets an error."""
-        for inode, connection in connections().items():
-            ours = connection.local in self._servers or connection.peer in self._servers
-            if inode not in self._foreign and connection.peer is not None and ours:
-                shut_down(inode, connection)
+        self._lines.cut()
 
     def _end_nccl(self) -> None:
         """NCCL's way to close waits for the others, who may be gone: communicators are ended by this worker alone.
@@ -215,39 +210,43 @@ class Group:
         with self._peers():
             pass
 
+    def _collective(self, do: Callable[..., Any], *what: Any, **how: Any) -> None:
+        """By gloo in a thread that can be left behind; NCCL can be aborted, and its streams are those of a thread."""
+        with self._peers():
+            how["group"] = self._process_group or dist.group.WORLD
+            if self.device.type == "cuda":
+                do(*what, **how)
+            else:
+                self._errands.run(of_this_thread(do), *what, **how)
+
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Overwrite `tensor` with that of rank `source`."""
         if self.world > 1:
-            with self._peers():
-                sent = tensor.to(host_of(self.device))
-                dist.broadcast(sent, group=self._process_group, group_src=source)
-                if sent is not tensor:
-                    tensor.copy_(sent)
+            sent = tensor.to(host_of(self.device))
+            self._collective(dist.broadcast, sent, group_src=source)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def sum(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with the sum over workers; exact only where at most one adds a non-zero."""
         if self.world > 1:
-            with self._peers():
-                sent = tensor.to(host_of(self.device))
-                dist.all_reduce(sent, group=self._process_group)
-                if sent is not tensor:
-                    tensor.copy_(sent)
+            sent = tensor.to(host_of(self.device))
+            self._collective(dist.all_reduce, sent)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
     def broadcast_object(self, value: Any) -> Any:
         """The `value` that rank 0 gave."""
         values = [value]
         if self.world > 1:
-            with self._peers():
-                device = host_of(self.device)
-                dist.broadcast_object_list(values, group=self._process_group, group_src=0, device=device)
+            self._collective(dist.broadcast_object_list, values, group_src=0, device=host_of(self.device))
         return values[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What every rank gave, by rank."""
         values = [value] * self.world
         if self.world > 1:
-            with self._peers():
-                dist.all_gather_object(values, value, group=self._process_group)
+            self._collective(dist.all_gather_object, values, value)
         return values
 
     def start_sum(self, tensor: Tensor) -> dist.Work:
@@ -269,7 +268,10 @@ class Group:
     def wait(self, work: dist.Work) -> None:
         """Until a started collective is done; on a GPU, what follows waits for it."""
         with self._peers(queued=True):
-            work.wait()
+            if self.device.type == "cuda":
+                work.wait()
+            else:
+                self._errands.run(work.wait)
 
     def messages(self) -> Messages:
         """Between these workers; not of one that is alone."""

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from orchestrator.ddp import DdpGradients
 from orchestrator.devices import compute_now
 from orchestrator.evaluate import evaluate
 from orchestrator.group import Group
@@ -12,7 +13,7 @@ from orchestrator.plan import Plan
 from orchestrator.schedule import learning_rate
 from orchestrator.shards import Placement
 from orchestrator.state import TrainingState
-from orchestrator.step import DdpGradients, GradientSource, ShardedGradients, StepTotals
+from orchestrator.step import GradientSource, ShardedGradients, StepTotals
 from workloads.workload import Workload
 
 

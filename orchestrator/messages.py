@@ -21,6 +21,7 @@ class Messages:
 
     def __init__(self, group: Callable[[], dist.ProcessGroup | None], timeout: datetime.timedelta) -> None:
         self._group, self._timeout = group, timeout
+        self._closed = False
 
     def _joined(self) -> dist.ProcessGroup:
         found = self._group()
@@ -43,6 +44,12 @@ class Messages:
         with _lost():
             for work in works:
                 work.wait(self._timeout)
+        if self._closed:
+            raise PeerLostError("what has come is too late")
+
+    def close(self) -> None:
+        """From now on whoever waits for messages gets an error, at the latest when they are there."""
+        self._closed = True
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import os
 import socket
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 Address = tuple[str, int]
 
 
@@ -56,3 +58,38 @@ def shut_down(inode: str, connection: Connection) -> None:
         # The descriptor may have been closed since, and stand for another socket now.
         if os.readlink(f"/proc/self/fd/{copy.fileno()}") == inode:
             copy.shutdown(socket.SHUT_RDWR)
+
+
+class Lines:
+    """The connections of a process group of gloo and of its store; what is not known cannot be cut."""
+
+    def __init__(self) -> None:
+        self._foreign: frozenset[str] = frozenset()
+        self._servers: set[Address] = set()
+
+    def begin(self, store: Address) -> None:
+        """Before the process group is built: what is connected by now is not its own."""
+        self._foreign = frozenset(connections())
+        self._servers.add(store)
+
+    def learn(self, store: dist.Store, groups: str, rank: int, world: int) -> None:
+        """Where gloo's connections between these workers are answered; every worker calls it alike."""
+        mine = [c.local for inode, c in connections().items() if c.peer is None and inode not in self._foreign]
+        store.set(f"answers-{groups}-{rank}", ",".join(f"{host} {port}" for host, port in mine))
+        for text in store.multi_get([f"answers-{groups}-{other}" for other in range(world)]):
+            for item in filter(None, text.decode().split(",")):
+                host, port = item.split(" ")
+                self._servers.add((host, int(port)))
+
+    def cut(self) -> None:
+        """End those between workers."""
+        for inode, connection in connections().items():
+            ours = connection.local in self._servers or connection.peer in self._servers
+            if inode not in self._foreign and connection.peer is not None and ours:
+                shut_down(inode, connection)
+
+    def cut_store(self) -> None:
+        """End that to the store, which was connected before."""
+        for inode, connection in connections().items():
+            if inode in self._foreign and connection.peer in self._servers:
+                shut_down(inode, connection)

@@ -5,10 +5,7 @@ from where they lie to where they are added (routes.py), a block as soon as its 
 and sends on what has come while the backward pass goes on.
 """
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,14 +89,13 @@ class TreeSums:
         self._last_place = len(placement.blocks_of(group.rank)) - 1
         self._words = torch.zeros(group.world)
         self._sent: list[dist.Work] = []
-        self._errands: list[Future[None]] = []
         self._open = False  # whether a step was started and is not finished
-        self._helper = ThreadPoolExecutor(1, "sums")
+        self._helper = group.errands("sums")
 
     def start(self) -> None:
         self._open = True
         if self._routes.outside:
-            self._errand(self._expect)
+            self._helper.start(self._expect)
 
     def launch(self, number: int, place: int) -> None:
         lot, routes = self._lots[number], self._routes
@@ -114,42 +110,45 @@ class TreeSums:
         if place == self._last_place:
             if routes.outside:
                 self._tell_team()
-                self._errand(self._carry, number)
+                self._helper.start(self._carry, number)
             elif lot is self._lots[-1]:  # nothing is on its way: one word that all is there will do
                 self._tell_team()
 
     def finish(self) -> None:
         with self._group.others_wait():
-            while self._errands:  # by no name: an error would keep itself, and the connections it was met on, alive
-                self._errands.pop(0).result()
-            for lot in self._lots:
-                self._messages.complete(lot.totals)
-            if not self._routes.outside:
-                self._meet_team()
+            if self._routes.outside:
+                self._helper.start(self._take_totals)
+            else:
+                self._helper.start(self._meet_team)
+            self._helper.finish()
         if not self._routes.outside:
             for lot in self._lots:
                 for piece in lot.cuts[self._group.rank]:
                     self._add(lot, piece, -1)
         with self._group.others_wait():
-            self._settle_sent()
-            self._tell_team()
-            self._meet_team()
-            self._settle_sent()
+            self._helper.run(self._conclude)
         self._open = False
 
     def close(self) -> None:
         if self._open:
             self._group.hang_up()  # the helper may wait for others, and they for this worker
-        self._helper.shutdown(cancel_futures=True)
-        self._errands.clear()  # messages under way keep their connection open, errors their messages
-        self._sent.clear()
+        self._messages.close()
+        self._helper.close()
+        self._sent.clear()  # messages under way keep their connection open
         for lot in self._lots:
             lot.arrivals.clear()
             lot.totals.clear()
 
-    def _errand(self, do: Callable[..., None], *what: Any) -> None:
-        """The helper does it, after what it was given before."""
-        self._errands.append(self._helper.submit(do, *what))
+    def _take_totals(self) -> None:
+        for lot in self._lots:
+            self._messages.complete(lot.totals)
+
+    def _conclude(self) -> None:
+        """All is added up everywhere, and nothing of it is under way."""
+        self._settle_sent()
+        self._tell_team()
+        self._meet_team()
+        self._settle_sent()
 
     def _tag(self, number: int, piece: int, part: int = -1) -> int:
         """Of a message about a piece of a chunk of a bucket: with a part, or with the total."""
