@@ -20,7 +20,7 @@ from orchestrator.sockets import connections
 
 def left(group: Group) -> int:
     """Connections of a group, and threads that carry its sums."""
-    made = [inode for inode in connections() if inode not in group._foreign]
+    made = [inode for inode in connections() if inode not in group._lines._foreign]
     return len(made) + sum(thread.name.startswith("sums") for thread in threading.enumerate())
 
 

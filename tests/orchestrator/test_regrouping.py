@@ -95,6 +95,7 @@ def test_after_a_frozen_peer_ddp_goes_on_too():
     outcomes = run_distributed(freeze, 2, toy_plan(reduce="ddp", ragged=False))
     assert [step for _, step, *_ in outcomes] == [2, 2]
     assert outcomes[0][0] < SOON_S
+    assert all(clean for _, _, clean, _ in outcomes)
     assert outcomes[0][3] == outcomes[1][3]
 
 
@@ -134,6 +135,15 @@ def test_a_generation_that_ends_between_shards_leaves_no_trace(world, at, step):
         assert clean
         assert momentum == 0.1
         assert weights == reference.sha256
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_generation_of_ddp_that_ends_in_a_pass_leaves_no_trace(at):
+    """The forward pass has counted a batch on who computed it by then, and only there."""
+    outcomes = run_distributed(end_between_shards, 2, toy_plan(reduce="ddp", ragged=False), at)
+    assert [step for step, *_ in outcomes] == [at - 1] * 2
+    assert all(clean for _, clean, *_ in outcomes)
+    assert outcomes[0][3] == outcomes[1][3]
 
 
 def end_evaluation(group: Group, plan: Plan) -> tuple[dict[str, float], str, str]:
