@@ -33,27 +33,27 @@ class _LossModule(nn.Module):
         return sums.loss, sums.count
 
 
-class _Means:
-    """DistributedDataParallel's averages over workers, waited for so that the wait can be broken off."""
+class _Sums:
+    """DistributedDataParallel's sums over workers, waited for so that the wait can be broken off."""
 
     def __init__(self, group: Group) -> None:
-        self._group, self._errands = group, group.errands("means")
+        self._group, self._errands = group, group.errands("buckets")
         self.finish, self.close = self._errands.finish, self._errands.close
 
-    def average(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def start(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """A communication hook (https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html).
 
         It always gives a result, for backward waits for it without end; `finish` raises PeerLostError if it is none.
         """
-        mean: torch.futures.Future[Tensor] = torch.futures.Future()
-        self._errands.start(self._sum, bucket.buffer().mul_(1 / self._group.world), mean)
-        return mean
+        total: torch.futures.Future[Tensor] = torch.futures.Future()
+        self._errands.start(self._sum, bucket.buffer(), total)
+        return total
 
-    def _sum(self, tensor: Tensor, mean: torch.futures.Future[torch.Tensor]) -> None:
+    def _sum(self, tensor: Tensor, total: torch.futures.Future[torch.Tensor]) -> None:
         try:
             self._group.sum(tensor)
         finally:
-            mean.set_result(tensor)
+            total.set_result(tensor)
 
 
 class DdpGradients:
@@ -67,13 +67,16 @@ class DdpGradients:
     ) -> None:
         self._plan, self._workload, self._state, self._group = plan, workload, state, group
         self._module: nn.Module = _LossModule(workload, state.model)
-        self._means = _Means(group)
+        self._sums, self._factor = _Sums(group), 1  # of the loss: torch's own are means over workers
         if group.world > 1:
+            self._share([*state.model.parameters(), *state.model.buffers()])  # kinds of machines may begin differently
             self._module = wrapped = nn.parallel.DistributedDataParallel(
                 self._module, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
             )
-            if group.device.type == "cpu":  # NCCL can be aborted
-                wrapped.register_comm_hook(None, self._means.average)
+            if group.device.type == "cpu":
+                wrapped.register_comm_hook(None, self._sums.start)
+            else:  # NCCL can be aborted
+                self._factor = group.world
         self._before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they were before the step under way
         samples = workload.samples("train")
         self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
@@ -115,11 +118,13 @@ class DdpGradients:
         rows[self._group.rank, 3] = len(fed) * weight
         rows[self._group.rank, 4] = ledger_of(fed)
         with self._group.others_wait():
-            self._state.precision.scaler.scale(loss * (weight * world / nominal)).backward()
-            self._means.finish()
+            self._state.precision.scaler.scale(loss * (weight * self._factor / nominal)).backward()
+            self._sums.finish()
         computed_s = time.perf_counter()
         self._group.sum(rows)
-        self._share_buffers()  # before the optimizer's step: between that and its count nobody can be missed
+        self._share(
+            [b for b in self._state.model.buffers() if b.is_floating_point()]
+        )  # before the optimizer's step: between that and its count nobody can be missed
         seconds = (fed_s - waiting_since, computed_s - fed_s, time.perf_counter() - computed_s)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:
@@ -133,18 +138,18 @@ class DdpGradients:
         """See GradientSource."""
         self._before.clear()
 
-    def _share_buffers(self) -> None:
-        """Everyone takes rank 0's, as DistributedDataParallel does, but after the pass: none is left behind."""
-        buffers = [b for b in self._state.model.buffers() if b.is_floating_point()]
-        if buffers and self._group.world > 1:
-            flat = torch.cat([b.flatten() for b in buffers])
+    def _share(self, tensors: list[Tensor]) -> None:
+        """Everyone takes rank 0's; of buffers after a pass, where DistributedDataParallel does it before."""
+        for dtype in {tensor.dtype: None for tensor in tensors} if self._group.world > 1 else ():
+            held = [tensor.detach() for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.flatten() for tensor in held])
             self._group.broadcast(flat, 0)
-            for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-                buffer.copy_(part.view_as(buffer))
+            for tensor, part in zip(held, flat.split([tensor.numel() for tensor in held]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def close(self) -> None:
         self._feed.close()
-        self._means.close()
+        self._sums.close()
         del self._module
         for buffer, before in self._before:
             buffer.copy_(before)

@@ -18,7 +18,7 @@ from orchestrator.messages import Messages
 from orchestrator.sockets import Lines
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.stores import CONNECT_TIMEOUT_S, PeerLostError
-from orchestrator.waiting import Errands, of_this_thread
+from orchestrator.waiting import Errands, of_this_thread, wait_holding
 
 CONNECT_TIMEOUT = datetime.timedelta(seconds=CONNECT_TIMEOUT_S)
 gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
@@ -271,7 +271,7 @@ class Group:
             if self.device.type == "cuda":
                 work.wait()
             else:
-                self._errands.run(work.wait)
+                self._errands.run(wait_holding, self._process_group or dist.group.WORLD, work)
 
     def messages(self) -> Messages:
         """Between these workers; not of one that is alone."""

@@ -25,7 +25,7 @@ class Messages:
 
     def _joined(self) -> dist.ProcessGroup:
         found = self._group()
-        if found is None:
+        if found is None or self._closed:
             raise PeerLostError("the process group was left")
         return found
 

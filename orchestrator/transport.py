@@ -138,6 +138,7 @@ class TreeSums:
         for lot in self._lots:
             lot.arrivals.clear()
             lot.totals.clear()
+        self._lots, self._window = [], torch.empty(0)  # memory is not for a helper that was left behind to keep
 
     def _take_totals(self) -> None:
         for lot in self._lots:

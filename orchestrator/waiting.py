@@ -4,6 +4,8 @@ gloo does not tell everyone who waits on a connection that it has ended: a messa
 part by then is waited for until the group's timeout (gloo/transport/tcp/pair.cc: signalException looks through what is
 pending, not through the unbound buffers of tx_ and rx_). Whoever has to go on without the lost lets a thread wait, and
 leaves it behind.
+
+Waits inside of torch cannot be left: those of models in parts within a replica group (fsdp, tensor, pipeline).
 """
 
 import threading
@@ -15,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from orchestrator.stores import PeerLostError
 
@@ -39,6 +42,7 @@ class Errands:
         self._queue: SimpleQueue[_Errand | None] = SimpleQueue()
         self._open: list[Future[Any]] = []
         self._thread: threading.Thread | None = None
+        self._left = False
 
     def start(self, do: Callable[..., Any], *what: Any) -> None:
         """Have something done after what was given before; `finish` waits for it."""
@@ -61,7 +65,7 @@ class Errands:
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(GRACE_S)
-            self._queue, self._thread = SimpleQueue(), None
+            self._queue, self._thread, self._left = SimpleQueue(), None, False
 
     def _give(self, do: Callable[..., Any], what: tuple[Any, ...], named: dict[str, Any]) -> Future[Any]:
         if self._thread is None:
@@ -83,7 +87,9 @@ class Errands:
                         return future.result()
                 if self._over():
                     over_s = over_s or time.monotonic()
-                    if time.monotonic() - over_s > GRACE_S:
+                    if self._left or time.monotonic() - over_s > GRACE_S:
+                        self._left = True  # what waits behind it is not waited for
+                        future.cancel()
                         raise PeerLostError("the generation was ended; a message under way was left behind")
         finally:
             del future  # an error would keep itself, and the connections it was met on, alive
@@ -110,3 +116,8 @@ def of_this_thread(do: Callable[..., Any]) -> Callable[..., Any]:
             return do(*what, **named)
 
     return done
+
+
+def wait_holding(_: dist.ProcessGroup, work: dist.Work) -> None:
+    """A process group that ends waits for its work, wherever that is: who is left behind with work holds its group."""
+    work.wait()
