@@ -122,9 +122,8 @@ class DdpGradients:
             self._sums.finish()
         computed_s = time.perf_counter()
         self._group.sum(rows)
-        self._share(
-            [b for b in self._state.model.buffers() if b.is_floating_point()]
-        )  # before the optimizer's step: between that and its count nobody can be missed
+        # Before the optimizer's step: between that and its count nobody can be missed.
+        self._share([b for b in self._state.model.buffers() if b.is_floating_point()])
         seconds = (fed_s - waiting_since, computed_s - fed_s, time.perf_counter() - computed_s)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:
