@@ -2,8 +2,8 @@
 
     python tests/bench/checkpoint_stall.py --out checkpoint_stall.json
     python tests/bench/checkpoint_stall.py --workloads resnet18 --workers 1 --every 6
-    python tests/bench/checkpoint_stall.py --workloads bert-base --batch-size 4 --shards 2 --checkpoints 4 \
-        --sequence-length 64
+    python tests/bench/checkpoint_stall.py --workloads bert-base --batch-size 4 --shards 2 --checkpoints 2 \
+        --every 12 --sequence-length 64
 
 resnet18 (45 MB of parameters and as much momentum), BERT-mini and, where named, BERT-base (1 GB with its optimizer's
 state), one run each with many checkpoints. Two costs are added for each checkpoint: the stall
