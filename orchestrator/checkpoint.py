@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import CheckpointError
-from orchestrator.storage import Folder
+from orchestrator.storage import Folder, Pieces
 
 FORMAT = 1
 STATE, MANIFEST, PARTS = "state.safetensors", "manifest.json", "parts-"
@@ -34,6 +34,44 @@ class Loaded:
     step: int
     tensors: dict[str, Tensor]
     cut: bool = False
+
+
+# What safetensors calls them: https://huggingface.co/docs/safetensors/metadata_parsing
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def pieces_of(tensors: Mapping[str, Tensor]) -> Pieces:
+    """A state as a safetensors file, whose content is the tensors' own memory.
+
+    The library's `save` copies everything twice: of BERT-base's 1,054 MB that took 3.1 s of a core, and 2 GB of memory
+    beside the snapshot.
+
+    Args:
+        tensors: on the CPU, contiguous, of one of DTYPES.
+    """
+    header: dict[str, Any] = {}
+    views: list[memoryview] = []
+    end = 0
+    # As the library does: wider types first, so that each tensor is aligned.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        view = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+        begin, end = end, end + len(view)
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        views.append(view)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *views]
 
 
 def whole(described: Described) -> dict[str, Tensor]:
@@ -66,16 +104,17 @@ class CheckpointStore:
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> int:
         """Write checkpoint `step`, drop those beyond `keep`; returns the bytes written."""
-        from safetensors.torch import save
+        return self.finish(step, self.write(step, {STATE: pieces_of(tensors)}))
 
-        return self.finish(step, self.write(step, {STATE: save(dict(tensors))}))
-
-    def write(self, step: int, files: Mapping[str, bytes]) -> Entries:
+    def write(self, step: int, files: Mapping[str, bytes | Pieces]) -> Entries:
         """Write files of checkpoint `step`, which is none before `finish`; returns their entries in its manifest."""
         entries = {}
         for name, content in files.items():
-            self._folder.write(f"step-{step}/{name}", content)
-            entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            pieces, sha256 = [content] if isinstance(content, bytes) else content, hashlib.sha256()
+            self._folder.write(f"step-{step}/{name}", pieces)
+            for piece in pieces:
+                sha256.update(piece)
+            entries[name] = {"bytes": sum(map(len, pieces)), "sha256": sha256.hexdigest()}
         self._halfway(step)
         return entries
 

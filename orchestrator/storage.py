@@ -6,13 +6,14 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.errors import OrchestratorError, StorageError, UserError
 
 T = TypeVar("T")
+Pieces = Sequence[bytes | memoryview]  # of a file's content, one after the other
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 # What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
@@ -158,12 +159,13 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return b""
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | Pieces) -> None:
         """Write a whole file, atomically; folders on the way are made."""
+        pieces = [data] if isinstance(data, bytes) else data
         if self.is_local:
-            self._on_disk(lambda: self._replace(name, data))
+            self._on_disk(lambda: self._replace(name, pieces))
         else:
-            self._patiently(lambda: self._put(name, data))
+            self._patiently(lambda: self._put(name, pieces))
 
     def _on_disk(self, do: Callable[[], None]) -> None:
         """Write to a local disk or a mounted one; what is wrong with it does not pass while one waits."""
@@ -174,13 +176,14 @@ class Folder:
                 raise StorageError(f"{self._flag} {self.uri}: {_line(error)}") from error
             raise
 
-    def _replace(self, name: str, data: bytes) -> None:
+    def _replace(self, name: str, pieces: Pieces) -> None:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with beside.open("wb") as file:
-                file.write(data)
+                for piece in pieces:
+                    file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(target)
@@ -190,9 +193,10 @@ class Folder:
             raise
         _sync_folder(target.parent)
 
-    def _put(self, name: str, data: bytes) -> None:
+    def _put(self, name: str, pieces: Pieces) -> None:
         with self._fs.open_output_stream(self.path(name)) as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
 
     def append(self, name: str, text: str) -> None:
         """Add whole lines at the end; object stores cannot, so there the object is written anew."""
