@@ -18,6 +18,7 @@ class RunStarted:
     data: str
     resumed: bool
     coordinator_pid: int
+    parallel: str = "ddp"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from orchestrator.incident import KILLED, PAUSES, OpenIncident
 from orchestrator.plan import Plan
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
 from orchestrator.storage import Folder
+from orchestrator.values import Parallel
 
 RATE_WINDOW_S = 10.0
 OWNER_EVERY_S = 1.0
@@ -70,6 +71,8 @@ class Journal:
         self.result: dict[str, Any] | None = None
         self.figures: dict[str, Any] = {}  # more for the result
         config, self.devices = plan.config, SeenDevices()
+        ways = [Parallel.parse(event.get("parallel", "ddp")) for event in self._folder.every("run_started")]
+        self._exact = plan.deterministic and all(way.exact for way in ways)  # steps of an earlier command count too
         self.devices.see(0, (self.newest("generation_started") or {}).get("devices", []), earlier=True)
         if again:
             self._recover()
@@ -79,7 +82,7 @@ class Journal:
         self.loss = self._folder.last_loss()  # none of this command's steps may be left to take
         self._folder.take_ownership(token)
         begun = (plan.workload, plan.total_steps, config.shards, config.batch_size, description, resumed)
-        self.log(RunStarted(*begun, os.getpid()))
+        self.log(RunStarted(*begun, os.getpid(), str(config.parallel)))
 
     def _recover(self) -> None:
         """Read back what the earlier coordinator of this command wrote."""
@@ -261,7 +264,7 @@ class Journal:
             "generations": self.generation,
             "incidents": [dataclasses.asdict(incident) for incident in self.incidents],
             **({"failure": dataclasses.asdict(failure)} if failure else {}),
-            "deterministic": self._plan.deterministic,
+            "deterministic": self._exact,
             **self.figures,
         }
         if not self.superseded:

@@ -79,8 +79,7 @@ class Plan:
     @property
     def deterministic(self) -> bool:
         """Whether the result is a function of the configuration: of neither the number of workers nor of timing."""
-        exact = self.config.parallel.kind in ("ddp", "pipeline")
-        return exact and self.config.reduce == "fixed" and not self.config.staleness.steps
+        return self.config.parallel.exact and self.config.reduce == "fixed" and not self.config.staleness.steps
 
     def identity(self) -> str:
         """SHA-256 over what decides the result; a checkpoint is only loaded into a run of the same identity."""

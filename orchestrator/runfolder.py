@@ -5,7 +5,7 @@ import math
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,17 @@ class RunFolder:
 
     def newest(self, *kinds: str) -> dict[str, Any] | None:
         """The last event of these kinds; None: there is none."""
+        return next(self._backwards(*kinds), None)
+
+    def every(self, *kinds: str) -> list[dict[str, Any]]:
+        """All events of these kinds, the last one first."""
+        return list(self._backwards(*kinds))
+
+    def _backwards(self, *kinds: str) -> Iterator[dict[str, Any]]:
         for line in reversed((self.text(EVENTS) or "").splitlines()):
             event = _record(line) if any(kind in line for kind in kinds) else None
             if event and event["event"] in kinds:
-                return event
-        return None
+                yield event
 
     def last_step(self) -> int:
         """The newest step in metrics.jsonl; 0: there is none."""

@@ -4,7 +4,7 @@ tensor: the workers of a replica group compute the same shards together. fsdp, h
 own. pipeline: one behind the other. The sums go through the tree as ever, among the workers that hold the same part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -65,16 +65,21 @@ class SideBySideGradients(TogetherGradients):
         return (mine, True) if mine < filled else (first, False)
 
     def _take(self) -> None:
-        for place, gradient in self._part.take_gradients():
-            spread = isinstance(self._part.held[place], DTensor)  # torch has added up those; others are this worker's
-            self._reducer.add_gradient(place, gradient if spread else self._summed(gradient))
+        taken = dict(self._part.take_gradients())
+        own = [place for place in taken if not isinstance(self._part.held[place], DTensor)]  # torch sums the others
+        taken.update(zip(own, self._summed([taken[place] for place in own]), strict=True))
+        for place, gradient in taken.items():
+            self._reducer.add_gradient(place, gradient)
 
-    def _summed(self, gradient: Tensor) -> Tensor:
-        """Over the shards of a unit, in the tree's order."""
-        inside = self._part.seating.inside
-        rows = torch.empty(inside.world, gradient.numel(), device=gradient.device)
-        inside.wait(inside.start_gather(rows.view(-1), gradient.reshape(-1)))
-        return tree_sum(list(rows)).view_as(gradient)
+    def _summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each over the shards of a unit, in the tree's order; together, for a message costs more than its bytes."""
+        if not tensors:
+            return []
+        inside, flat = self._part.seating.inside, torch.cat([tensor.reshape(-1) for tensor in tensors])
+        rows = flat.new_empty(inside.world, len(flat))
+        inside.wait(inside.start_gather(rows.view(-1), flat))
+        sums = tree_sum(list(rows)).split([tensor.numel() for tensor in tensors])
+        return [found.view_as(tensor) for found, tensor in zip(sums, tensors, strict=True)]
 
     def _pass(self, step: int, nominal: float, stop: bool) -> None:
         for unit in self._own:
@@ -94,5 +99,5 @@ class SideBySideGradients(TogetherGradients):
         extra = self._extra(shard, sums, indices, len(indices), stop)
         if not counts:
             extra.zero_()
-        self._reducer.add_extra(self._summed(extra))
+        self._reducer.add_extra(*self._summed([extra]))
         (sums.loss / nominal * float(counts)).backward()

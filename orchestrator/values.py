@@ -76,6 +76,11 @@ class Parallel:
         """Whether a worker holds only a part of the model."""
         return self.kind != "ddp"
 
+    @property
+    def exact(self) -> bool:
+        """Whether the bits are those of one worker, whatever the model and the number of workers."""
+        return self.kind in ("ddp", "pipeline")
+
     def __str__(self) -> str:
         return self.kind if self.size < 2 else f"{self.kind}={self.size}"
 

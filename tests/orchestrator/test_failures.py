@@ -233,3 +233,20 @@ def test_an_end_without_a_word_is_told(end, tmp_path):
         assert f"resume with: python -m orchestrator.run resnet --storage {tmp_path} --name n" in done.stderr
     else:
         assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("ways", "deterministic"),
+    [
+        (["ddp"], True),
+        (["pipeline=2", "ddp"], True),
+        (["tensor=2"], False),
+        (["ddp", "fsdp", "ddp"], False),
+        (["ddp", "fsdp", "ddp", "ddp"], False),
+    ],
+)
+def test_one_command_in_rounding_parts_makes_a_run_depend_on_its_workers(tmp_path, ways, deterministic):
+    for number, parallel in enumerate(ways):
+        journal = Journal(toy_plan(parallel=parallel), str(tmp_path), f"token{number}", "", 0.0, again=False)
+        journal.end("finished", "", "", {})
+    assert RunFolder(Folder(str(tmp_path))).result()["deterministic"] == deterministic
