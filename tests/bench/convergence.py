@@ -58,6 +58,8 @@ def main() -> None:
             run = {"workload": workload, "sync": name, "distance": distance, "met": TARGET.met(distance), **found}
             report["runs"].append(run)
             paired.say(f"{workload}, {name}: {reached:.4f}, {distance:+.4f}")
+            if settings.out:  # what is known so far
+                settings.out.write_text(json.dumps(report, indent=1) + "\n")
     paired.emit(report, settings.out)
 
 
