@@ -27,7 +27,7 @@ NEVER = "1000000"
 TARGET_SHARE = 0.01
 JOBS = {
     "resnet": ["--model", "resnet8", "--image-size", "32", "--data-cache", "0.1"],
-    "bert": ["--hidden-size", "64", "--sequence-length", "64", "--lr", "0.0003"],
+    "bert": ["--hidden-size", "32", "--layers", "1", "--sequence-length", "16", "--lr", "0.0003"],
 }
 
 
@@ -37,7 +37,7 @@ def prepare(workload: str, images: int, folder: Path) -> str:
     if workload == "resnet":
         command += ["--source", f"imagefolder:{commands.write_photos(folder, images)}"]
     else:
-        command += ["--source", "docs", "--sequence-length", "64"]
+        command += ["--source", "docs", "--sequence-length", "16"]
     commands.run(command, folder)
     return f"parquet:{folder / 'prepared'}"
 
