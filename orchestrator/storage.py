@@ -47,18 +47,22 @@ class Folder:
 
         self._flag, self._patience_s = flag, patience_s
         self.is_local = "://" not in uri or uri.startswith("file://")
+        allowed = "give a folder or a URI such as s3://bucket/runs"
+        if uri == "file://":
+            raise UserError(f"{flag} {uri}: names no folder; {allowed}")
         if self.is_local:
             self._root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
             self._query = ""
             self._fs = fs.LocalFileSystem()
             return
-        allowed = "give a folder or a URI such as s3://bucket/runs"
         address, mark, query = uri.partition("?")
         self._scheme, _, rest = address.partition("://")
         self._query = mark + query
         if "@" in rest.split("/")[0] or "secret" in query.lower():
             # The URI is written to the run folder and to logs.
             raise UserError(f"{flag} {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables")
+        if not rest.strip("/"):  # pyarrow takes what is left of it, s3:, for a local folder
+            raise UserError(f"{flag} {uri}: names no bucket; {allowed}")
         try:
             self._fs, self._root = fs.FileSystem.from_uri(uri.rstrip("/"))
         except (ValueError, OSError, NotImplementedError) as error:

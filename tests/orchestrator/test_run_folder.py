@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,9 @@ def test_writability_is_checked_without_a_trace(tmp_path):
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(UserError, match=r"^--storage gopher://x: "):
         Folder("gopher://x")
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///", "s3://?region=us-east-1", "file://"])
+def test_a_uri_that_names_no_place_is_refused(uri):
+    with pytest.raises(UserError, match=rf"^--storage {re.escape(uri)}: names no (bucket|folder); give "):
+        Folder(uri)
