@@ -54,7 +54,6 @@ class Scorer:
     def __init__(self, task: Task) -> None:
         prepare_torch(task.threads, same_bits=True)
         self._task = task
-        self._folder = tempfile.TemporaryDirectory(prefix="orchestrator-score-")
 
     def begin(self, files: dict[str, bytes]) -> tuple[str, int]:
         """Open model and data; returns (node, process id).
@@ -67,8 +66,15 @@ class Scorer:
         """
         import ray
 
-        task, folder = self._task, put(files, Path(self._folder.name))
         self._device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+        # Not until the end: the actor is killed, and nothing would delete them.
+        with tempfile.TemporaryDirectory(prefix="orchestrator-score-") as folder:
+            self._open(put(files, Path(folder)))
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def _open(self, folder: Path) -> None:
+        """Read all of the folder that is needed."""
+        task = self._task
         exporting = WORKLOADS[task.workload].export(task.config)
         config = exporting.settings_for(task.data, task.about, folder)
         self._workload = exporting.workload_for(config, task.about)
@@ -81,7 +87,6 @@ class Scorer:
             model, kind = onnx_model(folder / ONNX, exporting.inputs, task.threads), "fp32"
         self._model = model.to(self._device)
         self._precision = Precision(kind, self._device.type)
-        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def sums(self, chunks: range) -> tuple[tuple[str, ...], NDArray[Any]]:
         """(names, rows [chunks, names]); see sums_of. Raises DataError: a sample cannot be read."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from orchestrator.errors import UserError
 from orchestrator.evaluate import CHUNK, sums_of, totals
 from orchestrator.precision import Precision
 from orchestrator.score import find_model, main
+from orchestrator.scorer import Scorer, Task
 from workloads.bert.config import BertConfig
 from workloads.bert.exporting import BertExporting
 from workloads.resnet.config import ResnetConfig
@@ -66,6 +69,22 @@ def test_fewer_classes_keep_the_model_s_labels(animals, tmp_path):
     names, rows = sums_of(workload, model, Precision("fp32", "cpu"), samples, range(1), 0, torch.device("cpu"))
     assert len(samples) < CHUNK
     assert totals(names, rows)["count"] == 6
+
+
+def test_a_scorer_leaves_no_files(animals, tmp_path, monkeypatch):
+    """Though it is killed: it needs none once it has begun."""
+    folder, config, _ = animals
+    monkeypatch.setattr("orchestrator.scorer.prepare_torch", lambda threads, same_bits: None)  # for the whole process
+    monkeypatch.setattr("ray.get_gpu_ids", list)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    files = {file.name: file.read_bytes() for file in (folder / "model").iterdir()}
+    sha256 = json.loads((folder / "result.json").read_text())["weights_sha256"]
+    about = ResnetExporting(config).about(config, folder / "model")
+    scorer = Scorer(Task("resnet", config, config.data, about, sha256, 1))
+    assert scorer.begin(files) == ("node", os.getpid())
+    assert not list(tmp_path.glob("orchestrator-score-*"))
+    assert scorer.metrics(*scorer.sums(range(1))).keys() >= {"accuracy"}
 
 
 def refusal(capsys, *arguments: object) -> str:
