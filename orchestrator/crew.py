@@ -113,6 +113,12 @@ class Crew:
         while not await self.handles[0].written.remote():
             await asyncio.sleep(WRITTEN_S)
 
+    async def weights_sha256(self) -> str:
+        """Of the model as it is now; raises RayError."""
+        parts = [handle.snapshot.remote() for handle in self.handles]
+        sha256: str = await self.handles[0].weights_sha256.remote(*parts)
+        return sha256
+
 
 async def _answer(reference: Any) -> Any:
     return await reference

@@ -192,7 +192,7 @@ class Dispatcher(Keeper):
 
     async def _ripen(self) -> None:
         """Every microbatch is done: one worker evaluates and saves, when the last checkpoint is whole."""
-        if await self._last_checkpoint():
+        if await self._last_checkpoint() is not None:
             self._ripe = True
             self._members.notify()
 
@@ -217,8 +217,8 @@ class Dispatcher(Keeper):
     async def _stop(self) -> None:
         if self._handout is None or not self._members.begun:
             self._end_by_members("")
-        elif await self._last_checkpoint():
-            await self.stopped(self._handout.oldest, "")
+        elif (sha256 := await self._last_checkpoint(hashed=True)) is not None:
+            await self.stopped(self._handout.oldest, sha256)
         else:
             self._halting = False
 

@@ -77,8 +77,12 @@ class Keeper(Coordinator):
         self._journal.log(CheckpointSaved(**saved))
         self._members.notify()
 
-    async def _last_checkpoint(self) -> bool:
-        """Have what there is written down; False: a server was lost, or it cannot be written."""
+    async def _last_checkpoint(self, hashed: bool = False) -> str | None:
+        """Have what there is written down; None: a server was lost, or it cannot be written.
+
+        Returns:
+            The hash of the weights in it, if asked for; else "".
+        """
         import ray
 
         era = self._crew.era
@@ -87,10 +91,11 @@ class Keeper(Coordinator):
             self._saving = False
             self._checkpoint()
             await self._crew.written()
+            sha256 = await self._crew.weights_sha256() if hashed else ""
         except ray.exceptions.RayError as error:
             await self._look_into(error, era)
-            return False
-        return era == self._crew.era
+            return None
+        return sha256 if era == self._crew.era else None
 
     async def _look_after_servers(self) -> None:
         while not self._outcome:

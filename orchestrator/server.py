@@ -120,6 +120,11 @@ class Server:
         whole = lambda: {name: torch.tensor(array) for part in parts for name, array in part.items()}  # noqa: E731
         self._writer.submit(step, whole)
 
+    def weights_sha256(self, *parts: dict[str, NDArray[Any]]) -> str:
+        """See ServerPart."""
+        with self._lock:
+            return self._part.weights_sha256(parts)
+
     def written(self) -> bool:
         """Whether nothing is being written; raises what went wrong with it. Never waits: pings come after it."""
         if self._writer.busy:

@@ -21,7 +21,7 @@ from orchestrator.handout import Counted, Unit, ranges
 from orchestrator.microbatch import Flat, is_synchronous, views
 from orchestrator.plan import Plan
 from orchestrator.schedule import learning_rate
-from orchestrator.state import TrainingState
+from orchestrator.state import TrainingState, sha256_of
 from workloads.workload import Workload
 
 APPLIED = "applied."  # checkpoint tensors: which microbatches are in the parameters of each server
@@ -204,6 +204,11 @@ class ServerPart:
         return {name: t.contiguous().numpy() for name, t in named.items()} | {
             f"{APPLIED}{self._number}": np.asarray(applied, np.int64)
         }
+
+    def weights_sha256(self, parts: Sequence[Mapping[str, NDArray[np.generic]]]) -> str:
+        """Of the whole model, from the snapshots of all servers; see state.weights_sha256."""
+        kept = {name: array for part in parts for name, array in part.items()}
+        return sha256_of((name, torch.from_numpy(kept[f"model.{name}"])) for name in self._model.state_dict())
 
 
 def _applied(loaded: Mapping[str, Tensor], servers: int, number: int, step: int) -> list[int]:

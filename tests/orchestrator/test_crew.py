@@ -20,7 +20,7 @@ class Handle:
 
     def __init__(self, lost: bool = False) -> None:
         self.lost, self.asked = lost, list[int]()
-        for name in ("snapshot", "write", "written"):
+        for name in ("snapshot", "write", "weights_sha256", "written"):
             setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
 
     def _future(self, result: Any, error: Exception | None = None) -> "asyncio.Future[Any]":
@@ -34,6 +34,9 @@ class Handle:
     def _write(self, step: int, *parts: "Handle") -> Any:
         self.asked.append(step)
         return self._future(None, LostError() if any(part.lost for part in parts) else None)
+
+    def _weights_sha256(self, *parts: "Handle") -> Any:
+        return self._future(f"of {len(parts)} parts", LostError() if any(part.lost for part in parts) else None)
 
     def _written(self) -> Any:
         return self._future(True)
@@ -64,6 +67,22 @@ def test_a_server_that_is_lost_before_its_part_is_written_is_missed():
             await there.written()
 
     asyncio.run(story())
+
+
+def test_a_stop_tells_the_hash_of_the_weights_that_it_wrote():
+    told: list[tuple[int, str]] = []
+
+    async def stopped(step: int, sha256: str) -> None:
+        told.append((step, sha256))
+
+    async def story() -> None:
+        run: Any = SimpleNamespace(_crew=crew(Handle(), Handle()), _handout=SimpleNamespace(oldest=4), stopped=stopped)
+        run._members, run._checkpoint = SimpleNamespace(begun=True), lambda: run._crew.checkpoint(4)
+        run._last_checkpoint = lambda **given: Dispatcher._last_checkpoint(run, **given)
+        await Dispatcher._stop(run)
+
+    asyncio.run(story())
+    assert told == [(4, "of 2 parts")]
 
 
 @pytest.mark.parametrize(("newest", "due"), [(None, 4), ({"step": 2}, 4), ({"step": 4}, 0)])

@@ -65,6 +65,7 @@ def test_stale_gradients_train_too_and_a_stop_is_resumed(staleness: str, cluster
     at = len(records(folder))
     assert at < STEPS
     assert (folder / f"checkpoints/step-{at}/manifest.json").exists()
+    assert len(result(folder)["weights_sha256"]) == 64
     done = run(*RESNET, *flags, "--servers", "3", "--workers", "1:3")
     assert done.status == 0, done.out + done.err
     found = result(folder)
