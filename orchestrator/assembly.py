@@ -126,12 +126,12 @@ def _check_parallel(config: RunConfig) -> None:
             raise UserError(f"{given}: goes with --parallel ddp; with {parallel} use {flag(name)} {allowed}")
     if config.precision == "fp16":
         raise UserError(f"--precision fp16: a loss scale is not split with --parallel {parallel}; use fp32 or bf16")
-    if size and (workers.minimum % size or workers.maximum % size):
-        lower = max(size, workers.maximum - workers.maximum % size)
-        raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
     if parallel.kind == "hsdp" and (size & (size - 1) or size > config.shards):
         raise UserError(f"--parallel {parallel}: N shares {config.shards} shards; use a power of two up to as many")
     config.check_split()
+    if size and (workers.minimum % size or workers.maximum % size):
+        lower = max(size, workers.maximum - workers.maximum % size)
+        raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
 
 
 def _check_pairs(config: RunConfig) -> None:

@@ -89,6 +89,8 @@ BAD = {
     "stages of resnet": (["resnet", "--parallel", "pipeline=6", "--workers", "6"], "5 stages at most"),
     "heads": (["bert", "--parallel", "tensor=4"], "use N of 2"),
     "layers": (["bert", "--parallel", "pipeline=5", "--workers", "5"], "4 stages at most"),
+    "heads first": (["bert", "--parallel", "tensor=3", "--workers", "2"], "use N of 2"),
+    "layers first": (["bert", "--parallel", "pipeline=50", "--workers", "2"], "4 stages at most"),
     "lengths": (["bert", "--parallel", "pipeline=2", "--short-length", "64"], "use tensor or fsdp"),
     "schedule alone": (["bert", "--pipeline-schedule", "gpipe"], "--parallel pipeline=N"),
     "loaders served": (["resnet", "--sync", "parameter-server", "--loader-processes", "2"], "--loader-processes 2"),
