@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def check_threads(threads: int) -> None:
+    """Raises UserError for a number that `run --threads` would not take: with 20000, onnxruntime does not come back."""
+    if not 1 <= threads <= 1024:
+        raise UserError(f"--threads {threads}: out of range; give a whole number from 1 to 1024")
+
+
 def refuse(error: OrchestratorError) -> int:
     """Print the one line of an error; returns the exit status that it ends the command with."""
     print("error:", str(error).replace("\n", " "), file=sys.stderr)

@@ -5,6 +5,7 @@ it has made on the held-out split and measures it beside fp32. Exit status: 0 ex
 """
 
 import dataclasses
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.assembly import assemble
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, check_threads, refuse
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.exported import ABOUT, PACKAGES, need
 from orchestrator.runfolder import CONFIG, RunFolder
+from orchestrator.settings import flag
 from orchestrator.storage import Folder
 from workloads.registry import WORKLOADS
 
@@ -124,12 +126,17 @@ def export(settings: Any) -> str:
 
 def _check(settings: Any) -> None:
     """Raises UserError for a number out of range."""
-    for name, low in (("calibration_samples", 1), ("threads", 1), ("rounds", 1), ("fine_tune_steps", 0)):
+    check_threads(settings.threads)
+    for name, low in (("calibration_samples", 1), ("rounds", 1), ("fine_tune_steps", 0)):
         if getattr(settings, name) < low:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(settings, name)}: out of range; give a whole number from {low}")
-    if not (settings.fine_tune_lr > 0 and settings.accuracy_limit == settings.accuracy_limit):
-        raise UserError("--fine-tune-lr has to be above 0, and --accuracy-limit a number")
+            raise UserError(f"{flag(name)} {getattr(settings, name)}: out of range; give a whole number from {low}")
+    for given, fits, allowed in (
+        ("fine_tune_lr", 0 < settings.fine_tune_lr < math.inf, "a finite number above 0"),
+        ("round_seconds", settings.round_seconds >= 0, "a number from 0"),
+        ("accuracy_limit", not math.isnan(settings.accuracy_limit), "a number of points"),
+    ):
+        if not fits:
+            raise UserError(f"{flag(given)} {getattr(settings, given)}: out of range; give {allowed}")
 
 
 def parser() -> Parser:

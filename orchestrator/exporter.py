@@ -183,6 +183,10 @@ class Exporter:
         print(f"int8 loses {lost:.2f} points: fine-tuning for {choices.fine_tune_steps} steps", flush=True)
         drawn = self._drawn("fine-tuning", choices.fine_tune_steps * FINE_TUNE_BATCH, FINE_TUNE_BATCH)
         program = fine_tune(model, example, axes, list(drawn), self._mean_loss, choices.fine_tune_lr)
+        if program is None:
+            given = f"--fine-tune-lr {choices.fine_tune_lr:g}"
+            print(f"{given}: fine-tuning diverged, the calibrated model is kept; give a lower one", flush=True)
+            return found
         tuned = self._pair("int8 fine-tuned", program, self._scratch / "tuned")
         if self._evaluated(tuned[1]).metrics[accuracy] < before:
             return found + tuned

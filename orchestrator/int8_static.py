@@ -84,8 +84,8 @@ def fine_tune(
     batches: Sequence[Any],
     loss_of: Callable[[nn.Module, Any], Tensor],
     lr: float,
-) -> Program:
-    """The int8 program of a model after a step of SGD on each batch, computed as int8 would.
+) -> Program | None:
+    """The int8 program of a model after a step of SGD on each batch, computed as int8 would; None: it diverged.
 
     Batch normalization is folded into the convolutions first: its statistics stay those of training.
 
@@ -103,8 +103,16 @@ def fine_tune(
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - number / len(batches))
         optimizer.zero_grad()
-        loss_of(student, batch).backward()
+        try:
+            loss = loss_of(student, batch)
+        except RuntimeError as error:
+            if "zero_point" not in str(error):
+                raise
+            return None  # torchao's, of a range of activations that is not finite
+        loss.backward()
         optimizer.step()
+        if not all(value.isfinite().all() for value in (loss, *prepared.parameters())):
+            return None
     return _converted(prepared, example, axes)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, check_threads, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.exported import open_exported
 from workloads.predicting import Guesses
@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="answer as JSON")
     try:
         settings = parser.parse_args(arguments)
-        if settings.threads < 1:
-            raise UserError(f"--threads {settings.threads}: not above 0; give a number of threads")
+        check_threads(settings.threads)
         answers, closing = predict(settings.model, settings.input, settings.threads)
     except OrchestratorError as error:
         return refuse(error)

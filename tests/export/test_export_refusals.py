@@ -46,6 +46,21 @@ def test_numbers_out_of_range(run, capsys, number):
     assert number in refusal(capsys, run, number, "0")
 
 
+@pytest.mark.parametrize(
+    ("number", "given"),
+    [
+        ("--threads", "20000"),
+        ("--fine-tune-lr", "inf"),
+        ("--fine-tune-lr", "nan"),
+        ("--round-seconds", "nan"),
+        ("--round-seconds", "-1"),
+        ("--accuracy-limit", "nan"),
+    ],
+)
+def test_numbers_that_are_none(run, capsys, number, given):
+    assert f"{number} {given}" in refusal(capsys, run, number, given)
+
+
 def test_words_that_are_not_known(run, capsys):
     assert "invalid choice: 'int4'" in refusal(capsys, run, "--quantize", "int4")
     assert "did you mean --rounds?" in refusal(capsys, run, "--round", "3")

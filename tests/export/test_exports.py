@@ -199,6 +199,23 @@ def test_fine_tuning_wins_back_what_int8_lost(digits, monkeypatch):
     assert accuracy == pytest.approx(row(record, "int8 fine-tuned", "onnxruntime")["metrics"]["accuracy"])
 
 
+@pytest.mark.parametrize(("lr", "steps", "kept"), [(1e-9, 3, True), (1e38, 3, False), (3e38, 1, False)])
+def test_fine_tuning_that_diverges_is_given_up(lr, steps, kept, monkeypatch):
+    """Where torchao meets what a step has left, and where the step itself leaves what is not finite."""
+    from torchao.quantization.pt2e.fake_quantize import FusedMovingAvgObsFakeQuantize
+
+    from orchestrator import int8_static
+
+    torch.manual_seed(0)
+    graph = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), FusedMovingAvgObsFakeQuantize())
+    torch.nn.init.ones_(graph[0].weight)
+    monkeypatch.setattr(int8_static, "_prepared", lambda *given, **more: graph)
+    monkeypatch.setattr(int8_static, "_converted", lambda *given: "int8")
+    batches = [torch.full((2, 1), 4.0)] * steps
+    found = int8_static.fine_tune(graph, (batches[0],), ({},), batches, lambda s, b: s(b).mean() / 2, lr)
+    assert found == ("int8" if kept else None)
+
+
 def heldout() -> tuple[np.ndarray, torch.Tensor]:
     samples = WORKLOADS["resnet"].build(ResnetConfig()).samples("heldout")
     batch = samples.microbatch(np.arange(len(samples)), 0)

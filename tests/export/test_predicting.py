@@ -103,8 +103,18 @@ def test_images_that_cannot_be_read(tmp_path, content):
     asked, _ = predicting(ResnetConfig(), tmp_path / "model")
     if content is not None:
         (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"--input .*x\.png cannot be decoded .*give an image file"):
+    with pytest.raises(UserError, match=r"--input .*x\.png cannot be decoded .*give an image file") as refused:
         asked.inputs(str(tmp_path / "x.png"))
+    assert str(refused.value).count("; ") == 1, "one thing to do"
+
+
+@pytest.mark.filterwarnings("error")
+def test_pillow_s_warnings_are_not_the_user_s(tmp_path, monkeypatch):
+    asked, _ = predicting(ResnetConfig(), tmp_path / "model")
+    Image.new("P", (8, 8)).save(tmp_path / "clear.png", transparency=b"\x00\x80")
+    assert asked.inputs(str(tmp_path / "clear.png"))["images"].shape == (1, 1, 8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert asked.inputs(str(tmp_path / "clear.png"))["images"].shape == (1, 1, 8, 8)
 
 
 def refusal(capsys, *arguments: str) -> str:
@@ -126,3 +136,4 @@ def test_folders_that_hold_no_exported_model(tmp_path, capsys):
     (tmp_path / "model.onnx").write_bytes(b"torn")
     assert "model.onnx: cannot be opened" in refusal(capsys, str(tmp_path), "--input", "x")
     assert "--threads 0" in refusal(capsys, str(tmp_path), "--input", "x", "--threads", "0")
+    assert "from 1 to 1024" in refusal(capsys, str(tmp_path), "--input", "x", "--threads", "20000")

@@ -4,6 +4,7 @@ The same steps as for a held-out image in training (workload.py). Where that res
 (images smaller or larger than --image-size, not photos), Pillow's own filter is used here.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ class ResnetPredicting:
         """{"images": float32 [1, C, H, W]}"""
         self._name = Path(given).name
         try:
-            image = decode(given, given, "RGB" if self._about["channels"] == 3 else "L")
+            with warnings.catch_warnings():  # Pillow's, of transparency and many pixels, with its source's lines
+                warnings.simplefilter("ignore")
+                image = decode(given, given, "RGB" if self._about["channels"] == 3 else "L")
         except DataError as error:
-            raise UserError(f"--input {error}; give an image file") from None
+            said, _, _ = str(error).rpartition("; ")  # then comes what to do with a sample
+            raise UserError(f"--input {said}; give an image file that Pillow can open") from None
         size, resize = self._about["image_size"], self._about["resize"]
         if resize:
             image = _middle(_shorter_side(image, resize), size)
