@@ -4,18 +4,27 @@ A child of the command waits at a pipe. If the command says farewell, it is sile
 """
 
 import contextlib
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 FAREWELL = b"farewell\n"
 GONE = "the command's process ended without a word: it was killed, or the Ray of its machine is gone (see logs/ray.log)"
 
 
+def scratch_prefix(pid: int) -> str:
+    """How the name of a command's temporary folder begins."""
+    return f"orchestrator-ray-{pid}-"
+
+
 @contextlib.contextmanager
 def afterword(workload: str, storage: str, name: str) -> Iterator[None]:
     """While this lasts, an end without a word is told on stderr: what is kept and the command that goes on."""
-    command = [sys.executable, "-m", "orchestrator.afterword", workload, storage, name]
+    command = [sys.executable, "-m", "orchestrator.afterword", workload, storage, name, str(os.getpid())]
     # A session of its own: Ctrl-C is the command's.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -25,8 +34,8 @@ def afterword(workload: str, storage: str, name: str) -> Iterator[None]:
             child.communicate(FAREWELL)
 
 
-def main(workload: str, storage: str, name: str) -> None:
-    """Wait for the command's end."""
+def main(workload: str, storage: str, name: str, pid: str) -> None:
+    """Wait for the end of the command, whose process is `pid`."""
     if sys.stdin.buffer.read() == FAREWELL:
         return
     from orchestrator.failure import Failure, resume_command, story
@@ -37,6 +46,8 @@ def main(workload: str, storage: str, name: str) -> None:
     folder = RunFolder(Folder(storage).child(name))
     found = kept(Failure("command_lost", GONE), folder, resume_command(workload, storage, name))
     print("\n".join(["", *story(found, folder.uri)]), file=sys.stderr, flush=True)
+    for left in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(int(pid))}*"):
+        shutil.rmtree(left, ignore_errors=True)  # Ray's last processes may be in it still
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import tempfile
 import threading
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.accelerators import Accelerator
+from orchestrator.afterword import scratch_prefix
 from orchestrator.clerk import clerk
 from orchestrator.cluster_fit import Node, Offer
 from orchestrator.coordinator import Coordinator
@@ -179,7 +181,7 @@ def _fit(assignment: Assignment, coordinator: Any, accelerator: Accelerator, off
     )
     try:
         # Ray Train's own bookkeeping is not the run's state: it goes to a folder of its own, deleted at the end.
-        with tempfile.TemporaryDirectory(prefix="orchestrator-ray-") as scratch:
+        with tempfile.TemporaryDirectory(prefix=scratch_prefix(os.getpid())) as scratch:
             Trainer(
                 train_worker,
                 asked_for=assignment.maximum if offered else 0,

@@ -223,16 +223,22 @@ def test_an_end_without_a_word_is_told(end, tmp_path):
     folder = RunFolder(Folder(str(tmp_path)).child("n"))
     folder.metrics([{"step": 7}])
     script = (
-        "import os, sys\nfrom orchestrator.afterword import afterword\n"
-        f"with afterword('resnet', {str(tmp_path)!r}, 'n'):\n    {end}"
+        "import os, sys, tempfile\nfrom orchestrator.afterword import afterword, scratch_prefix\n"
+        f"with afterword('resnet', {str(tmp_path)!r}, 'n'):\n"
+        f"    for pid in (os.getpid(), 1): tempfile.mkdtemp(prefix=scratch_prefix(pid))\n    {end}"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    own = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=own)
+    left = [path.name for path in tmp_path.glob("orchestrator-ray-*")]
     if end.startswith("os"):
+        assert len(left) == 1
+        assert left[0].startswith("orchestrator-ray-1-"), "another command's"
         assert "failed: the command's process ended without a word" in done.stderr
         assert "after step 7" in done.stderr
         assert f"resume with: python -m orchestrator.run resnet --storage {tmp_path} --name n" in done.stderr
     else:
         assert done.stderr == ""
+        assert len(left) == 2, "the command's own to delete"
 
 
 @pytest.mark.parametrize(
