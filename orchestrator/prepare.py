@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -28,14 +27,13 @@ from orchestrator.command import Parser, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
+from orchestrator.outfolder import check, claim, clear, record_name
 from orchestrator.storage import PATIENCE_S, Folder
 from orchestrator.tables import MANIFEST, SPLITS, Manifest
 from workloads.preparation import Part, Preparation
 from workloads.registry import WORKLOADS
 
 MB = 10**6
-OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
-OWN_RECORD = re.compile(r"\d{5,}\.json")
 NAMED = 100  # broken samples that the manifest names
 LINE_EVERY_S = 5.0
 OWN_FLAGS = {"bert": ("tokenizer", "vocab_size", "sequence_length")}
@@ -58,12 +56,8 @@ def write_part(out: str, number: int, spec: str, preparation: Preparation, part:
         schema = {column.name: str(column.type) for column in table.schema}
     record = {"number": number, "spec": spec, "files": files, "schema": schema}
     record |= {"broken": list(made.broken), "notes": dict(made.notes)}
-    folder.write(_record_name(number), json.dumps(record).encode())
+    folder.write(record_name(number), json.dumps(record).encode())
     return record
-
-
-def _record_name(number: int) -> str:
-    return f"parts/{number:05d}.json"
 
 
 class Job:
@@ -81,8 +75,8 @@ class Job:
         """Take what an earlier job has written, as far as it is what this one would write."""
         there = set(self.folder.child("parts").names())
         for number, spec in enumerate(self.specs):
-            if Path(_record_name(number)).name in there:
-                record = json.loads(self.folder.read(_record_name(number)))
+            if Path(record_name(number)).name in there:
+                record = json.loads(self.folder.read(record_name(number)))
                 if record["broken"] and self.given.verify:  # what could not be read may have been out of reach
                     continue
                 if record["spec"] == spec and "schema" in record and all(map(self._whole, record["files"].values())):
@@ -138,14 +132,8 @@ class Job:
         found = self.manifest()
         if self.folder.read_text(MANIFEST) != found.to_json():
             self.folder.write(MANIFEST, found.to_json().encode())
-        known = {file.name for files in found.files.values() for file in files}
-        for name in self.folder.names():
-            if OWN_FILE.fullmatch(name) and name not in known:
-                self.folder.delete(name)
-        wanted = {Path(_record_name(number)).name for number in self.records}
-        for name in set(self.folder.child("parts").names()) - wanted:
-            if OWN_RECORD.fullmatch(name):
-                self.folder.delete(f"parts/{name}")
+        files = {file.name for files in found.files.values() for file in files}
+        clear(self.folder, files, set(map(record_name, self.records)))
         return found
 
 
@@ -234,6 +222,9 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
     own = {name: value for name in OWN_FLAGS.get(workload, ()) if (value := getattr(given, name)) is not None}
     if not 0 < given.file_mb < math.inf or not 0 <= given.max_broken <= 1:
         raise UserError("--file-mb has to be above 0, and --max-broken from 0 to 1")
+    if not given.out.strip():
+        raise UserError("--out: is empty; give a folder or a URI such as s3://bucket/data")
+    check(Folder(given.out, "--out"), workload)
     config = entry.absolute_paths(assemble(entry.config_type(), {"data": given.source, **own}))
     job = Job(workload, entry.prepare(config), given)
     job.folder.check_writable()
@@ -243,6 +234,7 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
         f"{workload} from {given.source}: {len(todo)} of {len(job.parts)} parts to do, to {job.folder.uri}", flush=True
     )
     if todo:
+        claim(job.folder, workload)
         run(job, given.address)
     found = job.finish()
     counts = " + ".join(f"{found.samples(split):,}" for split in SPLITS)

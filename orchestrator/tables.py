@@ -68,22 +68,32 @@ def read_manifest(uri: str, workload: str) -> Manifest:
     """The manifest of the prepared data at `uri`; raises UserError with one line where it cannot be used."""
     advice = f"make it with python -m orchestrator.prepare {workload} --source ... --out {uri}"
     try:
-        text = Folder(uri, "--data").read_text(MANIFEST)
+        data = Folder(uri, "--data").read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--data parquet:{uri}: there is no {MANIFEST}; {advice}") from None
     except OSError as error:
         raise UserError(f"--data parquet:{uri}: cannot be read ({' '.join(str(error).split())[:300]})") from None
-    if text is None:
-        raise UserError(f"--data parquet:{uri}: there is no {MANIFEST}; {advice}")
     try:
-        content = json.loads(text)
-        if content.pop("format") != FORMAT:
-            raise UserError(f"--data parquet:{uri}: of another version of this program; {advice}")
+        return parse_manifest(data, workload)
+    except ValueError as error:
+        raise UserError(f"--data parquet:{uri}: {error}; {advice}") from None
+
+
+def parse_manifest(data: bytes, workload: str) -> Manifest:
+    """A manifest's content; raises ValueError saying why it is none of data prepared for `workload`."""
+    try:
+        content = json.loads(data)
+        version = content.pop("format")
         content.pop("samples", None)  # for people; the files have them
-        files = {split: tuple(TableFile(**file) for file in content["files"][split]) for split in SPLITS}
-        found = Manifest(**{**content, "files": files, "broken": tuple(content["broken"])})
+        if version == FORMAT:
+            files = {split: tuple(TableFile(**file) for file in content["files"][split]) for split in SPLITS}
+            found = Manifest(**{**content, "files": files, "broken": tuple(content["broken"])})
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"--data parquet:{uri}: {MANIFEST} is not one that this program writes; {advice}") from None
+        raise ValueError(f"{MANIFEST} is not one that this program writes") from None
+    if version != FORMAT:
+        raise ValueError("of another version of this program")
     if found.workload != workload:
-        raise UserError(f"--data parquet:{uri}: prepared for {found.workload}, not for {workload}; {advice}")
+        raise ValueError(f"prepared for {found.workload}, not for {workload}")
     return found
 
 

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from orchestrator import outfolder
 from orchestrator.assembly import assemble
 from orchestrator.prepare import Job, parser, write_part
+from orchestrator.storage import Folder
 from orchestrator.tables import Manifest
 from workloads.registry import WORKLOADS
 
@@ -13,6 +15,7 @@ def job(workload: str, source: str, out: Path, *flags: str, **own: object) -> Jo
     given = parser(workload).parse_args(["--source", source, "--out", str(out), *flags])
     entry = WORKLOADS[workload]
     config = entry.absolute_paths(assemble(entry.config_type(), {"data": source, **own}))
+    outfolder.check(Folder(str(out), "--out"), workload)
     found = Job(workload, entry.prepare(config), given)
     found.find_done()
     return found
@@ -20,6 +23,7 @@ def job(workload: str, source: str, out: Path, *flags: str, **own: object) -> Jo
 
 def do(todo: Job, numbers: list[int] | None = None) -> Manifest | None:
     """Make the parts that are missing, or some of them; the manifest when all are there."""
+    outfolder.claim(todo.folder, todo.workload)
     for number in todo.missing() if numbers is None else numbers:
         part, spec = todo.parts[number], todo.specs[number]
         todo.take(write_part(todo.folder.uri, number, spec, todo.preparation, part))

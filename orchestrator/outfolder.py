@@ -1,0 +1,65 @@
+"""The folder that gets prepared data: whether it may be written to, and what earlier jobs have left in it.
+
+OUT/parts/job.json     whose folder it is; written before the first part, so that a job that was broken off is known
+OUT/parts/00000.json   what a part has become
+"""
+
+import json
+import re
+from collections.abc import Container
+
+from orchestrator.errors import UserError
+from orchestrator.storage import Folder
+from orchestrator.tables import MANIFEST, SPLITS, parse_manifest
+
+PARTS, JOB = "parts", "job.json"
+OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
+OWN_RECORD = re.compile(r"\d{5,}\.json")
+
+
+def record_name(number: int) -> str:
+    return f"{PARTS}/{number:05d}.json"
+
+
+def check(folder: Folder, workload: str) -> None:
+    """Raises UserError where a job would replace files that no job for this workload has made; writes nothing."""
+    advice = "give another folder, or empty this one"
+    try:
+        names, parts = folder.names(), folder.child(PARTS).names()
+        manifest = folder.read(MANIFEST) if MANIFEST in names else None
+        job = folder.read(f"{PARTS}/{JOB}") if JOB in parts else None
+    except OSError as error:
+        raise UserError(
+            f"--out {folder.uri}: cannot be read ({' '.join(str(error).split())[:300]}); {advice}"
+        ) from None
+    if manifest is not None:
+        try:
+            parse_manifest(manifest, workload)
+        except ValueError as error:
+            raise UserError(f"--out {folder.uri}: {error}; {advice}") from None
+    elif job != _job(workload):
+        like_ours = [name for name in names if OWN_FILE.fullmatch(name)]
+        like_ours += [f"{PARTS}/{name}" for name in parts if OWN_RECORD.fullmatch(name) or name == JOB]
+        if like_ours:
+            raise UserError(f"--out {folder.uri}: {like_ours[0]} was not made for {workload} by this command; {advice}")
+
+
+def claim(folder: Folder, workload: str) -> None:
+    """Leave the sign by which `check` knows a job that was broken off."""
+    name, job = f"{PARTS}/{JOB}", _job(workload)
+    if folder.read_text(name) != job.decode():
+        folder.write(name, job)
+
+
+def _job(workload: str) -> bytes:
+    return json.dumps({"orchestrator.prepare": workload}).encode()
+
+
+def clear(folder: Folder, files: Container[str], records: Container[str]) -> None:
+    """Delete what earlier jobs have left over: all of our names but these files, and these records in parts/."""
+    for name in folder.names():
+        if OWN_FILE.fullmatch(name) and name not in files:
+            folder.delete(name)
+    for name in folder.child(PARTS).names():
+        if OWN_RECORD.fullmatch(name) and f"{PARTS}/{name}" not in records:
+            folder.delete(f"{PARTS}/{name}")
