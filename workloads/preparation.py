@@ -1,10 +1,19 @@
 """The protocol between `orchestrator.prepare` and a workload: a source in parts, each made into tables by itself."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from orchestrator.errors import UserError
+
 Part = dict[str, Any]  # plain JSON: what a part is made from
+
+
+def changed(source: str) -> UserError:
+    """What to raise where a part's samples are not there, or are others than its maker has seen."""
+    where = f"changed while it was prepared, or is different on node {platform.node()}"
+    return UserError(f"--source {source}: {where}; run the same command again")
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Preparation(Protocol):
         ...
 
     def make(self, part: Part) -> Made:
-        """One part; on whatever node."""
+        """One part; on whatever node. Raises `changed` where its source is not what `parts` has seen."""
         ...
 
     def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Text as Parquet files of token sequences: stretches of files, parts, and the settings that have to fit."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from orchestrator.errors import UserError
 from workloads.bert import data
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import paragraphs
+from workloads.bert.preparing import TextPreparation
 from workloads.bert.workload import BertWorkload
 
 
@@ -57,6 +59,23 @@ def test_many_parts_have_nearly_all_of_it(text, tmp_path):
     parts = len(many.files["train"])
     assert parts > 3
     assert one.samples("train") - parts <= many.samples("train") <= one.samples("train")
+
+
+def test_text_that_changes_while_it_is_prepared_is_refused(text, tmp_path):
+    todo = job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16)
+    file = tmp_path / "part1.txt"
+    os.utime(file, (1, 1))
+    assert todo.preparation.make(todo.parts[0]).tables, "times differ from node to node"
+    with file.open("a") as stream:
+        stream.write("more")
+    with pytest.raises(UserError, match="changed while it was prepared"):
+        todo.preparation.make(todo.parts[0])
+    file.unlink()
+    with pytest.raises(UserError, match="changed while it was prepared"):
+        todo.preparation.make(todo.parts[0])
+    docs = TextPreparation(BertConfig(), "", ())
+    with pytest.raises(UserError, match="changed while it was prepared"):
+        list(docs._documents({"files": [], "of": "2.7"}))
 
 
 def test_microbatches_are_masked_as_ever(text, tmp_path):

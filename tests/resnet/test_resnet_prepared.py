@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from orchestrator.errors import DataError, UserError
 from orchestrator.tables import read_manifest
-from workloads.resnet import data
+from workloads.resnet import data, preparing
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.workload import ResnetWorkload
 
@@ -160,6 +160,29 @@ def test_another_source_replaces_what_was_there(tmp_path, image_folder):
     assert {path.name for path in out.glob("*.parquet")} == {"train-00000.parquet", "heldout-00001.parquet"}
     Image.new("RGB", (20, 20)).save(folder / "train" / "dog" / "0.png")
     assert job("resnet", f"imagefolder:{folder}", out).missing() == [0], "a file that has changed"
+
+
+@pytest.mark.parametrize("change", ["removed", "added", "resized", "moved"])
+def test_a_source_that_changes_while_it_is_prepared_is_refused(tmp_path, image_folder, change):
+    """Another process of the job lists it by itself."""
+    cats = image_folder("png") / "train" / "cat"
+    todo = job("resnet", f"imagefolder:{tmp_path}", tmp_path / "out")
+    preparing._open.cache_clear()
+    for name in ("0.png", "1.png"):
+        os.utime(cats / name, (1, 1))
+    assert todo.preparation.make(todo.parts[0]).tables["train"].num_rows == 6, "times differ from node to node"
+    if change == "added":
+        Image.new("RGB", (20, 20)).save(cats / "00.png")
+    elif change == "resized":
+        Image.new("RGB", (20, 20)).save(cats / "0.png")
+    elif change == "moved":
+        os.rename(cats / "0.png", tmp_path / "train" / "dog" / "0a.png")
+    else:
+        (cats / "0.png").unlink()
+    if change != "removed":  # this one after the listing
+        preparing._open.cache_clear()
+    with pytest.raises(UserError, match=r"^--source imagefolder:.*: changed while .* run the same command again"):
+        todo.preparation.make(todo.parts[0])
 
 
 def test_what_is_prepared_is_not_a_source(tmp_path):

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import inspect
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def _docstrings(tree: ast.Module) -> list[str]:
 
 def _paragraphs(files: tuple[Path, ...]) -> Iterator[str]:
     for path in files:
-        yield from paragraphs(path, 0, path.stat().st_size)
+        yield from paragraphs(path, 0, sys.maxsize)
 
 
 def paragraphs(path: Path, start: int, stop: int) -> Iterator[str]:

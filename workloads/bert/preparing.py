@@ -18,7 +18,7 @@ from workloads.bert.config import BertConfig
 from workloads.bert.corpus import find_corpus, is_heldout, paragraphs
 from workloads.bert.data import check_settings, entropy, pack, token_ids, tokenizer_of
 from workloads.bert.wordpiece import CLS, SEP, Vocabulary, load_tokenizer
-from workloads.preparation import Made, Part
+from workloads.preparation import Made, Part, changed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TextPreparation:
                     parts.append({"files": []})
                     room = file_bytes
                 stop = min(size, start + room)
-                parts[-1]["files"].append([path, changed_ns, start, stop])
+                parts[-1]["files"].append([path, changed_ns, size, start, stop])
                 room, start = room - (stop - start), stop
         return parts
 
@@ -79,8 +79,16 @@ class TextPreparation:
 
     def _documents(self, part: Part) -> Iterator[str]:
         if not part["files"]:
+            if part.get("of", platform.python_version()) != platform.python_version():
+                raise changed(self.config.data)
             yield from find_corpus(self.config.data).documents()
-        for path, _, start, stop in part["files"]:
+        for path, _, size, start, stop in part["files"]:
+            try:
+                same = os.stat(path).st_size == size
+            except OSError:
+                same = False
+            if not same:
+                raise changed(self.config.data)
             yield from paragraphs(Path(path), start, stop)
 
     def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
