@@ -96,6 +96,19 @@ def test_grey_in_16_bits_is_scaled_and_not_cut_off(tmp_path):
         assert np.array_equal(found if mode == "L" else found[..., 1], values >> 8)
 
 
+def test_grey_in_16_bits_that_pillow_opens_with_32_is_scaled_too(tmp_path):
+    values = (np.arange(16).reshape(4, 4) * 4096).astype(np.uint16)
+    (tmp_path / "grey.ppm").write_bytes(b"P5\n4 4\n65535\n" + values.astype(">u2").tobytes())
+    assert np.array_equal(np.asarray(decode(str(tmp_path / "grey.ppm"), mode="L")), values >> 8)
+
+
+@pytest.mark.parametrize("pixels", [np.float32([[0, 1]]), np.int32([[0, 65536]]), np.int32([[-1, 5]])])
+def test_an_image_with_32_bits_a_pixel_is_refused(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    with pytest.raises(DataError, match=r"deep\.tif has 32-bit pixels; save it with 8 or 16 bits$"):
+        decode(str(tmp_path / "deep.tif"))
+
+
 def test_an_image_with_too_many_pixels_is_told_as_that(tmp_path, monkeypatch):
     Image.new("L", (8, 8)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)

@@ -94,7 +94,9 @@ def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Imag
     named = printable(name or str(source))
     try:
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
-            return _eight_bits(image).convert(mode)
+            return _eight_bits(image, named).convert(mode)
+    except DataError:
+        raise
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(f"{named} has more than {most:,} pixels; make it smaller or remove it") from None
@@ -104,8 +106,14 @@ def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Imag
         raise DataError(f"{named} cannot be decoded ({reason}); replace or remove it") from None
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit grey image in 8 bits, by their upper half; Pillow's own conversion cuts off at 255."""
-    if not image.mode.startswith("I;16"):
+def _eight_bits(image: Image.Image, named: str) -> Image.Image:
+    """A 16-bit grey image in 8 bits, by their upper half; Pillow's own conversion cuts off at 255.
+
+    Pillow opens some of them, such as 16-bit PGM, with 32 bits a pixel. What really has 32 bits has no known white.
+    """
+    if image.mode[0] not in "IF":
         return image
-    return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise DataError(f"{named} has 32-bit pixels; save it with 8 or 16 bits")
+    return Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
