@@ -20,6 +20,7 @@ from typing import Any
 
 from orchestrator.errors import DataError
 
+MEND = "prepare the data again with --verify, which mends this file alone"
 LEFT_BEHIND_S = 3600.0  # age at which an unfinished file belongs to no living process
 ATTEMPTS = 5  # to keep a fetched file until it is mapped
 log = logging.getLogger("orchestrator.filecache")
@@ -164,12 +165,11 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
         try:
             data = fetch(file.name)
         except OSError as error:
-            raise DataError(f"{file.name} cannot be read: {' '.join(str(error).split())[:300]}") from None
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"{file.name} cannot be read: {reason}; {MEND}") from None
         found = hashlib.sha256(data).hexdigest()
         if found == file.sha256:
             return data
         problem = f"{len(data)} bytes with SHA-256 {found[:16]}... instead of {file.bytes} with {file.sha256[:16]}..."
         log.warning("%s: %s%s", file.name, problem, again)
-    raise DataError(
-        f"{file.name} is damaged: {problem}; prepare the data again with --verify, which mends this file alone"
-    )
+    raise DataError(f"{file.name} is damaged: {problem}; {MEND}")

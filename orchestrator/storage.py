@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.errors import OrchestratorError, StorageError, UserError
 
@@ -224,11 +224,18 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of what is in the folder, sorted; none where the folder does not exist."""
+        return sorted(info.base_name for info in self._listed())
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of each file in the folder, by one listing; none where the folder does not exist."""
+        return {info.base_name: int(info.size) for info in self._listed() if info.is_file}
+
+    def _listed(self) -> list[Any]:
         from pyarrow import fs
 
         everything = fs.FileSelector(self._root, allow_not_found=True)
-        found = self._patiently(lambda: self._fs.get_file_info(everything))
-        return sorted(info.base_name for info in found)
+        found: list[Any] = self._patiently(lambda: self._fs.get_file_info(everything))
+        return found
 
     def delete(self, name: str) -> None:
         """Delete a file, or a folder with all in it; not there is fine."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.filecache import FileCache, TableFile
+from orchestrator.filecache import MEND, FileCache, TableFile
 from orchestrator.storage import Folder, cache_folder
 
 FORMAT = 1
@@ -95,6 +95,19 @@ def parse_manifest(data: bytes, workload: str) -> Manifest:
     if found.workload != workload:
         raise ValueError(f"prepared for {found.workload}, not for {workload}")
     return found
+
+
+def check_whole(uri: str, workload: str) -> None:
+    """Raises UserError where a file is missing or of another size: found now, not when training comes to it."""
+    manifest = read_manifest(uri, workload)
+    try:
+        sizes = Folder(uri, "--data").sizes()
+    except OSError as error:
+        raise UserError(f"--data parquet:{uri}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+    for file in (file for split in SPLITS for file in manifest.files[split]):
+        if (size := sizes.get(file.name)) != file.bytes:
+            problem = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
+            raise UserError(f"--data parquet:{uri}: {file.name} {problem}; {MEND}")
 
 
 class Table:

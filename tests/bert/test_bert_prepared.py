@@ -78,6 +78,15 @@ def test_text_that_changes_while_it_is_prepared_is_refused(text, tmp_path):
         list(docs._documents({"files": [], "of": "2.7"}))
 
 
+def test_a_missing_file_is_found_before_a_run(text, tmp_path):
+    do(job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16))
+    config = BertConfig(data=f"parquet:{tmp_path / 'out'}", sequence_length=16)
+    data.check(config)
+    (tmp_path / "out" / "heldout-00000.parquet").unlink()
+    with pytest.raises(UserError, match=r"heldout-00000.parquet is missing"):
+        data.check(config)
+
+
 def test_microbatches_are_masked_as_ever(text, tmp_path):
     do(job("bert", text, tmp_path / "out", "--file-mb", "0.01", vocab_size=300, sequence_length=16))
     samples = BertWorkload(BertConfig(data=f"parquet:{tmp_path / 'out'}", sequence_length=16)).samples("train")

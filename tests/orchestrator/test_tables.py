@@ -16,7 +16,8 @@ from pyarrow import parquet
 from orchestrator.config import RunConfig
 from orchestrator.errors import DataError, UserError
 from orchestrator.filecache import FileCache, TableFile
-from orchestrator.tables import MANIFEST, Manifest, Table, read_manifest
+from orchestrator.storage import Folder
+from orchestrator.tables import MANIFEST, Manifest, Table, check_whole, read_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +95,24 @@ def test_data_of_another_workload_is_refused(tmp_path):
     write_all(tmp_path / "d", [1])
     with pytest.raises(UserError, match="prepared for toy, not for bert"):
         read_manifest(str(tmp_path / "d"), "bert")
+
+
+def test_a_file_that_is_missing_or_cut_off_is_found_at_the_door(tmp_path):
+    write_all(tmp_path, [3, 5])
+    check_whole(str(tmp_path), "toy")
+    for name, problem in (("heldout-00000.parquet", "has 4 bytes instead of"), ("train-00001.parquet", "is missing")):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:4]) if "bytes" in problem else (tmp_path / name).unlink()
+        with pytest.raises(UserError, match=rf"{name} {problem}.*; prepare the data again with --verify"):
+            check_whole(str(tmp_path), "toy")
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_a_file_that_cannot_be_read_stops_with_what_to_do(tmp_path):
+    with pytest.raises(
+        DataError, match=r"train-00000.parquet cannot be read: .*; prepare the data again with --verify"
+    ):
+        FileCache(tmp_path / "c", 10**9, 4).table(described(encoded([1]), 1), Folder(str(tmp_path)).read)
 
 
 class Store:

@@ -152,6 +152,13 @@ def test_a_damaged_file_is_mended_alone(tmp_path):
     assert file.read_bytes() == good
 
 
+def test_a_missing_file_is_found_before_a_run(tmp_path):
+    do(job("resnet", "digits", tmp_path / "out"))
+    (tmp_path / "out" / "heldout-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"heldout-00001.parquet is missing"):
+        data.check(ResnetConfig(data=f"parquet:{tmp_path / 'out'}"))
+
+
 def test_another_source_replaces_what_was_there(tmp_path, image_folder):
     out = tmp_path / "out"
     do(job("resnet", "digits", out, "--file-mb", "0.02"))

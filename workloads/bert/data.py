@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from orchestrator.digest import digest
 from orchestrator.errors import UserError
 from orchestrator.settings import parse_value
-from orchestrator.tables import SPLITS, Table, read_manifest
+from orchestrator.tables import SPLITS, Table, check_whole, read_manifest
 from workloads.bert import cache
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import Corpus, find_corpus, fingerprint, is_heldout
@@ -71,6 +71,7 @@ def check(config: BertConfig) -> DataSummary:
     """
     check_settings(config)
     if config.data.startswith(PREFIX):
+        check_whole(config.data.removeprefix(PREFIX), "bert")
         return prepared_data(config).summary
     folder = _find(config, verify=False)
     return _summary(config, json.loads((folder / "about.json").read_text()))

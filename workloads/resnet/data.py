@@ -17,7 +17,7 @@ import numpy as np
 
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
-from orchestrator.tables import Table, read_manifest
+from orchestrator.tables import Table, check_whole, read_manifest
 from workloads.resnet import prepared
 from workloads.resnet.config import ResnetConfig, last_size
 from workloads.resnet.folder import check_headers, printable, read_image_folder, sizes
@@ -154,6 +154,9 @@ def check(config: RunConfig) -> DataSummary:
     Image files are opened up to a bounded number (folder.HEADERS_CHECKED); everything else is read whole.
     """
     assert isinstance(config, ResnetConfig)
+    name, folder = split_spec(config.data)
+    if name == "parquet":
+        check_whole(folder, "resnet")
     splits = [open_split(config, "train"), open_split(config, "heldout")]
     train, heldout = splits
     found = fingerprint(config, splits)
