@@ -7,10 +7,11 @@ OUT/parts/00000.json   what a part has become
 import json
 import re
 from collections.abc import Container
+from typing import Any
 
 from orchestrator.errors import UserError
 from orchestrator.storage import Folder
-from orchestrator.tables import MANIFEST, SPLITS, parse_manifest
+from orchestrator.tables import MANIFEST, SPLITS, parse_manifest, table_file
 
 PARTS, JOB = "parts", "job.json"
 OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
@@ -19,6 +20,19 @@ OWN_RECORD = re.compile(r"\d{5,}\.json")
 
 def record_name(number: int) -> str:
     return f"{PARTS}/{number:05d}.json"
+
+
+def read_record(folder: Folder, number: int) -> dict[str, Any] | None:
+    """The record of a part; None where there is none, or one that was damaged."""
+    try:
+        record: dict[str, Any] = json.loads(folder.read(record_name(number)))
+        for file in record["files"].values():
+            table_file(file)
+        types = {"spec": str, "broken": list, "schema": dict, "notes": dict}
+        good = record["number"] == number and all(isinstance(record[name], kind) for name, kind in types.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return record if good and set(record["files"]) <= set(SPLITS) else None
 
 
 def check(folder: Folder, workload: str) -> None:

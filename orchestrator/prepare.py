@@ -27,7 +27,7 @@ from orchestrator.command import Parser, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
-from orchestrator.outfolder import check, claim, clear, record_name
+from orchestrator.outfolder import check, claim, clear, read_record, record_name
 from orchestrator.storage import PATIENCE_S, Folder
 from orchestrator.tables import MANIFEST, SPLITS, Manifest
 from workloads.preparation import Part, Preparation
@@ -75,12 +75,12 @@ class Job:
         """Take what an earlier job has written, as far as it is what this one would write."""
         there = set(self.folder.child("parts").names())
         for number, spec in enumerate(self.specs):
-            if Path(record_name(number)).name in there:
-                record = json.loads(self.folder.read(record_name(number)))
-                if record["broken"] and self.given.verify:  # what could not be read may have been out of reach
-                    continue
-                if record["spec"] == spec and "schema" in record and all(map(self._whole, record["files"].values())):
-                    self.records[number] = record
+            record = read_record(self.folder, number) if Path(record_name(number)).name in there else None
+            # What could not be read may have been out of reach.
+            if record is None or (record["broken"] and self.given.verify):
+                continue
+            if record["spec"] == spec and all(map(self._whole, record["files"].values())):
+                self.records[number] = record
 
     def _whole(self, file: Mapping[str, Any]) -> bool:
         """Whether a file is there; with --verify, byte by byte."""

@@ -5,6 +5,7 @@ FOLDER/train-00000.parquet ...   samples of the training split; heldout-00000.pa
 """
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 GB = 10**9
+PLAIN, SHA256 = re.compile(r"\w[\w.-]*"), re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def parse_manifest(data: bytes, workload: str) -> Manifest:
         version = content.pop("format")
         content.pop("samples", None)  # for people; the files have them
         if version == FORMAT:
-            files = {split: tuple(TableFile(**file) for file in content["files"][split]) for split in SPLITS}
+            files = {split: tuple(map(table_file, content["files"][split])) for split in SPLITS}
             found = Manifest(**{**content, "files": files, "broken": tuple(content["broken"])})
+            _check_types(found)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{MANIFEST} is not one that this program writes") from None
     if version != FORMAT:
@@ -95,6 +98,23 @@ def parse_manifest(data: bytes, workload: str) -> Manifest:
     if found.workload != workload:
         raise ValueError(f"prepared for {found.workload}, not for {workload}")
     return found
+
+
+def table_file(raw: Any) -> TableFile:
+    """A file as JSON describes it; raises ValueError or TypeError where that is none that this program writes."""
+    file = TableFile(**raw)
+    numbers = all(type(number) is int and number > 0 for number in (file.samples, file.bytes))
+    if not (numbers and PLAIN.fullmatch(file.name) and SHA256.fullmatch(file.sha256)):
+        raise ValueError(raw)
+    return file
+
+
+def _check_types(found: Manifest) -> None:
+    """Raises ValueError."""
+    texts = [found.workload, found.source, found.licence, found.origin, found.fingerprint, *found.broken]
+    good = all(isinstance(text, str) for text in texts) and all(found.files.values())
+    if not (good and isinstance(found.about, dict) and isinstance(found.schema, dict)):
+        raise ValueError("another type than is written")
 
 
 def check_whole(uri: str, workload: str) -> None:

@@ -1,6 +1,7 @@
 """Text as Parquet files of token sequences: stretches of files, parts, and the settings that have to fit."""
 
 import itertools
+import math
 import os
 
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from preparing import do, job
 
 from orchestrator.errors import UserError
-from workloads.bert import data
+from orchestrator.tables import Manifest
+from workloads.bert import data, prepared
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import paragraphs
 from workloads.bert.preparing import TextPreparation
+from workloads.bert.wordpiece import SPECIAL, build_tokenizer
 from workloads.bert.workload import BertWorkload
 
 
@@ -76,6 +79,36 @@ def test_text_that_changes_while_it_is_prepared_is_refused(text, tmp_path):
     docs = TextPreparation(BertConfig(), "", ())
     with pytest.raises(UserError, match="changed while it was prepared"):
         list(docs._documents({"files": [], "of": "2.7"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("sequence_length", (None, "16", 16.0, 0)),
+        ("vocabulary", (None, ["a"], "[PAD]", [1], list(SPECIAL))),
+        ("tokenizer_json", (None, 5, "{}", "x")),
+        ("unigram_entropy", (None, "x", math.inf, -1)),
+        ("ordinary_tokens", (None, "5", 0)),
+    ],
+)
+def test_a_manifest_that_does_not_describe_text_is_refused(name, wrong):
+    tokens = [*SPECIAL, "a"]
+    good = {
+        "sequence_length": 16,
+        "vocabulary": tokens,
+        "tokenizer_json": build_tokenizer(tokens).to_str(),
+        "unigram_entropy": 1.5,
+        "ordinary_tokens": 5,
+    }
+    assert prepared.about(manifest(good)).vocabulary == tokens
+    lacking = {key: value for key, value in good.items() if key != name}
+    for bad in [lacking, *({**good, name: value} for value in wrong)]:
+        with pytest.raises(UserError, match="its manifest does not describe text; prepare the data again"):
+            prepared.about(manifest(bad))
+
+
+def manifest(about):
+    return Manifest("bert", "there", "", {}, about, (), 0, "f")
 
 
 def test_a_missing_file_is_found_before_a_run(text, tmp_path):

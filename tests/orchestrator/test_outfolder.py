@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import UserError
+from orchestrator.filecache import TableFile
 from orchestrator.outfolder import check, claim
 from orchestrator.prepare import main
 from orchestrator.storage import Folder
@@ -50,7 +51,8 @@ def test_a_job_that_was_broken_off_is_known_by_its_workload(tmp_path):
 
 
 def test_data_of_another_workload_is_not_replaced(tmp_path):
-    files = {"train": (), "heldout": ()}
+    file = (TableFile("some.parquet", 1, 1, "0" * 64),)
+    files = {"train": file, "heldout": file}
     found = Manifest("resnet", "there", "", files, {}, (), 0, "f")
     (tmp_path / MANIFEST).write_text(found.to_json())
     with pytest.raises(UserError, match="prepared for resnet, not for bert"):

@@ -91,6 +91,38 @@ def test_a_folder_without_prepared_data_is_refused(tmp_path, content, word):
     assert "orchestrator.prepare toy" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"files": {"train": [], "heldout": []}},
+        {"files": []},
+        {"fingerprint": None},
+        {"about": [1]},
+        {"broken": [1]},
+        *({"samples": value} for value in (-1, 0, "5", 5.5, True)),
+        {"bytes": 0},
+        {"sha256": 5},
+        {"sha256": "../../x"},
+        {"name": "../x"},
+        {"name": ".."},
+    ],
+    ids=str,
+)
+def test_a_manifest_with_what_cannot_be_is_refused(tmp_path, damage):
+    write_all(tmp_path, [3])
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    (content if set(damage) <= set(content) - {"samples"} else content["files"]["train"][0]).update(damage)
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest.json is not one that this program writes"):
+        read_manifest(str(tmp_path), "toy")
+
+
+def test_a_manifest_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / MANIFEST).write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(UserError, match=r"manifest.json is not one that this program writes"):
+        read_manifest(str(tmp_path), "toy")
+
+
 def test_data_of_another_workload_is_refused(tmp_path):
     write_all(tmp_path / "d", [1])
     with pytest.raises(UserError, match="prepared for toy, not for bert"):
@@ -102,7 +134,9 @@ def test_a_file_that_is_missing_or_cut_off_is_found_at_the_door(tmp_path):
     check_whole(str(tmp_path), "toy")
     for name, problem in (("heldout-00000.parquet", "has 4 bytes instead of"), ("train-00001.parquet", "is missing")):
         whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[:4]) if "bytes" in problem else (tmp_path / name).unlink()
+        (tmp_path / name).unlink()
+        if "bytes" in problem:
+            (tmp_path / name).write_bytes(whole[:4])
         with pytest.raises(UserError, match=rf"{name} {problem}.*; prepare the data again with --verify"):
             check_whole(str(tmp_path), "toy")
         (tmp_path / name).write_bytes(whole)

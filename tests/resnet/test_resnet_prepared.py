@@ -1,5 +1,6 @@
 """Images as Parquet files: nothing is lost or changed, broken ones are named, what is done is not done again."""
 
+import math
 import os
 
 import numpy as np
@@ -9,8 +10,8 @@ from preparing import do, job
 from pyarrow import parquet
 
 from orchestrator.errors import DataError, UserError
-from orchestrator.tables import read_manifest
-from workloads.resnet import data, preparing
+from orchestrator.tables import Manifest, read_manifest
+from workloads.resnet import data, prepared, preparing
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.workload import ResnetWorkload
 
@@ -150,6 +151,38 @@ def test_a_damaged_file_is_mended_alone(tmp_path):
     assert careful.missing() == [1]
     assert do(careful) == manifest
     assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("kind", (None, "foo", "parquet", ["digits"])),
+        ("class_names", (None, [], ["one"], "two", [1, 2])),
+        ("size", (None, "8", 0, 8.0, math.inf)),
+    ],
+)
+def test_a_manifest_that_does_not_describe_images_is_refused(name, wrong):
+    good = {"kind": "digits", "class_names": ["a", "b"], "size": 8}
+    assert prepared.about(manifest(good), data.KINDS) == prepared.Prepared("digits", ("a", "b"), 8)
+    lacking = {key: value for key, value in good.items() if key != name}
+    for bad in [lacking, *({**good, name: value} for value in wrong)]:
+        with pytest.raises(UserError, match="does not describe images; prepare the data again"):
+            prepared.about(manifest(bad), data.KINDS)
+
+
+def manifest(about):
+    return Manifest("resnet", "there", "", {}, about, (), 0, "f")
+
+
+@pytest.mark.parametrize("text", ["{bad", "{}", "[]", "", '{"number": 0, "spec": 5, "files": {}, "broken": []}'])
+def test_a_damaged_record_is_a_part_that_is_not_done(tmp_path, text):
+    out = tmp_path / "out"
+    found = do(job("resnet", "digits", out))
+    for damaged in (text.encode(), b"\xff"):
+        (out / "parts" / "00000.json").write_bytes(damaged)
+        again = job("resnet", "digits", out)
+        assert again.missing() == [0]
+        assert do(again) == found
 
 
 def test_a_missing_file_is_found_before_a_run(tmp_path):

@@ -23,7 +23,7 @@ from orchestrator.digest import digest
 from orchestrator.errors import UserError
 from orchestrator.settings import parse_value
 from orchestrator.tables import SPLITS, Table, check_whole, read_manifest
-from workloads.bert import cache
+from workloads.bert import cache, prepared
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import Corpus, find_corpus, fingerprint, is_heldout
 from workloads.bert.wordpiece import (
@@ -103,8 +103,8 @@ def prepared_data(config: BertConfig) -> Prepared:
     """What orchestrator.prepare has made; raises UserError where it does not fit the settings."""
     uri = config.data.removeprefix(PREFIX)
     manifest = read_manifest(uri, "bert")
-    about: dict[str, Any] = dict(manifest.about)
-    length = about["sequence_length"]
+    about = prepared.about(manifest)
+    length = about.sequence_length
     if config.sequence_length != length:
         raise UserError(
             f"--sequence-length {config.sequence_length}: --data {config.data} has sequences of {length} tokens; "
@@ -113,7 +113,7 @@ def prepared_data(config: BertConfig) -> Prepared:
     if config.tokenizer:
         raise UserError(f"--tokenizer {config.tokenizer}: --data {config.data} is tokenized already; leave it out")
     train, heldout = (Table(uri, manifest, split, config) for split in SPLITS)
-    vocabulary, nats = Vocabulary(tuple(about["vocabulary"])), about["unigram_entropy"]
+    vocabulary, nats = Vocabulary(tuple(about.vocabulary)), about.unigram_entropy
     words = (
         f"{config.data}: {len(train):,} + {len(heldout):,} sequences of {length} tokens, {len(vocabulary):,} "
         f"WordPieces, unigram entropy {nats:.2f} nats"
@@ -122,9 +122,9 @@ def prepared_data(config: BertConfig) -> Prepared:
         train=train,
         heldout=heldout,
         vocabulary=vocabulary,
-        tokenizer_json=about["tokenizer_json"],
+        tokenizer_json=about.tokenizer_json,
         unigram_entropy=nats,
-        maskable=about["ordinary_tokens"] / len(train),
+        maskable=about.ordinary_tokens / len(train),
         summary=DataSummary(len(train), len(heldout), words, manifest.fingerprint, manifest.blocks()),
     )
 

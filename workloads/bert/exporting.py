@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.tables import read_manifest
+from workloads.bert import prepared
 from workloads.bert.config import Architecture, BertConfig
 from workloads.bert.data import PREFIX, prepare
 from workloads.bert.model import Bert
@@ -98,7 +99,7 @@ class BertExporting:
 
 def _length(data: str, about: Mapping[str, Any]) -> int:
     """Tokens of a prepared sequence; raises UserError where the model takes fewer."""
-    length = int(dict(read_manifest(data.removeprefix(PREFIX), "bert").about)["sequence_length"])
+    length = prepared.about(read_manifest(data.removeprefix(PREFIX), "bert")).sequence_length
     if length > about["tokens"]:
         raise UserError(f"--data {data}: sequences of {length} tokens; the model takes {about['tokens']}")
     return length

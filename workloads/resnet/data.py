@@ -117,7 +117,7 @@ def kind(config: ResnetConfig) -> Kind:
 
 @functools.lru_cache(maxsize=8)  # asked for in every corner
 def _prepared(uri: str) -> prepared.Prepared:
-    return prepared.about(read_manifest(uri, "resnet"))
+    return prepared.about(read_manifest(uri, "resnet"), KINDS)
 
 
 def augment_name(config: ResnetConfig) -> str:
@@ -138,7 +138,7 @@ def open_split(config: ResnetConfig, split: Split) -> ImageSet:
     """One split of the data; raises UserError with one line where it cannot be used."""
     name, folder = split_spec(config.data)
     if name == "parquet":
-        return prepared.open_prepared(config, split)
+        return prepared.open_prepared(config, split, KINDS)
     with _user_errors(config):
         path = Path(_absolute(folder))
         if folder and not path.exists():

@@ -4,6 +4,7 @@ The manifest's `about` says how the source's kind normalizes, augments and sizes
 prepared data is training from the source, in another order.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,21 +35,22 @@ class Prepared:
     size: int
 
 
-def about(manifest: Manifest) -> Prepared:
-    """Raises UserError where the manifest lacks something."""
-    try:
-        found: dict[str, Any] = dict(manifest.about)
-        return Prepared(found["kind"], tuple(found["class_names"]), int(found["size"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError("--data parquet: its manifest does not describe images; prepare the data again") from None
+def about(manifest: Manifest, kinds: Container[str]) -> Prepared:
+    """Raises UserError where the manifest lacks something, or has something else in its place."""
+    given: list[Any] = [manifest.about.get(name) for name in ("kind", "class_names", "size")]
+    kind, names, size = given
+    good = isinstance(kind, str) and kind in kinds and type(size) is int and size > 0
+    if not (good and isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)):
+        raise UserError("--data parquet: its manifest does not describe images; prepare the data again")
+    return Prepared(kind, tuple(names), size)
 
 
-def open_prepared(config: ResnetConfig, split: Split) -> ImageSet:
+def open_prepared(config: ResnetConfig, split: Split, kinds: Container[str]) -> ImageSet:
     """One split of the prepared images."""
     uri = config.data.removeprefix(PREFIX)
     manifest = read_manifest(uri, "resnet")
     table = Table(uri, manifest, split, config)
-    return ImageSet(table, np.empty(0, np.int64), about(manifest).class_names)
+    return ImageSet(table, np.empty(0, np.int64), about(manifest, kinds).class_names)
 
 
 def rows(table: Table, indices: NDArray[np.int64]) -> list[tuple[bytes, int, str]]:
