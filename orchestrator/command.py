@@ -30,6 +30,14 @@ def check_threads(threads: int) -> None:
         raise UserError(f"--threads {threads}: out of range; give a whole number from 1 to 1024")
 
 
+def check_text(flag: str, text: str) -> None:
+    """Raises UserError where a flag's text holds bytes that are no UTF-8: it could not be handed on, nor written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {text!a}: not text in UTF-8; give a name that is") from None
+
+
 def refuse(error: OrchestratorError) -> int:
     """Print the one line of an error; returns the exit status that it ends the command with."""
     print("error:", str(error).replace("\n", " "), file=sys.stderr)

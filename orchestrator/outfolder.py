@@ -16,6 +16,7 @@ from orchestrator.tables import MANIFEST, SPLITS, parse_manifest, table_file
 PARTS, JOB = "parts", "job.json"
 OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
 OWN_RECORD = re.compile(r"\d{5,}\.json")
+UNFINISHED = re.compile(rf"\.({OWN_FILE.pattern}|{OWN_RECORD.pattern}|{MANIFEST}|{JOB})\.[0-9a-f]{{8}}")  # see Folder
 
 
 def record_name(number: int) -> str:
@@ -70,10 +71,13 @@ def _job(workload: str) -> bytes:
 
 
 def clear(folder: Folder, files: Container[str], records: Container[str]) -> None:
-    """Delete what earlier jobs have left over: all of our names but these files, and these records in parts/."""
+    """Delete what earlier jobs have left over: all of our names but these files, and these records in parts/.
+
+    Also what was half written when its worker was killed.
+    """
     for name in folder.names():
-        if OWN_FILE.fullmatch(name) and name not in files:
+        if (OWN_FILE.fullmatch(name) and name not in files) or UNFINISHED.fullmatch(name):
             folder.delete(name)
     for name in folder.child(PARTS).names():
-        if OWN_RECORD.fullmatch(name) and f"{PARTS}/{name}" not in records:
+        if (OWN_RECORD.fullmatch(name) and f"{PARTS}/{name}" not in records) or UNFINISHED.fullmatch(name):
             folder.delete(f"{PARTS}/{name}")

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.assembly import assemble
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, check_text, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
 from orchestrator.outfolder import check, claim, clear, read_record, record_name
+from orchestrator.settings import flag
 from orchestrator.storage import PATIENCE_S, Folder
 from orchestrator.tables import MANIFEST, SPLITS, Manifest
 from workloads.preparation import Part, Preparation
@@ -211,13 +212,16 @@ def parser(workload: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--address", default="", help="Ray cluster to use, as in orchestrator.run")
     for name in OWN_FLAGS.get(workload, ()):
-        made.add_argument("--" + name.replace("_", "-"), help="as in orchestrator.run")
+        made.add_argument(flag(name), help="as in orchestrator.run")
     return made
 
 
 def prepare(workload: str, arguments: Sequence[str]) -> None:
     """The whole command."""
     given = parser(workload).parse_args(arguments)
+    for name, value in vars(given).items():
+        if isinstance(value, str):
+            check_text(flag(name), value)
     entry = WORKLOADS[workload]
     own = {name: value for name in OWN_FLAGS.get(workload, ()) if (value := getattr(given, name)) is not None}
     if not 0 < given.file_mb < math.inf or not 0 <= given.max_broken <= 1:

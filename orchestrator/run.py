@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator import toolchain
 from orchestrator.assembly import assemble, build
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, check_text, refuse
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import GoingOnError, OrchestratorError, UserError
 from orchestrator.failure import resume_command, story
@@ -71,10 +71,7 @@ def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, An
     file, dry, faults = parsed.pop("config"), parsed.pop("dry_run"), read_faults(parsed.pop("faults"))
     flags = {name: text for name, text in parsed.items() if text is not None}
     for name, text in flags.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{flag(name)} {text!a}: not text in UTF-8; give a name that is") from None
+        check_text(flag(name), text)
     given = _read_toml(Path(file), workload) if file else {}
     # --steps on the command line replaces the file's epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

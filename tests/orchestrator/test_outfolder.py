@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from orchestrator.filecache import TableFile
-from orchestrator.outfolder import check, claim
+from orchestrator.outfolder import check, claim, clear
 from orchestrator.prepare import main
 from orchestrator.storage import Folder
 from orchestrator.tables import MANIFEST, Manifest
@@ -57,6 +57,25 @@ def test_data_of_another_workload_is_not_replaced(tmp_path):
     (tmp_path / MANIFEST).write_text(found.to_json())
     with pytest.raises(UserError, match="prepared for resnet, not for bert"):
         check(Folder(str(tmp_path)), "bert")
+
+
+def test_what_killed_workers_were_writing_does_not_stay(tmp_path):
+    mine = [".train-00002.parquet.affa9832", ".manifest.json.0123abcd", "parts/.00002.json.affa9832"]
+    left = ["train-00002.parquet", "parts/00002.json"]
+    kept = ["train-00001.parquet", "parts/00001.json", "parts/job.json", ".train-00002.parquet.old", ".x.affa9832"]
+    write(tmp_path, *mine, *left, *kept)
+    clear(Folder(str(tmp_path)), {"train-00001.parquet"}, {"parts/00001.json"})
+    assert set(contents(tmp_path)) == set(kept)
+
+
+@pytest.mark.parametrize("name", ["--source", "--out", "--origin", "--licence", "--address"])
+def test_what_is_not_utf8_is_refused(tmp_path, capsys, name):
+    given = {"--source": "digits", "--out": str(tmp_path / "out")} | {name: "imagefolder:by\udcffte"}
+    assert main(["resnet", *(word for pair in given.items() for word in pair)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name} ")
+    assert "not text in UTF-8" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("out", ["", " "])
