@@ -105,7 +105,9 @@ class Job:
         broken, things = self.broken(), self.preparation.things()
         if len(broken) > self.given.max_broken * things:
             share = f"more than --max-broken {self.given.max_broken:g} of {things}"
-            raise DataError(f"{len(broken)} cannot be read, {share}; the first: {broken[0]}")
+            raise DataError(
+                f"{len(broken)} cannot be read, {share}; the first: {broken[0]}; or give a larger --max-broken"
+            )
 
     def broken(self) -> list[str]:
         return [name for number in sorted(self.records) for name in self.records[number]["broken"]]
@@ -118,7 +120,7 @@ class Job:
         }
         for split in SPLITS:
             if not files[split]:
-                raise UserError(f"--source {self.given.source}: gives no {split} samples; give more")
+                raise UserError(f"--source {self.given.source}: gives no {split} samples; {self.preparation.more()}")
         about, broken = self.preparation.about([record["notes"] for record in done]), self.broken()
         sums = [file.sha256 for split in SPLITS for file in files[split]]
         schema = next(record["schema"] for record in done if record["schema"])

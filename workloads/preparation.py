@@ -49,6 +49,10 @@ class Preparation(Protocol):
         """How many things (images, documents) of the source may be broken; 0: none can be."""
         ...
 
+    def more(self) -> str:
+        """What to do where a split gets no samples, such as "give more images"."""
+        ...
+
     def make(self, part: Part) -> Made:
         """One part; on whatever node. Raises `changed` where its source is not what `parts` has seen."""
         ...

@@ -64,6 +64,13 @@ def test_many_parts_have_nearly_all_of_it(text, tmp_path):
     assert one.samples("train") - parts <= many.samples("train") <= one.samples("train")
 
 
+def test_too_little_text_says_what_to_give(tmp_path):
+    (tmp_path / "small.txt").write_text("hello world\n" * 20)
+    words = r"gives no heldout samples; give more documents \(blank lines .*--sequence-length, or a larger --file-mb$"
+    with pytest.raises(UserError, match=words):
+        do(job("bert", f"text:{tmp_path}/small.txt", tmp_path / "out", vocab_size=300, sequence_length=8))
+
+
 def test_text_that_changes_while_it_is_prepared_is_refused(text, tmp_path):
     todo = job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16)
     file = tmp_path / "part1.txt"
@@ -135,6 +142,10 @@ def test_microbatches_are_masked_as_ever(text, tmp_path):
     [
         ({"sequence_length": 32}, "write --sequence-length 16"),
         ({"sequence_length": 16, "tokenizer": "vocab.txt"}, "leave it out"),
+        (
+            {"sequence_length": 16, "vocab_size": 999},
+            r"--vocab-size 999: .* has a vocabulary of \d+ already; leave it out",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(text, tmp_path, settings, words):

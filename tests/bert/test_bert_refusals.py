@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.errors import UserError
 from workloads.bert import data
-from workloads.bert.wordpiece import SPECIAL, build_tokenizer
+from workloads.bert.wordpiece import SPECIAL, build_tokenizer, read_tokenizer
 
 UNREADABLE = Path("/proc/self/mem")  # a regular file whose start not even root can read
 
@@ -132,3 +132,9 @@ def test_a_cache_that_cannot_be_written(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "file"))
     assert refusal(config).startswith(f"ORCHESTRATOR_CACHE {tmp_path / 'file'}: cannot be written")
+
+
+def test_a_vocabulary_that_begins_with_a_byte_order_mark_is_read(tmp_path):
+    tokens = [*SPECIAL, "good"]
+    (tmp_path / "vocab.txt").write_bytes("\n".join(tokens).encode("utf-8-sig"))
+    assert read_tokenizer(tmp_path)[1].tokens == tuple(tokens)

@@ -39,8 +39,8 @@ class BertConfig(RunConfig):
     """
 
     data: str = setting("docs")
-    """Training text: docs (the documentation inside this Python), or text:GLOB, UTF-8 text files in which
-    blank lines separate documents."""
+    """Training text: docs (the documentation inside this Python), text:GLOB, UTF-8 text files in which
+    blank lines separate documents, or parquet:URI (either, prepared by orchestrator.prepare)."""
 
     model: str = setting("tiny", choices=tuple(SIZES))
     """Model size of Turc et al. 2019; the four settings below replace single numbers of it."""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from orchestrator.digest import digest
 from orchestrator.errors import UserError
-from orchestrator.settings import parse_value
+from orchestrator.settings import parse_value, settings
 from orchestrator.tables import SPLITS, Table, check_whole, read_manifest
 from workloads.bert import cache, prepared
 from workloads.bert.config import BertConfig
@@ -40,6 +40,7 @@ from workloads.summary import DataSummary
 FORMAT = 1  # of the cached files and of every rule that decides their contents
 DOCUMENTS_AT_ONCE = 512  # bounds the memory of tokenization
 PREFIX = "parquet:"
+MORE_TEXT = "give more documents (blank lines separate them) or a smaller --sequence-length"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ def prepared_data(config: BertConfig) -> Prepared:
         )
     if config.tokenizer:
         raise UserError(f"--tokenizer {config.tokenizer}: --data {config.data} is tokenized already; leave it out")
+    if config.vocab_size not in (settings(BertConfig)["vocab_size"].default, len(about.vocabulary)):
+        words = f"has a vocabulary of {len(about.vocabulary)} already"
+        raise UserError(f"--vocab-size {config.vocab_size}: --data {config.data} {words}; leave it out")
     train, heldout = (Table(uri, manifest, split, config) for split in SPLITS)
     vocabulary, nats = Vocabulary(tuple(about.vocabulary)), about.unigram_entropy
     words = (
@@ -271,8 +275,7 @@ def _check_enough(config: BertConfig, sequences: dict[str, int], ordinary: int) 
     if not train or not heldout:
         raise UserError(
             f"--data {config.data}: too little text, {train} training and {heldout} "
-            f"held-out sequences of {config.sequence_length} tokens; give more documents "
-            "(blank lines separate them) or a smaller --sequence-length"
+            f"held-out sequences of {config.sequence_length} tokens; {MORE_TEXT}"
         )
     if not ordinary:
         raise UserError(

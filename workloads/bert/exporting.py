@@ -82,7 +82,9 @@ class BertExporting:
         )
         if data.startswith(PREFIX):
             if data != config.data:
-                config = dataclasses.replace(config, data=data, tokenizer="", sequence_length=_length(data, about))
+                config = dataclasses.replace(
+                    config, data=data, tokenizer="", vocab_size=plain.vocab_size, sequence_length=_length(data, about)
+                )
             if prepare(config).vocabulary.tokens != known:
                 raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; give the text")
             return config

@@ -16,7 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.tables import SPLITS
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import find_corpus, is_heldout, paragraphs
-from workloads.bert.data import check_settings, entropy, pack, token_ids, tokenizer_of
+from workloads.bert.data import MORE_TEXT, check_settings, entropy, pack, token_ids, tokenizer_of
 from workloads.bert.wordpiece import CLS, SEP, Vocabulary, load_tokenizer
 from workloads.preparation import Made, Part, changed
 
@@ -56,6 +56,9 @@ class TextPreparation:
     def things(self) -> int:
         """Text that cannot be read is a mistake of the user's, not a broken document."""
         return 0
+
+    def more(self) -> str:
+        return f"{MORE_TEXT}, or a larger --file-mb"
 
     def make(self, part: Part) -> Made:
         """See Preparation."""

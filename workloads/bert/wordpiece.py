@@ -92,7 +92,7 @@ def read_tokenizer(path: Path) -> tuple[Any, Vocabulary]:
     """
     file = tokenizer_file(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
         tokenizer = load_tokenizer(text) if file.suffix == ".json" else _from_vocab(text)
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {path}: {file.name} cannot be used ({_line(error)}); {_WANTED}") from None

@@ -35,7 +35,8 @@ class ResnetConfig(RunConfig):
 
     data: str = setting("digits")
     """Images: digits (ships with scikit-learn), cifar10:DIR (the python version), fashion-mnist:DIR (IDX
-    files), imagefolder:DIR (DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg)."""
+    files), imagefolder:DIR (DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg), parquet:URI (any of these, prepared
+    by orchestrator.prepare)."""
 
     model: str = setting("resnet8", choices=(*CIFAR_BLOCKS, *AIRBENCH, *IMAGENET_FAMILY))
     """Network: resnet8 to resnet56 of the CIFAR family, resnet18 to resnet152 of the ImageNet family (with a

@@ -58,6 +58,9 @@ class ImagePreparation:
     def things(self) -> int:
         return sum(len(_open(self.config, split)) for split in SPLITS)
 
+    def more(self) -> str:
+        return "give more images that can be read"
+
     def make(self, part: Part) -> Made:
         """See Preparation; an image that cannot be decoded is left out and named."""
         import pyarrow as pa
