@@ -23,9 +23,19 @@ def predicting(config: ResnetConfig, folder) -> tuple[ResnetPredicting, ResnetWo
     return ResnetPredicting(ResnetExporting(config).about(config, folder), {}), workload
 
 
-@pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (301, 200), (64, 64)])
-def test_a_photo_is_prepared_as_in_training(tmp_path, width, height):
-    """The same bits as the held-out sample of the same file: resize, middle, normalization."""
+@pytest.mark.parametrize(("width", "height"), [(90, 60), (60, 90), (301, 200), (64, 64), (4000, 1)])
+def test_a_photo_is_prepared_as_in_training(tmp_path, monkeypatch, width, height):
+    """The same bits as the held-out sample of the same file: resize, middle, normalization.
+
+    A very long one is not resized at its length, which would take gigabytes.
+    """
+    sizes, resize = [], Image.Image.resize
+
+    def noted(image, size, *more, **named):
+        sizes.append(tuple(size))
+        return resize(image, size, *more, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
     random = np.random.default_rng(0)
     for part in ("train", "val"):
         for name in ("cat", "dog"):
@@ -37,6 +47,8 @@ def test_a_photo_is_prepared_as_in_training(tmp_path, width, height):
     found = asked.inputs(str(tmp_path / "val" / "dog" / "0.png"))["images"]
     expected = workload.samples("heldout").microbatch(np.asarray([1]), 0)["images"].numpy()
     assert np.array_equal(found, expected)
+    assert len(sizes) == 2
+    assert all(min(size) == 55 and max(size) <= 8 * 55 for size in sizes)
 
 
 def test_a_digit_is_prepared_as_in_training(tmp_path):

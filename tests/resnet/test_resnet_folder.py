@@ -7,7 +7,7 @@ from PIL import Image
 from orchestrator.errors import DataError, UserError
 from workloads.resnet import data
 from workloads.resnet.config import ResnetConfig
-from workloads.resnet.folder import decode
+from workloads.resnet.folder import decode, without_ends
 
 
 def config(spec, **settings):
@@ -94,6 +94,17 @@ def test_grey_in_16_bits_is_scaled_and_not_cut_off(tmp_path):
     for mode in ("L", "RGB"):
         found = np.asarray(decode(str(tmp_path / "grey.png"), mode=mode))
         assert np.array_equal(found if mode == "L" else found[..., 1], values >> 8)
+
+
+@pytest.mark.parametrize("size", [(30, 1), (1, 33), (5, 40), (4, 4)])
+def test_of_a_very_long_image_the_middle_is_kept(size):
+    image = Image.fromarray(np.arange(size[0] * size[1], dtype=np.uint8).reshape(size[::-1]))
+    found, pixels = without_ends(image), np.asarray(image)
+    if max(size) <= 8 * min(size):
+        assert found is image
+    else:
+        assert max(found.size) == 8
+        assert np.array_equal(np.asarray(found).ravel(), pixels.ravel()[(max(size) - 8) // 2 :][:8])
 
 
 def test_grey_in_16_bits_that_pillow_opens_with_32_is_scaled_too(tmp_path):

@@ -14,6 +14,7 @@ from workloads.resnet.readers import ImageSet, Split, UnusableDataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "heldout": "val"}
+LONGEST = 8  # times the shorter side
 HEADERS_CHECKED = 1000  # of each split, before a run: about a second from a local disk
 
 
@@ -104,6 +105,16 @@ def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Imag
         text = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
         reason = " ".join(text.split()) or type(error).__name__
         raise DataError(f"{named} cannot be decoded ({reason}); replace or remove it") from None
+
+
+def without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: resizing its shorter side would make gigabytes of what is cut off after it."""
+    width, height = image.size
+    most = LONGEST * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, above = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, above, left + min(width, most), above + min(height, most)))
 
 
 def _eight_bits(image: Image.Image, named: str) -> Image.Image:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from orchestrator.errors import DataError, UserError
 from workloads.predicting import Arrays, Guesses, top
-from workloads.resnet.folder import decode
+from workloads.resnet.folder import decode, without_ends
 
 
 class ResnetPredicting:
@@ -36,7 +36,7 @@ class ResnetPredicting:
             raise UserError(f"--input {said}; give an image file that Pillow can open") from None
         size, resize = self._about["image_size"], self._about["resize"]
         if resize:
-            image = _middle(_shorter_side(image, resize), size)
+            image = _middle(_shorter_side(without_ends(image), resize), size)
         elif image.size != (size, size):
             image = _resized(image, (size, size))
         pixels_HWC = np.asarray(image, np.float32).reshape(size, size, -1)

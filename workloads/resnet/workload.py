@@ -17,7 +17,7 @@ from workloads.resnet import data, models, prepared
 from workloads.resnet.airbench import WHITENING_IMAGES, AirbenchNet
 from workloads.resnet.augment import Augmentation, normalize
 from workloads.resnet.config import RESIZE_RATIO, ResnetConfig
-from workloads.resnet.folder import decode
+from workloads.resnet.folder import decode, without_ends
 from workloads.resnet.readers import ImageSet, Split
 from workloads.resnet.vision import v2
 from workloads.workload import Batch, Piece, Sums
@@ -78,7 +78,7 @@ class ImageSamples:
         image = decode(source, name, "RGB" if len(self.mean) == 3 else "L")
         resizes = self.augmentation.resizes
         if self._photos and not resizes:
-            image = v2().functional.resize(image, [round(self.size * RESIZE_RATIO)], antialias=True)
+            image = v2().functional.resize(without_ends(image), [round(self.size * RESIZE_RATIO)], antialias=True)
             image = v2().functional.center_crop(image, [self.size])
         tensor: Tensor = v2().functional.pil_to_tensor(image)
         if tensor.shape[1:] != (self.size, self.size) and not resizes:
