@@ -6,7 +6,6 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.accelerators import Accelerator, decide
@@ -17,6 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.runfolder import RunFolder
 from orchestrator.settings import flag, settings
 from orchestrator.slices import choose_slices, whole_range
+from orchestrator.storage import local_path
 
 C = TypeVar("C", bound=RunConfig)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -28,10 +28,7 @@ def resolve(config: C) -> C:
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
     storage = config.storage or default_storage()
-    if "://" not in storage or storage.startswith("file://"):
-        storage = storage.removeprefix("file://")
-        storage = str(Path(storage).expanduser().absolute())
-    return dataclasses.replace(config, name=name, storage=storage)
+    return dataclasses.replace(config, name=name, storage=local_path(storage, "--storage") or storage)
 
 
 def default_storage() -> str:

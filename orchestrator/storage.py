@@ -14,6 +14,7 @@ from orchestrator.errors import OrchestratorError, StorageError, UserError
 
 T = TypeVar("T")
 Pieces = Sequence[bytes | memoryview]  # of a file's content, one after the other
+ALLOWED = "give a folder or a URI such as s3://bucket/runs"
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 # What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
@@ -46,12 +47,9 @@ class Folder:
         from pyarrow import fs
 
         self._flag, self._patience_s = flag, patience_s
-        self.is_local = "://" not in uri or uri.startswith("file://")
-        allowed = "give a folder or a URI such as s3://bucket/runs"
-        if uri == "file://":
-            raise UserError(f"{flag} {uri}: names no folder; {allowed}")
+        self._root = local_path(uri, flag)
+        self.is_local = bool(self._root)
         if self.is_local:
-            self._root = str(Path(uri.removeprefix("file://")).expanduser().absolute())
             self._query = ""
             self._fs = fs.LocalFileSystem()
             return
@@ -62,11 +60,11 @@ class Folder:
             # The URI is written to the run folder and to logs.
             raise UserError(f"{flag} {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables")
         if not rest.strip("/"):  # pyarrow takes what is left of it, s3:, for a local folder
-            raise UserError(f"{flag} {uri}: names no bucket; {allowed}")
+            raise UserError(f"{flag} {uri}: names no bucket; {ALLOWED}")
         try:
             self._fs, self._root = fs.FileSystem.from_uri(uri.rstrip("/"))
         except (ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"{flag} {uri}: {_line(error)}; {allowed}") from None
+            raise UserError(f"{flag} {uri}: {_line(error)}; {ALLOWED}") from None
         self._root = self._root.rstrip("/")
         self._address = address.rstrip("/")
 
@@ -262,6 +260,15 @@ class Folder:
             raise UserError(
                 f"{self._flag} {self.uri}: cannot be written ({_line(error)}); give a folder or URI that can"
             ) from None
+
+
+def local_path(uri: str, flag: str) -> str:
+    """The absolute path of a local folder, given as it is or as file://; "": the URI is of another kind."""
+    if uri == "file://":
+        raise UserError(f"{flag} {uri}: names no folder; {ALLOWED}")
+    if "://" in uri and not uri.startswith("file://"):
+        return ""
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
 def cache_folder() -> Path:
