@@ -106,7 +106,8 @@ class RunConfig:
     """Steps that each shard takes alone between two averages, with --sync local-sgd or diloco."""
 
     outer_lr: float = setting(0.7, low=0)
-    """Learning rate of diloco's outer step along the averaged difference; 0.7 in the paper."""
+    """Learning rate of diloco's outer step along the averaged difference; 0.7 in the paper. In the long run that
+    difference is multiplied by outer_lr / (1 - outer_momentum), 7 with the defaults: give a lower --lr by as much."""
 
     outer_momentum: float = setting(0.9, low=0, high=1)
     """Nesterov momentum of diloco's outer step; 0.9 in the paper."""

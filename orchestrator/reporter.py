@@ -25,6 +25,7 @@ class Reporter:
         self._closing = False
         self._hurry = threading.Event()
         self._speaks = False
+        self._turns = 0  # how often it was settled anew what is to be sent
         self._thread = threading.Thread(target=self._loop, name="reporter", daemon=True)
         self._thread.start()
 
@@ -36,7 +37,7 @@ class Reporter:
             recorded: the newest step that the coordinator has: later ones that this worker kept are sent again.
         """
         with self._lock:
-            self._speaks = speaks
+            self._speaks, self._turns = speaks, self._turns + 1
             self._records = [r for r in self._kept if r["step"] > recorded] if speaks else []
             if not speaks:
                 self._events = []
@@ -45,7 +46,7 @@ class Reporter:
         """The steps that were taken are void: the run goes on from a checkpoint."""
         with self._lock:
             self._kept.clear()
-            self._records = []
+            self._records, self._turns = [], self._turns + 1
 
     def step(self, record: dict[str, Any], hurry: bool) -> None:
         """A committed step; `hurry` sends it at once."""
@@ -92,7 +93,7 @@ class Reporter:
 
         with self._sending:
             with self._lock:
-                records, events = self._records, self._events
+                records, events, turns = self._records, self._events, self._turns
                 self._records, self._events = [], []
             if not records and not events:
                 return
@@ -100,5 +101,8 @@ class Reporter:
                 ray.get(self._coordinator.report.remote(records, events))
             except ray.exceptions.RayError:
                 log.warning("the coordinator did not take a report of %d steps", len(records), exc_info=True)
-                with self._lock:  # it will be restarted: what it does not know is sent again, and taken once
-                    self._records, self._events = records + self._records, events + self._events
+                with self._lock:  # it will be restarted: what it does not know is sent again
+                    if self._speaks:
+                        self._events = events + self._events
+                    if turns == self._turns:  # else these steps are among the others already, or void
+                        self._records = records + self._records

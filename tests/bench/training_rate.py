@@ -12,6 +12,7 @@ places only (what ours does): either is compared.
 With --compile ours is compiled (its seconds of compiling are not in the rate); --against eager compares it with ours
 as it is without: python tests/bench/training_rate.py --workloads bert-mini --workers 1 --reduce fixed --compile
 --against eager.
+With --precision bf16 or auto ours is trained in that, the other side in fp32 as ever.
 With --apart our workers share no memory, as if each were on a machine of its own: gradients go over loopback as the
 script's do.
 The libraries are visited with --against script,library; they need `pip install accelerate`.
@@ -61,7 +62,8 @@ def ours(
 ) -> list[float]:
     """Seconds per step of one visit to our command line."""
     arguments = [
-        "--workers", str(workers), "--reduce", reduce, "--shards", str(settings.shards), "--precision", "fp32",
+        "--workers", str(workers), "--reduce", reduce, "--shards", str(settings.shards),
+        "--precision", settings.precision,
         "--batch-size", str(settings.batch_size), "--steps", str(settings.steps), "--checkpoint-every", NEVER,
         "--resources-per-worker", "CPU=1", "--threads", "1", "--compile", str(compiled).lower(),
     ]  # fmt: skip
@@ -163,6 +165,7 @@ def main() -> None:
     )
     parser.add_argument("--against", type=paired.words(("script", LIBRARY, EAGER)), default=["script"])
     parser.add_argument("--compile", action="store_true", help="ours is compiled, with --reduce fixed")
+    parser.add_argument("--precision", default="fp32", help="of ours; the other side is in fp32 [fp32]")
     parser.add_argument("--apart", action="store_true", help="our workers share no memory")
     parser.add_argument("--steps", type=int, default=13, help="steps per visit, the warm-up included [13]")
     parser.add_argument("--warm-up", type=int, default=3, help="first steps that are not counted [3]")
