@@ -22,6 +22,9 @@ WAYS = {
     "local-sgd, 8 steps": ["--sync", "local-sgd", "--local-steps", "8"],
     "diloco, 8 steps": ["--sync", "diloco", "--local-steps", "8"],
 }
+# With the paper's outer momentum the default bert run is too short to leave the plateau of the words' own frequencies.
+GENTLE = {"diloco, 8 steps, gentle": [*WAYS["diloco, 8 steps"], "--outer-momentum", "0.5", "--lr", "0.002"]}
+MORE: dict[str, dict[str, list[str]]] = {"resnet": {}, "bert": GENTLE}
 ACCURACY = {"resnet": "accuracy", "bert": "masked_accuracy"}
 COMMON = ["--workers", "2", "--resources-per-worker", "CPU=0.5", "--threads", "1", "--precision", "fp32"]
 TARGET = paired.Target(-0.02, at_least=True)
@@ -46,12 +49,12 @@ def main() -> None:
     report = paired.header("convergence", settings)
     report["target"] = str(TARGET)
     report["runs"] = []
-    first, *others = WAYS
-    chosen = [name for name in others if not settings.ways or any(word in name for word in settings.ways)]
     for workload in settings.workloads:
-        base = 0.0
+        base, ways = 0.0, WAYS | MORE[workload]
+        first, *others = ways
+        chosen = [name for name in others if not settings.ways or any(word in name for word in settings.ways)]
         for name in (first, *chosen):
-            found = trained(workload, WAYS[name])
+            found = trained(workload, ways[name])
             reached = found["metrics"][ACCURACY[workload]]
             base = reached if name == first else base
             distance = round(reached - base, 5)
