@@ -1,6 +1,6 @@
 """The folder that gets prepared data: whether it may be written to, and what earlier jobs have left in it.
 
-OUT/parts/job.json     whose folder it is; written before the first part, so that a job that was broken off is known
+OUT/prepare.json       whose folder it is; written before the first part, so that a job that was broken off is known
 OUT/parts/00000.json   what a part has become
 """
 
@@ -13,7 +13,7 @@ from orchestrator.errors import UserError
 from orchestrator.storage import Folder
 from orchestrator.tables import MANIFEST, SPLITS, parse_manifest, table_file
 
-PARTS, JOB = "parts", "job.json"
+PARTS, JOB = "parts", "prepare.json"
 OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
 OWN_RECORD = re.compile(r"\d{5,}\.json")
 UNFINISHED = re.compile(rf"\.({OWN_FILE.pattern}|{OWN_RECORD.pattern}|{MANIFEST}|{JOB})\.[0-9a-f]{{8}}")  # see Folder
@@ -42,7 +42,7 @@ def check(folder: Folder, workload: str) -> None:
     try:
         names, parts = folder.names(), folder.child(PARTS).names()
         manifest = folder.read(MANIFEST) if MANIFEST in names else None
-        job = folder.read(f"{PARTS}/{JOB}") if JOB in parts else None
+        job = folder.read(JOB) if JOB in names else None
     except OSError as error:
         raise UserError(
             f"--out {folder.uri}: cannot be read ({' '.join(str(error).split())[:300]}); {advice}"
@@ -53,17 +53,17 @@ def check(folder: Folder, workload: str) -> None:
         except ValueError as error:
             raise UserError(f"--out {folder.uri}: {error}; {advice}") from None
     elif job != _job(workload):
-        like_ours = [name for name in names if OWN_FILE.fullmatch(name)]
-        like_ours += [f"{PARTS}/{name}" for name in parts if OWN_RECORD.fullmatch(name) or name == JOB]
+        like_ours = [name for name in names if OWN_FILE.fullmatch(name) or name == JOB]
+        like_ours += [f"{PARTS}/{name}" for name in parts if OWN_RECORD.fullmatch(name)]
         if like_ours:
             raise UserError(f"--out {folder.uri}: {like_ours[0]} was not made for {workload} by this command; {advice}")
 
 
 def claim(folder: Folder, workload: str) -> None:
     """Leave the sign by which `check` knows a job that was broken off."""
-    name, job = f"{PARTS}/{JOB}", _job(workload)
-    if folder.read_text(name) != job.decode():
-        folder.write(name, job)
+    job = _job(workload)
+    if folder.read_text(JOB) != job.decode():
+        folder.write(JOB, job)
 
 
 def _job(workload: str) -> bytes:

@@ -22,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", [MANIFEST, "train-00099.parquet", "parts/00099.json", "parts/job.json", "parts"])
+@pytest.mark.parametrize("name", [MANIFEST, "train-00099.parquet", "parts/00099.json", "prepare.json", "parts"])
 def test_a_folder_with_files_of_somebody_else_is_refused(tmp_path, capsys, name):
     write(tmp_path, name, "readme.txt")
     before = contents(tmp_path)
@@ -62,7 +62,7 @@ def test_data_of_another_workload_is_not_replaced(tmp_path):
 def test_what_killed_workers_were_writing_does_not_stay(tmp_path):
     mine = [".train-00002.parquet.affa9832", ".manifest.json.0123abcd", "parts/.00002.json.affa9832"]
     left = ["train-00002.parquet", "parts/00002.json"]
-    kept = ["train-00001.parquet", "parts/00001.json", "parts/job.json", ".train-00002.parquet.old", ".x.affa9832"]
+    kept = ["train-00001.parquet", "parts/00001.json", "prepare.json", ".train-00002.parquet.old", ".x.affa9832"]
     write(tmp_path, *mine, *left, *kept)
     clear(Folder(str(tmp_path)), {"train-00001.parquet"}, {"parts/00001.json"})
     assert set(contents(tmp_path)) == set(kept)
