@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import gc
 import sys
 from typing import Any, NoReturn
 
@@ -42,3 +43,9 @@ def refuse(error: OrchestratorError) -> int:
     """Print the one line of an error; returns the exit status that it ends the command with."""
     print("error:", str(error).replace("\n", " "), file=sys.stderr)
     return error.exit_status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process, without the interpreter's last look through all that ray.train has imported: 0.8 s of a core."""
+    gc.freeze()
+    sys.exit(status)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UserError
+from orchestrator.own_ray import MALLOC, few_processes
 from orchestrator.redact import redact
 
 CONNECT_TIMEOUT_S = 5.0
@@ -43,8 +44,7 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     own = not named
     if own:
         # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
-        # Ray's workers-in-waiting would be of no use, for every actor here brings an environment of its own.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        os.environ.update(MALLOC)  # its workers inherit it
         arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
         _check_named(named)
@@ -55,7 +55,8 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     # Until the run itself takes signals: end in order, or what ray.init has started stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        ray.init(**arguments)
+        with few_processes() if own else contextlib.nullcontext():
+            ray.init(**arguments)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise _no_cluster(named or "local", " ".join(str(error).split())[:300]) from None
     try:
@@ -124,6 +125,7 @@ def _quiet_ray(log_file: Path) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from ray._private import worker  # importing ray resets its loggers, so the handler comes after
 

@@ -22,6 +22,7 @@ from orchestrator.failure import Failure
 from orchestrator.faults import Fault
 from orchestrator.lastwords import command_failed, write_end
 from orchestrator.offer import offer
+from orchestrator.own_ray import MALLOC
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.redact import redact
@@ -34,13 +35,6 @@ POLL_S = 0.5
 GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
 TEARDOWN_S = 20.0
 COORDINATOR_BACK_S = 60.0
-# Ray Train trains in a thread, where glibc gives large blocks back to the kernel and faults them in again every
-# step: one arena, and keep what was freed (man mallopt; 32 MiB is the largest threshold it takes).
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
-}
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,7 @@ def _fit(assignment: Assignment, coordinator: Any, accelerator: Accelerator, off
                 train_worker,
                 asked_for=assignment.maximum if offered else 0,
                 train_loop_config=task,
-                torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum),
+                torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum, inherits=assignment.loopback),
                 scaling_config=scaling,
                 run_config=RunConfig(
                     storage_path=scratch,

@@ -2,20 +2,19 @@
 
 TorchTrainer starts five actors beside the workers. Each is a Python process that imports ray.train and ray.data,
 which on two cores is most of the time from the command to the first step. Those that this run cannot use are
-left out (internals of Ray 2.60, which is why its version is pinned).
+left out, and the controller is no process of its own: it goes with its command anyway (internals of Ray 2.60, which is
+why its version is pinned).
 """
 
+import asyncio
 from typing import Any
 
-import ray
-from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
+from orchestrator.leader import ElasticController
 from orchestrator.ray_policy import GrowingPolicy, OwnGroupConfig, StaticPolicy
-from orchestrator.worker_group import ElasticController
 
 __all__ = ["OwnGroupConfig", "Trainer"]
 
@@ -41,12 +40,9 @@ class Trainer(TorchTrainer):
             controller["scaling_policy"].maximum = self._asked_for
         else:
             controller["scaling_policy"] = StaticPolicy(self.scaling_config)
-        here = {RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        variables = get_env_vars_to_propagate()
-        actor_class: Any = ray.remote(num_cpus=0, label_selector=here, runtime_env={"env_vars": variables})
         kind: Any = ElasticController
         if self.scaling_config.use_tpu:
             from orchestrator.slice_rooms import SliceController as kind
-        actor = actor_class(kind).remote(**controller)
-        ray.get(actor.run.remote())
-        return ray.get(actor.get_result.remote())
+        leader = kind(**controller)
+        asyncio.run(leader.run())
+        return leader.get_result()

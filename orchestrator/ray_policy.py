@@ -1,4 +1,4 @@
-"""What Ray Train's controller unpickles of ours; imports no torch, which the controller has no use for."""
+"""What Ray Train's controller is given of ours; imports no torch, which the controller has no use for."""
 
 from dataclasses import dataclass
 
@@ -20,11 +20,13 @@ class OwnGroupConfig(BackendConfig):
         backend: what TorchTrainer asks for by name.
         coordinator: name of the run's coordinator actor.
         maximum: workers that the run may grow to.
+        inherits: a worker's process has its environment variables from the node that starts it.
     """
 
     backend: str = "own"
     coordinator: str = ""
     maximum: int = 1
+    inherits: bool = False
 
     @property
     def backend_cls(self) -> type[Backend]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator import toolchain
 from orchestrator.assembly import assemble, build
-from orchestrator.command import Parser, check_text, refuse
+from orchestrator.command import Parser, check_text, leave, refuse
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import GoingOnError, OrchestratorError, UserError
 from orchestrator.failure import resume_command, story
@@ -284,4 +284,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

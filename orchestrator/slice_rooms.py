@@ -17,9 +17,10 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.util.tpu import SlicePlacementGroup
 
 from orchestrator.cluster_fit import Node
+from orchestrator.leader import ElasticController
 from orchestrator.seats import OVER
 from orchestrator.slices import SLICE_NAME, SliceShape, idle, shape_of, whole_slices
-from orchestrator.worker_group import RAY_NODE_ID_KEY, ElasticController, ElasticWorkerGroup, Filled, Opening
+from orchestrator.worker_group import RAY_NODE_ID_KEY, ElasticWorkerGroup, Filled, Opening
 
 CLAIM_S = 10.0  # after which a slice that was not to be had after all, for somebody was quicker, is let go
 LOOK_S = 1.0

@@ -19,7 +19,6 @@ from typing import Any
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
@@ -32,6 +31,7 @@ from orchestrator.seats import NAMESPACE, OVER
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
+ANSWER_S = 0.02  # a coordinator with nothing else to do answers sooner
 END_S = 5.0  # workers still there so long after the run's end are shut down
 log = logging.getLogger("ray.train")
 
@@ -92,6 +92,22 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._over_s = 0.0
         self._next_rank = len(workers)
 
+    def _init_train_context_on_workers(self, workers: list[Worker], sync_actor: Any, arguments: dict[str, Any]) -> None:
+        """The controller, which workers only ask for Ray Train's checkpoints, is no actor."""
+        asked = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[number] for name, values in arguments.items()},
+            )
+            for number, worker in enumerate(workers)
+        ]
+        ray.get(asked)
+
     def __bool__(self) -> bool:
         """A group that has lost all its workers is one all the same: Ray Train asks by truth whether there is any."""
         return True
@@ -115,6 +131,11 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._tend_all()
         return self._tell(running=True)
 
+    @property
+    def over(self) -> bool:
+        """Whether the coordinator has said that the run is over."""
+        return bool(self._over_s)
+
     def _tell(self, running: bool) -> WorkerGroupPollStatus:
         self._latest_poll_status = WorkerGroupPollStatus(
             worker_statuses={0: WorkerStatus(running=running)}, worker_rank_to_replica_group_rank=None
@@ -125,7 +146,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         if self._over_s:
             return True
         self._asked_over = self._asked_over or self._coordinator.is_over.remote()
-        if ray.wait([self._asked_over], timeout=0)[0]:
+        if ray.wait([self._asked_over], timeout=ANSWER_S)[0]:
             asked, self._asked_over = self._asked_over, None
             try:
                 self._over_s = time.monotonic() if ray.get(asked) else 0.0
@@ -200,9 +221,12 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
 
     def _actor(self, labels: dict[str, str], strategy: str) -> Any:
         """A worker's actor, on a node with these labels."""
-        environment = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+        context = self._train_run_context
+        environment: Any = {}  # none at all: Ray takes a process that it has started ahead
+        if not context.backend_config.inherits:
+            environment = {"runtime_env": self._get_worker_runtime_env(context.run_config.worker_runtime_env)}
         resources = bundle_to_remote_args(self._worker_group_context.resources_per_worker)
-        actor_class: Any = ray.remote(runtime_env=environment, **resources)(self._worker_cls)
+        actor_class: Any = ray.remote(**environment, **resources)(self._worker_cls)
         return actor_class.options(label_selector=labels, scheduling_strategy=strategy).remote()
 
     def _room(self, placement_group: PlacementGroup) -> list[str]:
@@ -264,12 +288,6 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """See WorkerGroup."""
         self._cancel_openings()
         super().shutdown()
-
-
-class ElasticController(TrainController):  # type: ignore[misc]
-    """Ray Train's controller with such a worker group."""
-
-    worker_group_cls = ElasticWorkerGroup
 
 
 def _last_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import orchestrator.vision_ops  # noqa: F401  before transformers' models, which import torchvision
 from workloads.bert.config import BertConfig
 
 NOUNS = ["dog", "cat", "bird", "fish", "horse", "snake", "tiger", "mouse"]

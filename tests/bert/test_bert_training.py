@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reference import as_transformers
 
 from orchestrator.settings import parse_value, settings
 from orchestrator.state import weights_sha256
 from workloads.bert import data
 from workloads.bert.config import SIZES, BertConfig
-from workloads.bert.export import as_transformers
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer
 from workloads.bert.workload import BertWorkload
 
@@ -228,6 +228,14 @@ def test_saved_weights_are_the_weights(workload, tmp_path):
         "tokenizer_config.json",
         "vocab.txt",
     } <= names
+
+
+def test_the_files_are_those_that_transformers_saves(workload, tmp_path):
+    model = workload.build_model()
+    workload.save(model, tmp_path / "ours")
+    as_transformers(model).save_pretrained(tmp_path / "theirs")
+    for file in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.parametrize("form", ["vocab.txt", "folder", "tokenizer.json"])

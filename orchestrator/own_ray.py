@@ -1,0 +1,34 @@
+"""A Ray of the command's own: no more processes than one command needs.
+
+`ray.init` starts five Python processes beside the node's manager: an API server, which job submission and the state
+API ask, an autoscaler's monitor, a log monitor, which prints workers' output in the driver, and the agents of the
+dashboard and of runtime environments. Nobody asks the first, the next two have nothing to do, and on two cores each
+takes a second from the first step. Internals of Ray 2.60, which is why its version is pinned.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+# Ray Train trains in a thread, where glibc gives large blocks back to the kernel and faults them in again every
+# step: one arena, and keep what was freed (man mallopt; 32 MiB is the largest threshold it takes).
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
+}
+
+
+@contextlib.contextmanager
+def few_processes() -> Iterator[None]:
+    """While it lasts, ray.init starts a node without monitors and API server, and with the small dashboard agent."""
+    from ray._private import node, parameter, utils
+
+    whole = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
+    parameter.RayParams = functools.partial(whole[0], no_monitor=True, include_log_monitor=False)
+    node.Node.start_api_server = lambda *_, **__: None
+    utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error = whole
