@@ -44,6 +44,8 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     own = not named
     if own:
         # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
+        # Ray's workers-in-waiting, one a core, would be of use to few runs.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.update(MALLOC)  # its workers inherit it
         arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
@@ -125,6 +127,7 @@ def _quiet_ray(log_file: Path) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a call that comes too late starts no cluster
     os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from ray._private import worker  # importing ray resets its loggers, so the handler comes after

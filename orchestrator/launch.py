@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import os
 import signal
-import tempfile
 import threading
 import time
 import uuid
@@ -12,27 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.accelerators import Accelerator
-from orchestrator.afterword import scratch_prefix
 from orchestrator.clerk import clerk
-from orchestrator.cluster_fit import Node, Offer
+from orchestrator.cluster_fit import Node
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import GoingOnError, UserError
 from orchestrator.failure import Failure
 from orchestrator.faults import Fault
 from orchestrator.lastwords import command_failed, write_end
 from orchestrator.offer import offer
-from orchestrator.own_ray import MALLOC
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
-from orchestrator.redact import redact
 from orchestrator.resume import choose, settle_accelerator
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import NAMESPACE, Assignment, Status
+from orchestrator.training import Training, coordinator_name
 from orchestrator.worker_device import check_torch_xla
 
 POLL_S = 0.5
-GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
 TEARDOWN_S = 20.0
 COORDINATOR_BACK_S = 60.0
 
@@ -95,9 +89,7 @@ def launch(
         plan, folder.uri, uuid.uuid4().hex, description, started_s, workers, maximum, own_cluster, faults
     )
     coordinator = _start_coordinator(assignment)
-    trainer = threading.Thread(
-        target=_fit, args=(assignment, coordinator, accelerator, offered), name="ray-train", daemon=True
-    )
+    trainer = Training(assignment, coordinator, accelerator, offered)
     trainer.start()
     try:
         with clerk(str(plan.config.log), folder, assignment.token), _signals(coordinator) as interrupted:
@@ -108,13 +100,11 @@ def launch(
         message = f"the run's coordinator was lost ({type(error).__name__})"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)
         return Ending("failed", message, 1, write_end(assignment, folder, lost), lost)
+    finally:
+        trainer.halt()
     told = (status.result or {}).get("failure")
     failure = Failure(**told) if told else None
     return Ending(status.outcome, status.message, status.exit_status, status.result, failure)
-
-
-def _name(uri: str) -> str:
-    return f"run {uri}"
 
 
 def _start_coordinator(assignment: Assignment) -> Any:
@@ -126,7 +116,7 @@ def _start_coordinator(assignment: Assignment) -> Any:
     if assignment.plan.config.sync == "parameter-server":
         from orchestrator.dispatcher import Dispatcher as kind
     actor_class: Any = ray.remote(kind).options(
-        name=_name(assignment.uri),
+        name=coordinator_name(assignment.uri),
         namespace=NAMESPACE,
         num_cpus=0,
         max_concurrency=10_000,
@@ -138,61 +128,6 @@ def _start_coordinator(assignment: Assignment) -> Any:
     except ValueError:
         name = assignment.plan.config.name
         raise GoingOnError(f"--name {name}: this run is going on already on this cluster") from None
-
-
-def _fit(assignment: Assignment, coordinator: Any, accelerator: Accelerator, offered: Offer | None) -> None:
-    """Run TorchTrainer.fit; in a thread, for the main thread shows progress and takes signals."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-
-    from orchestrator.ray_backend import OwnGroupConfig, Trainer
-
-    if assignment.plan.config.sync == "parameter-server":
-        from orchestrator.served_worker import train_served_worker as train_worker
-    elif assignment.plan.config.parallel.splits:
-        from orchestrator.split_worker import train_split_worker as train_worker
-    else:
-        from orchestrator.worker import train_worker
-
-    config, name = assignment.plan.config, _name(assignment.uri)
-    task = {
-        "plan": assignment.plan,
-        "uri": assignment.uri,
-        "coordinator": name,
-        "group_timeout_s": GROUP_TIMEOUT_S,
-        "loopback": assignment.loopback,
-        "faults": assignment.faults,
-    }
-    scaling = ScalingConfig(
-        num_workers=assignment.expected,
-        use_gpu=accelerator.kind == "cuda",
-        use_tpu=accelerator.kind == "tpu",
-        accelerator_type=config.accelerator_type or None,
-        topology=config.topology or None,
-        resources_per_worker=accelerator.per_worker,
-        placement_strategy=config.placement.upper().replace("-", "_"),
-        label_selector=dict(config.node_labels.items) or None,
-    )
-    try:
-        # Ray Train's own bookkeeping is not the run's state: it goes to a folder of its own, deleted at the end.
-        with tempfile.TemporaryDirectory(prefix=scratch_prefix(os.getpid())) as scratch:
-            Trainer(
-                train_worker,
-                asked_for=assignment.maximum if offered else 0,
-                train_loop_config=task,
-                torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum, inherits=assignment.loopback),
-                scaling_config=scaling,
-                run_config=RunConfig(
-                    storage_path=scratch,
-                    name="ray-train",
-                    failure_config=FailureConfig(max_failures=config.max_incidents),
-                    worker_runtime_env={"env_vars": MALLOC},
-                ),
-            ).fit()
-    except Exception as error:
-        text = redact(f"{type(error).__name__}: {error}")
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(coordinator.fail.remote(text.splitlines()[0], 1, text))
 
 
 @contextlib.contextmanager

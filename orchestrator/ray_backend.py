@@ -7,6 +7,7 @@ why its version is pinned).
 """
 
 import asyncio
+import contextlib
 from typing import Any
 
 from ray.train.torch import TorchTrainer
@@ -30,7 +31,15 @@ class Trainer(TorchTrainer):
 
     def __init__(self, *arguments: Any, asked_for: int, **named: Any) -> None:
         self._asked_for = asked_for
+        self._leading: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         super().__init__(*arguments, **named)
+
+    def halt(self) -> None:
+        """From another thread: `fit` ends at once, with asyncio.CancelledError, and leaves the workers as they are."""
+        if self._leading:
+            loop, task = self._leading
+            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
+                loop.call_soon_threadsafe(task.cancel)
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -44,5 +53,10 @@ class Trainer(TorchTrainer):
         if self.scaling_config.use_tpu:
             from orchestrator.slice_rooms import SliceController as kind
         leader = kind(**controller)
-        asyncio.run(leader.run())
+
+        async def lead() -> None:
+            self._leading = asyncio.get_running_loop(), asyncio.current_task()  # type: ignore[assignment]
+            await leader.run()
+
+        asyncio.run(lead())
         return leader.get_result()

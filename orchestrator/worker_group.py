@@ -222,7 +222,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _actor(self, labels: dict[str, str], strategy: str) -> Any:
         """A worker's actor, on a node with these labels."""
         context = self._train_run_context
-        environment: Any = {}  # none at all: Ray takes a process that it has started ahead
+        environment: Any = {}  # none at all: Ray need not set one up, a quarter of a second of a core for each worker
         if not context.backend_config.inherits:
             environment = {"runtime_env": self._get_worker_runtime_env(context.run_config.worker_runtime_env)}
         resources = bundle_to_remote_args(self._worker_group_context.resources_per_worker)

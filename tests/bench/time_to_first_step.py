@@ -10,9 +10,11 @@ taken after its first optimizer step; either less the moment its process was sta
 those that count warms the page cache and the token cache. Target, ratio of ours to the baseline: <= 0.5.
 
 With --cold: ours alone, a second run against a first one, whose ORCHESTRATOR_CACHE is empty: bert on the documentation,
-resnet on prepared JPEG files, both compiled too where --compile is given. The page cache is warm for both.
+resnet on prepared JPEG files, both compiled too where --compile is given. The page cache is warm for both, or with
+--drop-page-cache (root's) empty for the first one, as it is on a machine that has just been started.
 """
 
+import os
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -32,8 +34,11 @@ DIFFERENCES = [
 ]
 
 
-def ours(workload: str, *more: str, cache: Path | None = None) -> dict[str, float]:
+def ours(workload: str, *more: str, cache: Path | None = None, drop: bool = False) -> dict[str, float]:
     """One visit to our command line: seconds to the first step, and to the end; with a cache of its own for None."""
+    if drop:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")  # man 5 proc: the page cache, dentries and inodes
     arguments = ["--workers", "2", "--steps", STEPS, "--resources-per-worker", "CPU=1", *more]
     with commands.visit() as folder:
         environment = {"ORCHESTRATOR_CACHE": str(cache or folder / "cache")}
@@ -85,7 +90,10 @@ def warm_and_cold(settings: Namespace, workload: str) -> dict[str, Any]:
         paired.say(f"{workload}: filling the cache")
         ours(workload, *more, cache=cache)
         found = paired.alternate(
-            {"warm": partial(ours, workload, *more, cache=cache), "cold": partial(ours, workload, *more)},
+            {
+                "warm": partial(ours, workload, *more, cache=cache),
+                "cold": partial(ours, workload, *more, drop=settings.drop_page_cache),
+            },
             settings.visits,
         )
     sides = [[visit["first_step"] for visit in found[side]] for side in ("warm", "cold")]
@@ -98,6 +106,7 @@ def main() -> None:
     parser = paired.parser(__doc__ or "", visits=5)
     parser.add_argument("--cold", action="store_true", help="a second run against a first one, instead of Ray Train")
     parser.add_argument("--compile", action="store_true", help="with --cold: compiled")
+    parser.add_argument("--drop-page-cache", action="store_true", help="with --cold: before each first run")
     parser.add_argument("--images", type=int, default=3000, help="with --cold: JPEG files of about 30 kB [3000]")
     parser.add_argument("--workloads", type=paired.words(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="count the first visits too")

@@ -5,11 +5,24 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import Done, events, finish, kept_in, records, result, run, start, wait_for_step, wait_until
+from commands import (
+    Done,
+    events,
+    finish,
+    kept_in,
+    ray_processes,
+    records,
+    result,
+    run,
+    start,
+    wait_for_step,
+    wait_until,
+)
 from logbooks.test_logbooks import losses
 
 STEPS = 60
 LOG = ["--log", "tensorboard"]
+UNUSED = ("monitor.py", "dashboard/dashboard.py", "ray::ElasticController")  # by a Ray of the command's own
 
 
 def arguments(storage: Path, name: str, *extra: str) -> list[str]:
@@ -34,9 +47,11 @@ def assert_as_undisturbed(done: Done, folder: Path, undisturbed: Path) -> None:
 def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -> None:
     """By either signal, one after the other; with a Ray of the command's own. TensorBoard has every step once."""
     folder, last, stops = tmp_path / "run", 0, []
+    of_others = ray_processes(UNUSED)
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start(arguments(tmp_path, "run", "--checkpoint-every", "600s", "--workers", "2", *LOG))
         wait_for_step(folder, last + 5)
+        assert ray_processes(UNUSED) <= of_others
         # SIGINT to the whole session, as from a terminal.
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
         done = finish(process)
@@ -52,6 +67,19 @@ def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -
     assert "--log" not in done.err
     assert losses(folder, "tensorboard") == [(r["step"], pytest.approx(r["loss"])) for r in records(folder)]
     assert [e["step"] for e in events(folder, "checkpoint_loaded")] == stops
+
+
+def test_asked_twice_it_stops_at_once(tmp_path: Path) -> None:
+    """With a Ray of its own, which ends with it, and is not started again by what still runs in the command."""
+    before = ray_processes()
+    process = start(["resnet", "--steps", "100000", "--workers", "1", *kept_in(tmp_path)])
+    wait_for_step(tmp_path / "run", 1)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    done = finish(process)
+    assert done.status == 130, done.err
+    assert "Traceback" not in done.err
+    wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
 
 
 def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""What is left out of a Ray of the command's own, by names inside Ray that may change."""
+
+from ray._private import node, parameter, utils
+
+from orchestrator.own_ray import few_processes
+
+
+def named():
+    return parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
+
+
+def test_while_ray_starts_and_no_longer():
+    whole = named()
+    with few_processes():
+        given = parameter.RayParams()
+        assert (given.no_monitor, given.include_log_monitor) == (True, False)
+        given.update_if_absent(include_log_monitor=True)  # as a Node does
+        assert given.include_log_monitor is False
+        assert utils.get_dashboard_dependency_error() is not None
+        assert node.Node.start_api_server is not whole[1]
+    assert named() == whole
