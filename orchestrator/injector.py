@@ -17,6 +17,7 @@ from orchestrator.journal import Journal
 from orchestrator.membership import Membership
 from orchestrator.recovery import Member
 
+HOLD_S, HOLD_STEPS = 0.25, 120  # half a minute: replacements that are not there by then may never come
 PREEMPTION = 2  # autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 log = logging.getLogger("orchestrator.injector")
 
@@ -49,7 +50,7 @@ class Schedule:
 
     def __init__(self, faults: tuple[Fault, ...], journal: Journal, members: Membership) -> None:
         self.faults, self._journal, self._members = faults, journal, members
-        self.fired: set[int] = set(journal.fired)
+        self.fired: set[int] = journal.fired
         self.begun_s = 0.0
 
     def due(self, steps_done: int, workers: int) -> list[int]:
@@ -121,6 +122,7 @@ class Saboteur:
         self._done: set[int] = set()
         self._raise = ""
         self._slow_s, self._slow_steps, self._drag_s = 0.0, 0, 0.0
+        self._held: dict[int, int] = {}
 
     def at(self, moment: str, rank: int, workers: int, steps_done: int) -> None:
         """Do what the schedule has for this rank at this step, at a moment as in Fault.during."""
@@ -145,6 +147,24 @@ class Saboteur:
             raise InjectedError(text)
         self._drag_s = self._slow_s * workers / shards if self._slow_steps else 0.0
         self._slow_steps = max(0, self._slow_steps - 1)
+
+    def hold(self, workers: int, steps_done: int, fired: frozenset[int]) -> None:
+        """Hold a step up if a fault has come to its step but not to its workers.
+
+        Else a quick model is steps ahead by hundreds when they are there, and what was to happen one after the other
+        happens at once.
+
+        Args:
+            fired: faults that had happened when this generation began.
+        """
+        late = [
+            number
+            for number, fault in enumerate(self._faults)
+            if number not in fired and 0 <= fault.step <= steps_done and workers < fault.workers
+        ]
+        if any(self._held.get(number, 0) < HOLD_STEPS for number in late):
+            self._held.update({number: self._held.get(number, 0) + 1 for number in late})
+            time.sleep(HOLD_S)
 
     def drag(self, pieces: int) -> None:
         """Before pieces of work: be slow, if that was asked for."""

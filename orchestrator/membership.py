@@ -144,7 +144,7 @@ class Membership:
         share, size = must_share(order, self.roster.size), self.roster.size
         for rank, member in enumerate(order):
             where = (generation, rank, self.placement, first.store, first.step, share, self._journal.recorded, size)
-            self._answers[member.id] = Seat(*where)
+            self._answers[member.id] = Seat(*where, fired=frozenset(self._journal.fired))
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
         self._pausing, self.begun = "", False

@@ -119,6 +119,8 @@ class Recorder(Observer):
         if self._seat is not None:
             seat = self._seat
             self._saboteur.before_step(seat.rank, seat.workers, self._step, seat.placement.shards)
+            if not self._first:  # which is timed, for it ends a recovery
+                self._saboteur.hold(seat.workers, self._step, seat.fired)
         return self.pause
 
     def trained(self) -> None:

@@ -47,6 +47,7 @@ class Seat:
         share: whether rank 0 hands its state to the others.
         recorded: the newest step that the run folder knows of.
         size: workers of a replica group; the placement deals the shards out to groups.
+        fired: numbers of the faults that have happened.
     """
 
     generation: int
@@ -57,6 +58,7 @@ class Seat:
     share: bool
     recorded: int
     size: int = 1
+    fired: frozenset[int] = frozenset()
 
     @property
     def workers(self) -> int:

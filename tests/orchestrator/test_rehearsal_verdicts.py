@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.faults import Fault
-from orchestrator.injector import target
+from orchestrator.injector import HOLD_S, HOLD_STEPS, Saboteur, target
 from orchestrator.recovery import Member
 from orchestrator.rehearse import problems, table
 from orchestrator.runfolder import METRICS, RunFolder
@@ -55,6 +55,19 @@ def test_a_node_is_found_by_its_number_among_those_that_ever_trained():
     members = [Member(name, name, 1, "cpu", 5, rank, ("", 0)) for rank, name in enumerate("cb")]
     found = [target(fault, members, nodes) for fault in faults]
     assert [m.node if m else None for m in found] == ["b", "c", None]
+
+
+def test_steps_are_held_up_until_a_fault_has_its_workers(monkeypatch):
+    held = []
+    monkeypatch.setattr("time.sleep", held.append)
+    faults = (Fault("drain", rank=0, step=5, workers=3), Fault("kill", rank=1, time_s=1.0, workers=3))
+    saboteur = Saboteur(faults, lambda _: True)
+    for workers, step, fired in [(2, 4, ()), (3, 5, ()), (2, 6, (0,))]:
+        saboteur.hold(workers, step, frozenset(fired))
+    assert not held, "not before its step, not with its workers, not after it has happened, not by time"
+    for step in range(5, 500):
+        saboteur.hold(2, step, frozenset())
+    assert held == [HOLD_S] * HOLD_STEPS, "and not for ever: a lost worker may not be replaced"
 
 
 def test_within_a_tolerance_only_samples_must_be_the_same(tmp_path):

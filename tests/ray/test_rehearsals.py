@@ -75,6 +75,8 @@ def test_workers_fail_in_every_way_and_at_bad_moments(workload: tuple[str, ...],
         fault("exception", 0, step=20, workers=3),
         fault("stop", 0, step=100, workers=3),
         fault("slow", 0, step=5, seconds=0.05),
+        # Does nothing, but for being there with three workers: what is to happen in a restore must not happen now.
+        fault("slow", 0, step=300, seconds=0.0, steps=1, workers=3),
         # Two of three in one step; then who receives state dies, and then who gives it.
         fault("kill", 1, step=400, workers=3),
         fault("kill", 2, step=400),

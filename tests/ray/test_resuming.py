@@ -26,7 +26,18 @@ UNUSED = ("monitor.py", "dashboard/dashboard.py", "ray::ElasticController")  # b
 
 
 def arguments(storage: Path, name: str, *extra: str) -> list[str]:
-    return ["resnet", "--steps", str(STEPS), "--checkpoint-every", "8", *kept_in(storage, name), *extra]
+    # Steps that are no quicker than metrics.jsonl is written, or the end comes before what is to happen in the middle.
+    return [
+        "resnet",
+        "--batch-size",
+        "512",
+        "--steps",
+        str(STEPS),
+        "--checkpoint-every",
+        "8",
+        *kept_in(storage, name),
+        *extra,
+    ]
 
 
 @pytest.fixture(scope="module")
