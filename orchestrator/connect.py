@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestrator.command import Lasting
 from orchestrator.errors import UserError
 from orchestrator.own_ray import MALLOC, few_processes
 from orchestrator.redact import redact
@@ -150,6 +151,7 @@ def _keep_terminal(log_file: Path) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
         stream.flush()
-        setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace"))
+        kept = os.fdopen(os.dup(number), "wb")
+        setattr(sys, name, Lasting(kept, encoding="utf-8", errors="replace", line_buffering=True))
         os.dup2(log, number)
     os.close(log)

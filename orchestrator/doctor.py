@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from orchestrator.checkup import Finding, here, on_nodes
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, leave, refuse
 from orchestrator.connect import cluster, is_here
 from orchestrator.errors import OrchestratorError
 from orchestrator.resume import default_storage
@@ -55,4 +55,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -6,7 +6,6 @@ it has made on the held-out split and measures it beside fp32. Exit status: 0 ex
 
 import dataclasses
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.assembly import assemble
-from orchestrator.command import Parser, check_threads, refuse
+from orchestrator.command import Parser, check_threads, leave, refuse
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.exported import ABOUT, PACKAGES, need
@@ -187,4 +186,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

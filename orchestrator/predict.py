@@ -5,11 +5,10 @@ filled with the five most probable tokens. Exit status: 0 answered; 2 refused.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from orchestrator.command import Parser, check_threads, refuse
+from orchestrator.command import Parser, check_threads, leave, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.exported import open_exported
 from workloads.predicting import Guesses
@@ -58,4 +57,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.assembly import assemble
-from orchestrator.command import Parser, check_text, refuse
+from orchestrator.command import Parser, check_text, leave, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
@@ -269,4 +269,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

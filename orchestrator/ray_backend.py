@@ -2,8 +2,8 @@
 
 TorchTrainer starts five actors beside the workers. Each is a Python process that imports ray.train and ray.data,
 which on two cores is most of the time from the command to the first step. Those that this run cannot use are
-left out, and the controller is no process of its own: it goes with its command anyway (internals of Ray 2.60, which is
-why its version is pinned).
+left out; the controller is in the command, whose end is its end either way (internals of Ray 2.60, which is why its
+version is pinned).
 """
 
 import asyncio

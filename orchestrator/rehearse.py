@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.assembly import assemble
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, leave, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.nodewatch import node_token
@@ -215,4 +215,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -5,7 +5,6 @@ Exit status: 0 written; 2 there is no run, or the page cannot be written.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from orchestrator.charts import (
     spans,
     workers_chart,
 )
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, leave, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.failure import Failure
 from orchestrator.history import History, read_history
@@ -268,4 +267,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

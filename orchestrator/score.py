@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.assembly import assemble
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, leave, refuse
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.export import fetch_model, find_run
@@ -229,4 +229,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

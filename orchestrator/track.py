@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.clerk import TOLD
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, leave, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.history import ALIVE_S
@@ -288,4 +288,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

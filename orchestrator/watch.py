@@ -3,13 +3,12 @@
 Exit status: 0 when the run has ended or the view was left; 2 there is no run.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.command import Parser, refuse
+from orchestrator.command import Parser, leave, refuse
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.history import lines
 from orchestrator.liveview import Sight, draw
@@ -80,4 +79,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

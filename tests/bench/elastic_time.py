@@ -4,10 +4,10 @@
 
 While a run of our command line trains undisturbed, counted per worker and as a share of its training thread's time:
 the training thread inside the observer that notes, reports and asks for pauses (py-spy's samples); processor seconds
-of all other threads of the worker (heartbeat, reporter, gloo, Ray's own); and of the coordinator and Ray Train's
-controller, which the workers share. Less the same of a plain Ray Train job (baseline_recovery.py, without checkpoints)
-that trains the same model on the same batch in the same run, by turns. It is a bound from above: other threads cost
-the training thread at most what they take. Target: at most 0.01.
+of all other threads of the worker (heartbeat, reporter, gloo, Ray's own); and of the command, the coordinator and Ray
+Train's controller, which the workers share. Less the same of a plain Ray Train job (baseline_recovery.py, without
+checkpoints) that trains the same model on the same batch in the same run, by turns. It is a bound from above: other
+threads cost the training thread at most what they take. Target: at most 0.01.
 """
 
 import shutil
@@ -31,7 +31,8 @@ from orchestrator.nodewatch import psutil_of_ray
 TARGET = paired.Target(0.01, at_least=False)
 SAMPLES_PER_S = 200
 OBSERVER = ("committed (orchestrator/recorder.py", "stop_wanted (orchestrator/recorder.py")
-CONTROLLERS = ("ray::Coordinator", "ray::ElasticController", "ray::TrainController")
+CONTROLLERS = ("ray::Coordinator", "ray::TrainController")
+COMMANDS = ("orchestrator.run", "baseline_recovery.py")
 LOOP = "train (orchestrator/loop.py"
 READY_S = 180.0
 
@@ -67,9 +68,13 @@ def in_observer(worker: int, seconds: float, folder: Path) -> dict[str, int]:
 
 
 def controllers(folder: Path) -> list[int]:
-    """The processes of a visit that lead its training: Ray Train's controller, and our coordinator."""
-    names = {pid: psutil_of_ray().Process(pid).cmdline()[:1] for pid in commands.processes(folder)}
-    return [pid for pid, name in names.items() if name and name[0].partition(".")[0] in CONTROLLERS]
+    """The processes of a visit that lead its training: the command, Ray Train's controller, and our coordinator."""
+    lines = {pid: psutil_of_ray().Process(pid).cmdline() for pid in commands.processes(folder)}
+    return [
+        pid
+        for pid, words in lines.items()
+        if words and (words[0].partition(".")[0] in CONTROLLERS or any(word.endswith(COMMANDS) for word in words))
+    ]
 
 
 @contextmanager

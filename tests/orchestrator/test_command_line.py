@@ -1,10 +1,12 @@
 """`python -m orchestrator.run`: every flag has a text, every mistake one line, and a dry run never meets Ray."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from orchestrator.command import Lasting
 from orchestrator.prepare import main as prepare_main
 from orchestrator.run import main, workload_parser
 from orchestrator.settings import flag, help_texts, settings
@@ -197,6 +199,26 @@ def test_the_status_of_the_process_is_2(tmp_path):
     assert ended.returncode == 2
     assert ended.stderr == "error: --lr nan: not a finite number\n"
     assert not ended.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As `... --help | head -1`: what a shell says of a command that SIGPIPE ended, and not a word."""
+    command = [sys.executable, "-m", "orchestrator.run", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_stream_outlives_its_reader():
+    reading, writing = os.pipe()
+    stream = Lasting(os.fdopen(writing, "wb"), encoding="utf-8", line_buffering=True)
+    print("heard", file=stream)
+    assert os.read(reading, 100) == b"heard\n"
+    os.close(reading)
+    for _ in range(3):
+        print("not heard", file=stream, flush=True)
+    stream.close()
 
 
 @pytest.mark.parametrize(
