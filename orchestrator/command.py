@@ -5,9 +5,10 @@ import difflib
 import gc
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from orchestrator.errors import OrchestratorError, UserError
 
@@ -56,13 +57,32 @@ def leave(main: Callable[[], int]) -> NoReturn:
     The interpreter's last look through all that ray.train has imported, 0.8 s of a core, is left out.
     """
     try:
-        status = main()
+        status = _status_of(main)
         sys.stdout.flush()
     except BrokenPipeError:
-        _to_nobody(sys.stdout.fileno())
+        if not [stream for stream in (sys.stdout, sys.stderr) if _reader_gone(stream)]:
+            raise  # another pipe broke, which is our bug
         status = READER_GONE
     gc.freeze()
     sys.exit(status)
+
+
+def _status_of(main: Callable[[], int]) -> int:
+    """argparse's --help leaves by an exception."""
+    try:
+        return main()
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def _reader_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads (poll(2): POLLERR); what is written then goes nowhere."""
+    asked = select.poll()
+    asked.register(stream.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in asked.poll(0))
+    if gone:
+        _to_nobody(stream.fileno())
+    return gone
 
 
 class Lasting(io.TextIOWrapper):

@@ -8,13 +8,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator.command import Lasting
 from orchestrator.errors import UserError
-from orchestrator.own_ray import MALLOC, few_processes
+from orchestrator.own_ray import few_processes
 from orchestrator.redact import redact
 
 CONNECT_TIMEOUT_S = 5.0
@@ -28,8 +28,11 @@ class Redacted(logging.Formatter):
 
 
 @contextlib.contextmanager
-def cluster(address: str, log_file: Path) -> Iterator[bool]:
+def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None = None) -> Iterator[bool]:
     """A connection to Ray, found or started; yields whether the cluster is a local one of our own.
+
+    Args:
+        environment: variables for the processes of a cluster of our own.
 
     Raises:
         UserError: there is no cluster at `address`.
@@ -47,7 +50,6 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
         # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
         # Ray's workers-in-waiting, one a core, would be of use to few runs.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        os.environ.update(MALLOC)  # its workers inherit it
         arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
         _check_named(named)
@@ -58,7 +60,7 @@ def cluster(address: str, log_file: Path) -> Iterator[bool]:
     # Until the run itself takes signals: end in order, or what ray.init has started stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with few_processes() if own else contextlib.nullcontext():
+        with few_processes(environment or {}) if own else contextlib.nullcontext():
             ray.init(**arguments)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise _no_cluster(named or "local", " ".join(str(error).split())[:300]) from None

@@ -38,12 +38,12 @@ class Coordinator:
     def __init__(self, assignment: Assignment) -> None:
         import ray
 
-        from orchestrator.prometheus import Exporter
+        from orchestrator.prometheus import exporter
 
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._plan, config = assignment.plan, assignment.plan.config
         self._host = "127.0.0.1" if assignment.loopback else ray.util.get_node_ip_address()
-        told = (assignment.description, assignment.started_s, again, Exporter(self._plan))
+        told = (assignment.description, assignment.started_s, again, exporter(self._plan, assignment.loopback))
         self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
         roster = roster_of(config, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, again

@@ -4,7 +4,7 @@
 kind = "kill"     # kill, stop, exception, slow: of a worker, by rank
 rank = 1
 step = 20         # or time_s = 3.5, seconds since training began
-workers = 3       # if so many train by then; else as soon as they do: steps are held up for as long as 30 s
+workers = 3       # if so many train by then; else as soon as they do: 120 steps are held up meanwhile
 during = "step"   # or restore, checkpoint: halfway through the first handing over of state, or checkpoint, after it
 
 [[fault]]
@@ -53,7 +53,8 @@ class Fault:
             shards; more with more, less with fewer.
         steps: slow: how many steps.
         workers: not before so many train: 0 does not wait for the replacements of earlier faults. Steps are held up
-            meanwhile (injector.HOLD_S), so that a quick model is not past the next fault's step when they are there.
+            meanwhile (injector.HOLD_S), so that a quick model is not past the next fault's step when they are there;
+            not with --sync parameter-server, nor for faults by time.
         during: what a worker has to be doing; with kill and stop, by step.
     """
 

@@ -17,7 +17,7 @@ from orchestrator.journal import Journal
 from orchestrator.membership import Membership
 from orchestrator.recovery import Member
 
-HOLD_S, HOLD_STEPS = 0.25, 120  # half a minute: replacements that are not there by then may never come
+HOLD_S, HOLD_STEPS = 0.25, 120  # half a minute in all: replacements that are not there by then may never come
 PREEMPTION = 2  # autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 log = logging.getLogger("orchestrator.injector")
 
@@ -122,7 +122,6 @@ class Saboteur:
         self._done: set[int] = set()
         self._raise = ""
         self._slow_s, self._slow_steps, self._drag_s = 0.0, 0, 0.0
-        self._held: dict[int, int] = {}
 
     def at(self, moment: str, rank: int, workers: int, steps_done: int) -> None:
         """Do what the schedule has for this rank at this step, at a moment as in Fault.during."""
@@ -160,10 +159,11 @@ class Saboteur:
         late = [
             number
             for number, fault in enumerate(self._faults)
-            if number not in fired and 0 <= fault.step <= steps_done and workers < fault.workers
+            if number not in fired
+            and 0 <= fault.step <= steps_done < fault.step + HOLD_STEPS
+            and workers < fault.workers
         ]
-        if any(self._held.get(number, 0) < HOLD_STEPS for number in late):
-            self._held.update({number: self._held.get(number, 0) + 1 for number in late})
+        if late:
             time.sleep(HOLD_S)
 
     def drag(self, pieces: int) -> None:

@@ -61,7 +61,7 @@ class Journal:
         self.generation, self.loss = 0, float("nan")
         self.workers = 0  # of the newest generation of an earlier coordinator
         self.nodes: list[str] = []  # of all generations, one after the other
-        self.fired: set[int] = set()  # faults of a schedule, by an earlier coordinator
+        self.fired: set[int] = set()  # faults of a schedule that have happened
         self.incidents: list[Incident] = []
         self.open: OpenIncident | None = None
         self._unsettled: list[tuple[Incident, set[str]]] = []

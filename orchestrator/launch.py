@@ -90,12 +90,13 @@ def launch(
     )
     coordinator = _start_coordinator(assignment)
     trainer = Training(assignment, coordinator, accelerator, offered)
-    trainer.start()
     try:
+        trainer.start()
         with clerk(str(plan.config.log), folder, assignment.token), _signals(coordinator) as interrupted:
             status = _follow(plan, coordinator, trainer, interrupted)
             # Ray Train takes its workers down; a connection that is closed under it would end this process.
-            trainer.join(TEARDOWN_S)
+            if status.generation:
+                trainer.join(TEARDOWN_S)
     except ray.exceptions.RayError as error:
         message = f"the run's coordinator was lost ({type(error).__name__})"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)

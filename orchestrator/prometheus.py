@@ -14,6 +14,11 @@ from orchestrator.plan import Plan
 AGAIN_EVERY_S = 1.0
 
 
+def exporter(plan: Plan, own_ray: bool) -> Listener:
+    """An Exporter, where there is an agent that serves: a Ray of the command's own has none."""
+    return Listener() if own_ray else Exporter(plan)
+
+
 class Exporter(Listener):
     """Told by the journal of all that it writes down; costs some microseconds a report, off the workers' processes.
 

@@ -7,12 +7,12 @@ version is pinned).
 """
 
 import asyncio
-import contextlib
 from typing import Any
 
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 
 from orchestrator.leader import ElasticController
 from orchestrator.ray_policy import GrowingPolicy, OwnGroupConfig, StaticPolicy
@@ -23,7 +23,8 @@ __all__ = ["OwnGroupConfig", "Trainer"]
 class Trainer(TorchTrainer):
     """TorchTrainer with workers that are replaced one by one, without data sets and without a cleaner.
 
-    A workload reads its own data. Ray removes the placement group of a job that ends by itself.
+    A workload reads its own data. Ray removes the placement group of a job that ends by itself. The dashboard's page of
+    Ray Train knows trainings by the actor of their controller, so it does not show ours.
 
     Args:
         asked_for: workers that the autoscaler is asked for; 0: there is none.
@@ -31,18 +32,10 @@ class Trainer(TorchTrainer):
 
     def __init__(self, *arguments: Any, asked_for: int, **named: Any) -> None:
         self._asked_for = asked_for
-        self._leading: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
         super().__init__(*arguments, **named)
 
-    def halt(self) -> None:
-        """From another thread: `fit` ends at once, with asyncio.CancelledError, and leaves the workers as they are."""
-        if self._leading:
-            loop, task = self._leading
-            with contextlib.suppress(RuntimeError):  # the loop has ended by itself
-                loop.call_soon_threadsafe(task.cancel)
-
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback, StateManagerCallback)
         controller["callbacks"] = [c for c in controller["callbacks"] if not isinstance(c, unused)]
         if self._asked_for:
             controller["scaling_policy"] = GrowingPolicy(self.scaling_config)
@@ -53,10 +46,5 @@ class Trainer(TorchTrainer):
         if self.scaling_config.use_tpu:
             from orchestrator.slice_rooms import SliceController as kind
         leader = kind(**controller)
-
-        async def lead() -> None:
-            self._leading = asyncio.get_running_loop(), asyncio.current_task()  # type: ignore[assignment]
-            await leader.run()
-
-        asyncio.run(lead())
+        asyncio.run(leader.run())
         return leader.get_result()

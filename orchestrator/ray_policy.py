@@ -1,4 +1,4 @@
-"""What Ray Train's controller is given of ours; imports no torch, which the controller has no use for."""
+"""What Ray Train is given of ours, and hands on to its workers."""
 
 from dataclasses import dataclass
 

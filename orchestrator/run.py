@@ -120,6 +120,8 @@ def idle_faults(plan: Plan, faults: Sequence[Fault]) -> list[str]:
             found.append(
                 f"fault {number}: rank = {fault.rank}: there are at most {most} workers, from 0; it will not happen"
             )
+        elif fault.workers > most:
+            found.append(f"fault {number}: workers = {fault.workers}: there are at most {most}; it will not happen")
     return found
 
 
@@ -206,6 +208,7 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, fa
     from orchestrator.afterword import afterword
     from orchestrator.connect import cluster
     from orchestrator.launch import launch
+    from orchestrator.own_ray import MALLOC
 
     log_file = (
         Path(folder.folder.path("logs/ray.log"))
@@ -216,7 +219,7 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, fa
     print(f"run folder: {folder.uri}", flush=True)
     try:
         told = (plan.workload, plan.config.storage, plan.config.name)
-        with afterword(*told), cluster(plan.config.address, log_file) as own:
+        with afterword(*told), cluster(plan.config.address, log_file, MALLOC) as own:
             ending = launch(plan, folder, description, started_s, own, faults)
             return _tell(plan, folder, ending)
     except UserError:

@@ -9,13 +9,14 @@ from typing import Any
 
 from orchestrator.accelerators import Accelerator
 from orchestrator.afterword import scratch_prefix
+from orchestrator.halting import halted
 from orchestrator.offer import Offer
 from orchestrator.own_ray import MALLOC
 from orchestrator.redact import redact
 from orchestrator.seats import Assignment
 
 GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
-HALT_S = 2.0
+HALT_S = 5.0  # some times as long as it takes to see that it shall
 
 
 def coordinator_name(uri: str) -> str:
@@ -32,7 +33,7 @@ class Training(threading.Thread):
         super().__init__(name="ray-train", daemon=True)
         self._assignment, self._coordinator = assignment, coordinator
         self._accelerator, self._offered = accelerator, offered
-        self._trainer: Any = None
+        halted.clear()
 
     def run(self) -> None:
         """See threading.Thread."""
@@ -41,8 +42,7 @@ class Training(threading.Thread):
         try:
             # Ray Train's own bookkeeping is not the run's state: it goes to a folder of its own, deleted at the end.
             with tempfile.TemporaryDirectory(prefix=scratch_prefix(os.getpid())) as scratch:
-                self._trainer = self._build(scratch)
-                self._trainer.fit()
+                self._build(scratch).fit()
         except asyncio.CancelledError:
             return  # halted
         except Exception as error:
@@ -52,8 +52,8 @@ class Training(threading.Thread):
 
     def halt(self) -> None:
         """End the thread before the connection to Ray is closed under it, if it has not ended by itself."""
-        if self._trainer is not None and self.is_alive():
-            self._trainer.halt()
+        halted.set()
+        if self.is_alive():
             self.join(HALT_S)
 
     def _build(self, scratch: str) -> Any:

@@ -19,7 +19,6 @@ from typing import Any
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.execution.worker_group.worker import Worker
@@ -27,6 +26,7 @@ from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGro
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import PlacementGroup
 
+from orchestrator.halting import wait
 from orchestrator.seats import NAMESPACE, OVER
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
@@ -34,20 +34,6 @@ BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
 ANSWER_S = 0.02  # a coordinator with nothing else to do answers sooner
 END_S = 5.0  # workers still there so long after the run's end are shut down
 log = logging.getLogger("ray.train")
-
-
-class _NoBarrier:
-    """Instead of Ray Train's actor for barriers between workers that report(): ours do not, and it costs a process."""
-
-    def options(self, **_: Any) -> "_NoBarrier":
-        return self
-
-    def remote(self, **_: Any) -> str:
-        return "no barrier"
-
-
-worker_group.SynchronizationActor = _NoBarrier()
-state._shutdown_sync_actor = lambda _: None
 
 
 @dataclass
@@ -235,6 +221,13 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ray.util.remove_placement_group(placement_group)
         return [nodes[number] for number in range(len(nodes))]
 
+    def _create_placement_group(self, *arguments: Any) -> Any:
+        """Ray Train's, whose wait ends when the command does."""
+        handle = super()._create_placement_group(*arguments)
+        whole = handle.wait
+        handle.wait = lambda timeout_s: wait(whole, timeout_s)
+        return handle
+
     def _create_workers(
         self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: Any, **_: Any
     ) -> list[Worker]:
@@ -243,7 +236,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         actors = [self._actor({RAY_NODE_ID_KEY: nodes[number]}, "DEFAULT") for number in range(num_workers)]
         try:
             # Somebody else may have taken the room, or a node may have gone.
-            found = ray.get([a.get_metadata.remote() for a in actors], timeout=self._worker_group_start_timeout_s)
+            asked = [a.get_metadata.remote() for a in actors]
+            there = lambda timeout_s: not ray.wait(asked, num_returns=len(asked), timeout=timeout_s)[1]  # noqa: E731
+            wait(there, self._worker_group_start_timeout_s)
+            found = ray.get(asked, timeout=0)
         except ray.exceptions.RayError as error:
             for actor in actors:
                 ray.kill(actor)

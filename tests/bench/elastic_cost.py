@@ -20,7 +20,7 @@ from typing import Any
 import commands
 import paired
 
-from orchestrator.launch import MALLOC
+from orchestrator.own_ray import MALLOC
 
 Measure = Callable[[Namespace, str, int, Path], dict[str, Any]]
 TARGET = paired.Target(1.01, at_least=False)
@@ -53,7 +53,7 @@ def bare(settings: Namespace, workload: str, workers: int, data: Path) -> dict[s
     """The same of the loop alone."""
     with commands.visit() as folder:
         arguments = [workload, *settings_of(settings, workload, data)]
-        # Both sides keep the memory they freed, which is no part of being elastic (orchestrator.launch).
+        # Both sides keep the memory they freed, which is no part of being elastic (orchestrator.own_ray).
         return commands.last_json(commands.torchrun(workers, "bare_loop.py", arguments, folder, **MALLOC).stdout)
 
 

@@ -1,5 +1,7 @@
 """What is left out of a Ray of the command's own, by names inside Ray that may change."""
 
+import os
+
 from ray._private import node, parameter, utils
 
 from orchestrator.own_ray import few_processes
@@ -9,9 +11,12 @@ def named():
     return parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
 
 
-def test_while_ray_starts_and_no_longer():
+def test_while_ray_starts_and_no_longer(monkeypatch):
     whole = named()
-    with few_processes():
+    monkeypatch.setenv("KEPT", "before")
+    monkeypatch.delenv("NEW", raising=False)
+    with few_processes({"KEPT": "now", "NEW": "now"}):
+        assert (os.environ["KEPT"], os.environ["NEW"]) == ("now", "now")
         given = parameter.RayParams()
         assert (given.no_monitor, given.include_log_monitor) == (True, False)
         given.update_if_absent(include_log_monitor=True)  # as a Node does
@@ -19,3 +24,5 @@ def test_while_ray_starts_and_no_longer():
         assert utils.get_dashboard_dependency_error() is not None
         assert node.Node.start_api_server is not whole[1]
     assert named() == whole
+    assert os.environ["KEPT"] == "before"
+    assert "NEW" not in os.environ
