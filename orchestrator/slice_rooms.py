@@ -17,6 +17,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.util.tpu import SlicePlacementGroup
 
 from orchestrator.cluster_fit import Node
+from orchestrator.halting import wait
 from orchestrator.leader import ElasticController
 from orchestrator.seats import OVER
 from orchestrator.slices import SLICE_NAME, SliceShape, idle, shape_of, whole_slices
@@ -72,7 +73,7 @@ class SliceRooms(PlacementGroupHandle):  # type: ignore[misc]
 
     def wait(self, timeout_seconds: float = 30) -> bool:
         asked = self.ready()
-        return len(ray.wait(asked, num_returns=len(asked), timeout=timeout_seconds)[0]) == len(asked)
+        return wait(lambda s: len(ray.wait(asked, num_returns=len(asked), timeout=s)[0]) == len(asked), timeout_seconds)
 
     def nodes(self) -> list[str]:
         """The node for each worker, slice after slice."""
