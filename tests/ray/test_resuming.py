@@ -93,6 +93,20 @@ def test_asked_twice_it_stops_at_once(tmp_path: Path) -> None:
     wait_until(lambda: ray_processes() <= before, 30, "Ray's processes to end")
 
 
+def test_asked_to_stop_while_it_waits_for_room(cluster: str, tmp_path: Path) -> None:
+    whole = ["--workers", "1", "--resources-per-worker", "CPU=4"]
+    holder = start(["resnet", "--steps", "100000", *whole, *kept_in(tmp_path, "holder", cluster)])
+    wait_for_step(tmp_path / "holder", 1)
+    waiting = start(["resnet", "--steps", "20", *whole, *kept_in(tmp_path, "waiting", cluster)])
+    wait_until(lambda: bool(events(tmp_path / "waiting", "phase_began")), 60, "the second run to wait")
+    waiting.terminate()
+    done = finish(waiting)
+    assert done.status == 130, done.err
+    assert "before this command's first step" in done.err
+    holder.terminate()
+    assert finish(holder).status == 130
+
+
 def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(arguments(tmp_path, "run", "--address", cluster))
