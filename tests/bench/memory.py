@@ -71,8 +71,9 @@ def watch(settings: Namespace, folder: Path, command: int) -> list[tuple[float, 
         below = children()
         with suppress(FileNotFoundError, ProcessLookupError):  # a short-lived helper has ended: the next sample will do
             found.append((now_s, [*(sum(map(own_mb, family(pid, below))) for pid in pids), own_mb(command)]))
+        events = commands.records(folder / "run" / "events.jsonl")
+        assert all(Path(f"/proc/{pid}").exists() for pid in (*pids, command)), f"ended: {events[-5:]}"
         time.sleep(EVERY_S)  # the period of the samples, not a wait for anything
-    assert all(Path(f"/proc/{pid}").exists() for pid in (*pids, command)), "a worker or the command has ended"
     return found
 
 
