@@ -96,15 +96,20 @@ def test_asked_twice_it_stops_at_once(tmp_path: Path) -> None:
 def test_asked_to_stop_while_it_waits_for_room(cluster: str, tmp_path: Path) -> None:
     whole = ["--workers", "1", "--resources-per-worker", "CPU=4"]
     holder = start(["resnet", "--steps", "100000", *whole, *kept_in(tmp_path, "holder", cluster)])
-    wait_for_step(tmp_path / "holder", 1)
-    waiting = start(["resnet", "--steps", "20", *whole, *kept_in(tmp_path, "waiting", cluster)])
-    wait_until(lambda: bool(events(tmp_path / "waiting", "phase_began")), 60, "the second run to wait")
-    waiting.terminate()
-    done = finish(waiting)
-    assert done.status == 130, done.err
+    try:
+        wait_for_step(tmp_path / "holder", 1)
+        waiting, log = (
+            start(["resnet", *whole, *kept_in(tmp_path, "waiting", cluster)]),
+            tmp_path / "waiting/logs/ray.log",
+        )
+        wait_until(lambda: log.exists() and "Attempting to start" in log.read_text(), 60, "the second run to wait")
+        waiting.terminate()
+        done = finish(waiting)
+    finally:
+        holder.terminate()
+        held = finish(holder)
+    assert done.status == held.status == 130, done.err
     assert "before this command's first step" in done.err
-    holder.terminate()
-    assert finish(holder).status == 130
 
 
 def test_a_killed_driver_resumes(cluster: str, undisturbed: Path, tmp_path: Path) -> None:
