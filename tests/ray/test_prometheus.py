@@ -94,7 +94,9 @@ def folder(prometheus: Prometheus, cluster: str, tmp_path_factory: pytest.TempPa
     storage = tmp_path_factory.mktemp("runs")
     faults = storage / "faults.toml"
     faults.write_text('[[fault]]\nkind = "kill"\nrank = 1\nstep = 60\n')
-    settings = ["--steps", str(STEPS), "--checkpoint-every", str(EVERY), "--workers", "2", "--faults", str(faults)]
+    # Samples enough for the run to take some scrapes on a fast machine too.
+    settings = ["--steps", str(STEPS), "--batch-size", "512", "--checkpoint-every", str(EVERY), "--workers", "2"]
+    settings += ["--faults", str(faults)]
     done = run("resnet", *settings, *kept_in(storage, "scraped", cluster))
     assert done.status == 0, done.err
     steps = 'sum by (run) (ray_orchestrator_steps_total{run="scraped"})'
