@@ -28,6 +28,9 @@ from orchestrator.worker_device import check_torch_xla
 
 POLL_S = 0.5
 TEARDOWN_S = 20.0
+# The coordinator's last gauges go with its process: so long, and a cluster that reports them every second has them
+# (RAY_metrics_report_interval_ms), as Prometheus wants the step at which a run has ended.
+LAST_NUMBERS_S = 2.5
 COORDINATOR_BACK_S = 60.0
 
 
@@ -96,7 +99,10 @@ def launch(
             status = _follow(plan, coordinator, trainer, interrupted)
             # Ray Train takes its workers down; a connection that is closed under it would end this process.
             if status.generation:
+                over_s = time.monotonic()
                 trainer.join(TEARDOWN_S)
+                if not own_cluster:
+                    time.sleep(max(0.0, over_s + LAST_NUMBERS_S - time.monotonic()))
     except ray.exceptions.RayError as error:
         message = f"the run's coordinator was lost ({type(error).__name__})"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)

@@ -187,7 +187,7 @@ def test_the_last_words_of_a_real_process(monkeypatch, tmp_path):
 def test_a_mistake_of_ours_is_a_short_story(monkeypatch, tmp_path, capsys):
     """Also where nobody could be asked how the run failed."""
 
-    def broken(address: str, log_file: object) -> None:
+    def broken(address: str, log_file: object, environment: object) -> None:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr("orchestrator.connect.cluster", broken)
