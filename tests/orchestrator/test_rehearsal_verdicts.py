@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.assembly import build
+from orchestrator.config import RunConfig
 from orchestrator.faults import Fault
 from orchestrator.injector import HOLD_S, HOLD_STEPS, Saboteur, target
+from orchestrator.plan import Plan
 from orchestrator.recovery import Member
 from orchestrator.rehearse import problems, table
+from orchestrator.run import idle_faults
 from orchestrator.runfolder import METRICS, RunFolder
 from orchestrator.storage import Folder
+from orchestrator.values import WorkerRange
 
 KILL = Fault("kill", rank=0, step=2)
 
@@ -68,6 +73,18 @@ def test_steps_are_held_up_until_a_fault_has_its_workers(monkeypatch):
     for step in range(5, 500):
         saboteur.hold(2, step, frozenset())
     assert held == [HOLD_S] * HOLD_STEPS, "and not for ever: a lost worker may not be replaced"
+
+
+def test_faults_that_cannot_happen_are_told_of_by_number():
+    plan = Plan("toy", build(RunConfig, {"steps": 50, "workers": WorkerRange(1, 3)}), 100, 10, "data")
+    faults = [
+        Fault("kill", rank=2, step=50, workers=3),
+        Fault("kill", rank=3, step=1),
+        Fault("add-node", step=51),
+        Fault("drain", node=0, step=1, workers=4),
+    ]
+    assert [line.partition(":")[0] for line in idle_faults(plan, faults)] == ["fault 2", "fault 3", "fault 4"]
+    assert "workers = 4: there are at most 3" in idle_faults(plan, faults)[-1]
 
 
 def test_within_a_tolerance_only_samples_must_be_the_same(tmp_path):
