@@ -79,7 +79,10 @@ class BlockOrder:
         return np.concatenate(parts)
 
     def ahead(self, seed: int, epoch: int, block: int) -> list[int]:
-        """The blocks of the window that `block` is in, and of the one after it."""
+        """The blocks of the window that `block` is in, and of the one after it, which may be the next epoch's first."""
         opened = self.opened(seed, epoch)
         number = int(np.flatnonzero(opened.blocks == block)[0]) // self.window
-        return [int(b) for b in opened.blocks[number * self.window : (number + 2) * self.window]]
+        found = opened.blocks[number * self.window : (number + 2) * self.window]
+        if (number + 1) * self.window >= len(opened.blocks):
+            found = np.concatenate([found, self.opened(seed, epoch + 1).blocks[: self.window]])
+        return [int(b) for b in dict.fromkeys(found.tolist())]

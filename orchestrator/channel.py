@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 BEAT_S = 0.25
 PING_S = 1.0
@@ -29,6 +29,7 @@ class Beat:
     Attributes:
         place: grows with every piece of work that is done.
         waiting: whether it waits for the other workers.
+        reading: whether it waits for samples, or for storage.
         shards: computed in this generation.
         busy_ms: milliseconds in which they were computed; waiting for others is not in it.
     """
@@ -39,6 +40,7 @@ class Beat:
     waiting: bool
     shards: int = 0
     busy_ms: int = 0
+    reading: bool = False
 
 
 @dataclass
@@ -91,8 +93,8 @@ class Desk:
                 return
             self._writers[member] = writer
             async for line in reader:
-                generation, step, place, waiting, shards, busy_ms = (int(word) for word in line.split())
-                self._heard(member, Beat(generation, step, place, bool(waiting), shards, busy_ms))
+                generation, step, place, waiting, shards, busy_ms, reading = (int(word) for word in line.split())
+                self._heard(member, Beat(generation, step, place, bool(waiting), shards, busy_ms, bool(reading)))
         except (OSError, ValueError):
             log.info("the connection of %s broke", member)
         finally:
@@ -157,8 +159,7 @@ class Line:
             now = time.monotonic()
             if now >= next_beat_s:
                 beat = self._look()
-                words = (beat.generation, beat.step, beat.place, beat.waiting, beat.shards, beat.busy_ms)
-                self._socket.sendall(" ".join(str(int(word)) for word in words).encode() + b"\n")
+                self._socket.sendall(" ".join(str(int(word)) for word in astuple(beat)).encode() + b"\n")
                 next_beat_s = now + BEAT_S
             if now - heard_s > DESK_SILENT_S:
                 raise OSError(f"silent for {DESK_SILENT_S:.0f} s")

@@ -18,7 +18,7 @@ from orchestrator.journal import Journal
 from orchestrator.lastwords import at_fault, describe, last_loss, what_is_kept
 from orchestrator.membership import Membership
 from orchestrator.nodewatch import NodeWatch, end_process
-from orchestrator.recovery import Member
+from orchestrator.recovery import FIRST_STEP_S, Member
 from orchestrator.replicas import roster_of
 from orchestrator.seats import Assignment, Order, Seat, Status
 from orchestrator.suspicion import Newcomers
@@ -51,16 +51,16 @@ class Coordinator:
         parts = (self._journal, roster, Balancer.of(self._journal, self._plan))
         self._members = self.members_kind(*parts, config.stall_limit, config.max_incidents)
         self._members.end_run = self._end_by_members
-        patience_s = config.storage_patience + MORE_S
-        self._members.data_s = patience_s if "://" in config.data else 0.0
-        self._members.still_s = max(STILL_S, patience_s)
+        patience_s = config.storage_patience + MORE_S  # twice: one may wait for another, who waits in vain
+        self._members.read_s, self._members.still_s = max(FIRST_STEP_S, 2 * patience_s), max(STILL_S, patience_s)
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch, self._faults = NodeWatch(), Schedule(assignment.faults, self._journal, self._members)
         self._listening: asyncio.Future[int] | None = None
         self._finished, self._phase = dict[str, str](), "starting workers"
         self._noted: PhaseBegan | None = None
         self._newcomers = Newcomers()
-        self._outcome, self._message, self._exit_status = "", "", 0
+        self._outcome, self._message, self._exit_status = self._journal.ended_as()
+        self._members.over = bool(self._outcome)
         self._failing, self._told, self._written = False, set[int](), asyncio.Event()
 
     async def enlist(self, member_id: str) -> tuple[str, int, str] | None:
@@ -95,7 +95,7 @@ class Coordinator:
         where = (ranges, [m.node for m in seated], [m.pid for m in seated], seated[0].device)
         started = GenerationStarted(seat.generation, step, len(seated), *where, [m.device for m in seated])
         self._journal.generation_begins(started, load_s, restore_s, bad)
-        self._members.begun, self._members.begun_at = True, step
+        self._members.begun = True
         self._newcomers = Newcomers()
         self._finished, self._phase = {}, "training"
         self._faults.begun_s = self._faults.begun_s or time.time()
@@ -257,7 +257,7 @@ class Coordinator:
                 self._journal.log(NodeDraining(node, draining[node]))
             if news:
                 self._members.desk.tell_all("checkpoint")
-            for member in [m for m in roster.seated.values() if alive and m.node not in alive]:
+            for member in [m for m in roster.everyone if alive and m.node not in alive]:
                 self._members.lose(member.id, "node_lost", f"Ray lost node {member.node}")
             await self._journal.settle(self._watch.reachable)
             if self._journal.problem:

@@ -79,7 +79,7 @@ class DdpGradients:
                 self._factor = group.world
         self._before: list[tuple[Tensor, Tensor]] = []  # buffers, and what they were before the step under way
         samples = workload.samples("train")
-        self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
+        self._feed = batches(samples, self._requests(state.step), loader_processes, group.device, group.clock)
 
     def _part(self, step: int) -> tuple[int, NDArray[np.int64], float]:
         """(epoch, sample indices, weight) of this worker in `step`."""

@@ -10,6 +10,7 @@ from orchestrator.feed import batches
 from orchestrator.group import Group
 from orchestrator.plan import Request
 from orchestrator.precision import Precision
+from orchestrator.stopwatch import Stopwatch
 from workloads.workload import Samples, Workload
 
 CHUNK = 64  # samples a forward pass; fixed, for bits depend on it
@@ -34,7 +35,8 @@ def evaluate(
     samples = workload.samples("heldout")
     chunks = -(-len(samples) // CHUNK)
     mine = range(chunks * group.rank // group.world, chunks * (group.rank + 1) // group.world)
-    names, own = sums_of(workload, model, precision, samples, mine, loader_processes, group.device, group.step_on)
+    signs = (group.step_on, group.clock)
+    names, own = sums_of(workload, model, precision, samples, mine, loader_processes, group.device, *signs)
     if in_step and len(mine) * group.world < chunks:
         sums_of(workload, model, precision, samples, [0], 0, group.device)
     if chunks < group.world:  # some have computed nothing: they learn the rows' width from the others
@@ -56,12 +58,14 @@ def sums_of(
     loader_processes: int,
     device: torch.device,
     step_on: Callable[[], None] = lambda: None,
+    clock: Stopwatch | None = None,
 ) -> tuple[list[str], torch.Tensor]:
     """What each of some chunks of a split adds to its totals.
 
     Args:
         chunks: their numbers; chunk c is the samples from c * CHUNK on, CHUNK of them but for the last.
         step_on: called before each.
+        clock: is told of waits for samples.
 
     Returns:
         The sums' names, and a row of them for each chunk, fp64 [len(chunks), len(names)], on the host's side.
@@ -73,7 +77,7 @@ def sums_of(
     was_training = model.training
     model.eval()
     try:
-        for _, batch in batches(samples, requests, loader_processes, device):
+        for _, batch in batches(samples, requests, loader_processes, device, clock):
             step_on()
             with precision.autocast():
                 sums = workload.sums(model, batch)

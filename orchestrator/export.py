@@ -5,7 +5,9 @@ it has made on the held-out split and measures it beside fp32. Exit status: 0 ex
 """
 
 import dataclasses
+import json
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +18,14 @@ from orchestrator.assembly import assemble
 from orchestrator.command import Parser, check_threads, leave, refuse
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.exported import ABOUT, PACKAGES, need
+from orchestrator.exported import ABOUT, ONNX, PACKAGES, PROGRAM, need
 from orchestrator.runfolder import CONFIG, RunFolder
 from orchestrator.settings import flag
 from orchestrator.storage import Folder
 from workloads.registry import WORKLOADS
 
 MODES = ("none", "dynamic", "static")
+UNFINISHED = "export.unfinished.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def settle_out(trained: Trained, given: str, mode: str) -> Folder:
     """Where the files go; raises UserError where something else is there, or it cannot be written."""
     out = Folder(given, "--out") if given else trained.folder.child("export").child(mode)
     out.check_writable()
-    if out.names() and out.read_text(ABOUT) is None:
+    if out.names() and not any(out.read_text(sign) for sign in (ABOUT, UNFINISHED)):
         raise UserError(f"--out {out.uri}: holds other files; give an empty folder, or one that an export has made")
     return out
 
@@ -85,14 +88,31 @@ def fetch_model(trained: Trained, local: Path) -> None:
 
 
 def store(local: Path, out: Folder) -> None:
-    """Put the files of a folder into storage, what says that they are whole last; drop those of an export before."""
+    """Put the files of a folder into storage, what says that they are whole last; drop those of an export before.
+
+    Others' files are left alone. One that is broken off leaves a sign of what it was about to write.
+    """
+    before, names = _written(out), sorted(file.name for file in local.iterdir() if file.name != ABOUT)
+    out.write(UNFINISHED, json.dumps({"written": sorted({*before, *names})}).encode())
     out.delete(ABOUT)
-    names = sorted(file.name for file in local.iterdir() if file.name != ABOUT)
+    mine = re.compile("|".join(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}" for name in before) or "(?!)")  # see Folder.write
     for name in out.names():
-        if name not in names:
+        if name in before - set(names) or mine.fullmatch(name):
             out.delete(name)
-    for name in [*names, ABOUT]:
+    for name in names:
         out.write(name, (local / name).read_bytes())
+    about = json.loads((local / ABOUT).read_text()) | {"written": names}
+    out.write(ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    out.delete(UNFINISHED)
+
+
+def _written(out: Folder) -> set[str]:
+    """Names of the files of an export before, or of one that was broken off."""
+    try:
+        about = json.loads(out.read_text(UNFINISHED) or out.read_text(ABOUT) or "{}")
+        return {str(name) for name in about.get("written", (ONNX, PROGRAM))}
+    except (ValueError, AttributeError, TypeError):
+        return set()
 
 
 def export(settings: Any) -> str:

@@ -76,7 +76,7 @@ class Exporter:
     ) -> None:
         self._name, self._config, self._workload, self._exporting = name, config, workload, exporting
         self._choices, self._trained, self._files, self._scratch = choices, trained, files, scratch
-        self._processes = -1 if workload.decodes else 0
+        self._processes = max(2, choices.threads) if workload.decodes else 0
         self._external = False
         self._metrics: dict[nn.Module, dict[str, float]] = {}
         torch.set_num_threads(choices.threads)
@@ -182,7 +182,8 @@ class Exporter:
             return found
         print(f"int8 loses {lost:.2f} points: fine-tuning for {choices.fine_tune_steps} steps", flush=True)
         drawn = self._drawn("fine-tuning", choices.fine_tune_steps * FINE_TUNE_BATCH, FINE_TUNE_BATCH)
-        program = fine_tune(model, example, axes, list(drawn), self._mean_loss, choices.fine_tune_lr)
+        many = (drawn, choices.fine_tune_steps)
+        program = fine_tune(model, example, axes, *many, self._mean_loss, choices.fine_tune_lr)
         if program is None:
             given = f"--fine-tune-lr {choices.fine_tune_lr:g}"
             print(f"{given}: fine-tuning diverged, the calibrated model is kept; give a lower one", flush=True)

@@ -5,6 +5,7 @@ connections, so that others would not see them closed when it is killed, and the
 """
 
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -21,12 +22,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.plan import Request
+from orchestrator.stopwatch import Stopwatch
 from workloads.workload import Batch, Samples
 
 Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was asked for them, and what it gave
 AHEAD = 4  # microbatches a process, as many as bridge a step that takes longer than others
 MEMORY_SHARE = 0.125  # of this worker's part of the machine's memory, for what lies ready; as much for an evaluation
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
+SHARED, MB = Path("/dev/shm"), 10**6  # where torch lays what loader processes hand over
+log = logging.getLogger("orchestrator.feed")
 LOST = re.compile(r"DataLoader worker \(pid")  # torch's words where one has ended by itself
 
 
@@ -51,28 +55,38 @@ class _Microbatches(Dataset[Fed | OrchestratorError]):
 
 
 def batches(
-    samples: Samples, requests: Iterable[Request], processes: int, device: torch.device
+    samples: Samples,
+    requests: Iterable[Request],
+    processes: int,
+    device: torch.device,
+    clock: Stopwatch | None = None,
 ) -> Generator[Fed, None, None]:
     """The (indices, batch) of `requests`, in their order, batches on `device`; close it when no more is wanted.
 
     Args:
         processes: that prepare batches ahead; 0 prepares each when it is asked for, in this process.
+        clock: is told when this process waits for samples.
 
     Raises:
         DataError: a sample cannot be read.
         LoaderLostError: a loader process was killed.
     """
-    microbatches = _Microbatches(samples)
+    microbatches, clock = _Microbatches(samples), clock or Stopwatch()
     here = (microbatches[request] for request in requests)
     made = _ahead(microbatches, samples, requests, processes) if processes else here
+    clock.read(True)
     try:
         for fed in made:
             if isinstance(fed, OrchestratorError):
                 raise fed
             indices, batch = fed
+            clock.read(False)
             yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
+            clock.read(True)
     finally:
+        clock.read(True)
         made.close()  # ends the loader processes here and now: found by the garbage collector, each is waited for 5 s
+        clock.read(False)
 
 
 def depth(processes: int, microbatch_bytes: int, room_bytes: int) -> tuple[int, int]:
@@ -95,7 +109,16 @@ def _ahead(
     first = next(coming, None)
     if first is None:
         return
-    used, each = depth(processes, _bytes(samples, first), _room())
+    size, shared = _bytes(samples, first), _shared_room()
+    if 2 * size > shared:  # one that is computed on, and one on its way
+        log.warning(
+            "samples are read in the worker itself: a microbatch takes %d MB, of which two do not fit into its part of "
+            "%s; give that more room (docker run --shm-size), or take more --shards",
+            *(size // MB, SHARED),
+        )
+        yield from (microbatches[request] for request in itertools.chain([first], coming))
+        return
+    used, each = depth(processes, size, min(_room(), shared))
     get_ready(samples)
     loader: Iterable[Fed | OrchestratorError] = DataLoader(
         microbatches,
@@ -110,11 +133,12 @@ def _ahead(
     try:
         yield from made
         return
-    except (RuntimeError, EOFError, OSError) as error:
+    except BaseException as error:
+        # Torch would wait 5 s for each: it may be in the middle of a file that does not come.
+        for process in getattr(made, "_workers", ()):
+            process.terminate()
         if not _is_loss(error):
             raise
-        for process in getattr(made, "_workers", ()):  # torch would wait 5 s for each
-            process.terminate()
     del made
     # Out here torch's error is gone, and with it what it was met in: the other processes are ended.
     raise LoaderLostError(
@@ -123,13 +147,13 @@ def _ahead(
     )
 
 
-def _is_loss(error: Exception) -> bool:
+def _is_loss(error: BaseException) -> bool:
     """Whether a loader process has ended by itself: torch says so, or the memory that it shared cannot be fetched.
 
     What was raised in such a process comes with words of torch's own in front.
     """
     away = isinstance(error, EOFError | OSError) and not str(error).startswith("Caught ")
-    return away or bool(LOST.match(str(error)))
+    return away or (isinstance(error, RuntimeError) and bool(LOST.match(str(error))))
 
 
 def _end_with_worker(_: int) -> None:
@@ -160,10 +184,25 @@ def _bytes(samples: Samples, request: Request) -> int:
     return sum(tensor.nbytes for tensor in one.values()) * len(request.indices)
 
 
+def _part() -> float:
+    """This worker's, of its machine."""
+    return min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+
+
 def _room() -> int:
     """Bytes for what lies ready: a share of this worker's part of the memory."""
-    part = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
-    return int(MEMORY_SHARE * _memory_bytes() * part)
+    return int(MEMORY_SHARE * _memory_bytes() * _part())
+
+
+def _shared_room() -> int:
+    """Bytes for what lies ready in shared memory, of which containers often have little: half of what is free.
+
+    Where it runs out torch waits for ever for what it could not lay there.
+    """
+    if not SHARED.exists():
+        return _room()
+    found = os.statvfs(SHARED)
+    return int(0.5 * found.f_bavail * found.f_frsize * _part())
 
 
 def _memory_bytes() -> int:

@@ -1,11 +1,13 @@
 """Files of prepared data on this machine's disk: fetched once, checked, opened as memory maps, the oldest thrown away.
 
-    FOLDER/SHA256.arrow    what a Parquet file holds, uncompressed: any row is a few bytes in a map, not a decompression
+    FOLDER/SHA256.arrow    what a Parquet file holds, uncompressed: any row is a few bytes in a map, and not unpacked;
+                           behind it the SHA-256 of that, 32 bytes: disks forget too
 
 All processes of a machine share the folder, and the kernel's page cache with it.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -18,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StorageError
 
 MEND = "prepare the data again with --verify, which mends this file alone"
 LEFT_BEHIND_S = 3600.0  # age at which an unfinished file belongs to no living process
 ATTEMPTS = 5  # to keep a fetched file until it is mapped
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DIGEST = 32  # bytes
+PIECE = 2**20  # is read at a time
 log = logging.getLogger("orchestrator.filecache")
 
 
@@ -61,6 +66,7 @@ class FileCache:
 
         Raises:
             DataError: twice in a row what was fetched is not what the manifest says, or cannot be fetched.
+            StorageError: the cache's disk is full, or cannot be written to.
         """
         if file.sha256 in self._tables:
             self._tables.move_to_end(file.sha256)
@@ -80,6 +86,8 @@ class FileCache:
                 return self._map(path, file)
             except FileNotFoundError:
                 log.warning("%s was thrown away by another process before it was read", path)
+            except OSError as error:
+                raise self._unusable(error) from error
             except pa.ArrowInvalid as error:  # a power cut may leave a name without its content
                 log.warning("%s is damaged (%s); fetching it again", path, error)
                 path.unlink(missing_ok=True)
@@ -89,20 +97,42 @@ class FileCache:
     def ensure(self, file: TableFile, fetch: Callable[[str], bytes]) -> Path:
         """The local file, fetched if it is not here; raises as `table` does."""
         path = self._folder / f"{file.sha256}.arrow"
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it is not there; or it is somebody else's, and found so below
             os.utime(path)
             return path
-        with self._alone(file.sha256):
-            if not path.exists():  # else another process was first
-                self._write(_checked(file, fetch), path)
-        self._make_room(path)
+        try:
+            with self._alone(file.sha256):
+                if not path.exists():  # else another process was first
+                    self._fill(path, _checked(file, fetch))
+            self._make_room(path)
+        except OSError as error:
+            raise self._unusable(error) from error
         return path
+
+    def _fill(self, path: Path, data: bytes) -> None:
+        """Write a file; where the disk is full, in the place of the others."""
+        try:
+            self._write(data, path)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            log.warning("%s is full: all other files are thrown away", self._folder)
+            self._make_room(path, limit_bytes=0)
+            self._write(data, path)
+
+    def _unusable(self, error: OSError) -> StorageError:
+        reason, advice = error.strerror or error, "make room there, or name another folder in ORCHESTRATOR_CACHE"
+        return StorageError(f"the data cache {self._folder} cannot be used ({reason}); {advice}")
 
     @staticmethod
     def _map(path: Path, file: TableFile) -> Any:
         import pyarrow as pa
 
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        content = path.stat().st_size - DIGEST
+        if _digest(path, content) != _digest_of(path, content):  # read, not mapped: it would count as this process's
+            raise pa.ArrowInvalid("not what was written")
+        whole = pa.memory_map(str(path)).read_buffer()
+        table = pa.ipc.open_file(pa.BufferReader(whole.slice(0, content))).read_all()
         if table.num_rows != file.samples:
             raise DataError(
                 f"{file.name}: {table.num_rows} rows where its manifest says {file.samples}; prepare it again"
@@ -117,6 +147,8 @@ class FileCache:
         with lock.open("w") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             try:
+                for path in self._folder.glob(f".{name}.arrow.*"):  # of a process that was killed while it wrote
+                    path.unlink(missing_ok=True)
                 yield
             finally:
                 lock.unlink(missing_ok=True)
@@ -131,15 +163,19 @@ class FileCache:
         try:
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table, max_chunksize=max(1, table.num_rows))
-            with beside.open("rb") as written:
+            digest = _digest(beside, beside.stat().st_size)
+            with beside.open("ab") as written:
+                written.write(digest)
+                written.flush()
                 os.fsync(written.fileno())
             beside.replace(path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
 
-    def _make_room(self, newest: Path) -> None:
+    def _make_room(self, newest: Path, limit_bytes: int | None = None) -> None:
         """Throw away what is too much; maps of it that are open stay good."""
+        limit_bytes = self._limit_bytes if limit_bytes is None else limit_bytes
         for path in self._folder.glob(".*.arrow.*"):  # of processes that were killed while they wrote
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
@@ -151,7 +187,7 @@ class FileCache:
                 found.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if total <= self._limit_bytes:
+            if total <= limit_bytes:
                 return
             if path != newest:
                 path.unlink(missing_ok=True)
@@ -173,3 +209,20 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
         problem = f"{len(data)} bytes with SHA-256 {found[:16]}... instead of {file.bytes} with {file.sha256[:16]}..."
         log.warning("%s: %s%s", file.name, problem, again)
     raise DataError(f"{file.name} is damaged: {problem}; {MEND}")
+
+
+def _digest(path: Path, count: int) -> bytes:
+    """SHA-256 of a file's first `count` bytes; of as many as there are."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while count > 0 and (piece := file.read(min(PIECE, count))):
+            found.update(piece)
+            count -= len(piece)
+    return found.digest()
+
+
+def _digest_of(path: Path, at: int) -> bytes:
+    """What is written behind a file's first `at` bytes."""
+    with path.open("rb") as file:
+        file.seek(max(0, at))
+        return file.read()

@@ -28,7 +28,8 @@ class OpenIncident:
     nodes: set[str] = field(default_factory=set)
 
     def another(self, kind: str, detail: str, detect_s: float) -> None:
-        """A fault during recovery."""
+        """A fault during recovery: steps of the generation that it broke, reported late, do not end the incident."""
+        self.begun_s = 0.0
         if self.kind in VAGUE:
             self.kind, self.detect_s = kind, detect_s
         if detail:
@@ -46,7 +47,7 @@ class OpenIncident:
             detect_s=round(self.detect_s, 4),
             regroup_s=round(self.connected_s - self.ended_s, 4),
             restore_s=round(self.restore_s, 4),
-            recompute_s=round(now - self.begun_s, 4),
+            recompute_s=round(now - (self.begun_s or self.connected_s), 4),
             generation=self.generation,
             detail=self.detail,
         )

@@ -7,7 +7,7 @@ fp32 344 to 472 ms).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ def fine_tune(
     model: nn.Module,
     example: tuple[Tensor, ...],
     axes: Axes,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
+    steps: int,
     loss_of: Callable[[nn.Module, Any], Tensor],
     lr: float,
 ) -> Program | None:
@@ -93,6 +94,7 @@ def fine_tune(
         model: in evaluation mode; stays as it is.
         example: inputs to trace it with.
         batches: of training, each for one step.
+        steps: so many batches.
         loss_of: (model, batch) -> the mean loss.
         lr: learning rate, falling linearly to 0.
     """
@@ -101,7 +103,7 @@ def fine_tune(
     optimizer = torch.optim.SGD(prepared.parameters(), lr, MOMENTUM)
     for number, batch in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - number / len(batches))
+            group["lr"] = lr * (1 - number / steps)
         optimizer.zero_grad()
         try:
             loss = loss_of(student, batch)

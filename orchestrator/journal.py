@@ -13,6 +13,7 @@ from orchestrator.accelerators import SeenDevices
 from orchestrator.events import (
     CheckpointLoaded,
     CheckpointRejected,
+    CheckpointSaved,
     CoordinatorRestarted,
     Event,
     GenerationStarted,
@@ -57,7 +58,8 @@ class Journal:
         self.superseded, self._check_at_s = False, 0.0
         self.recorded = 0  # newest step in metrics.jsonl
         self.best = 0  # the most it ever was
-        self.first_step = -1
+        self.first_step, self._saved_s = -1, time.monotonic()
+        self.saved = int((self._folder.newest("checkpoint_saved", "checkpoint_loaded") or {"step": -1})["step"])
         self.generation, self.loss = 0, float("nan")
         self.workers = 0  # of the newest generation of an earlier coordinator
         self.nodes: list[str] = []  # of all generations, one after the other
@@ -68,7 +70,8 @@ class Journal:
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
         self._seconds: deque[float] = deque(maxlen=50)
         self._training_s = 0.0
-        self.result: dict[str, Any] | None = None
+        # An earlier coordinator may have been lost after the end.
+        self.result: dict[str, Any] | None = self._folder.result() if again else None
         self.figures: dict[str, Any] = {}  # more for the result
         config, self.devices = plan.config, SeenDevices()
         ways = [Parallel.parse(event.get("parallel", "ddp")) for event in self._folder.every("run_started")]
@@ -114,6 +117,8 @@ class Journal:
             self._folder.events(events)
             for event in events:
                 self._listener.event(record(event, time.time()))
+                if isinstance(event, CheckpointSaved | CheckpointLoaded):
+                    self.saved, self._saved_s = event.step, time.monotonic()
 
     @property
     def problem(self) -> str:
@@ -136,6 +141,10 @@ class Journal:
             owner = self._folder.owner()
             self.superseded = owner is not None and owner != self._token
         return self.superseded
+
+    def unsaved_s(self) -> float:
+        """Seconds since the newest checkpoint, or since this command began to train."""
+        return time.monotonic() - self._saved_s if self.first_step >= 0 else 0.0
 
     def pause_seconds(self) -> float:
         """What the newest pause at a step boundary cost; 0: there was none."""
@@ -180,7 +189,7 @@ class Journal:
         self.nodes += started.nodes
         self.generation = started.generation
         if self.first_step < 0:
-            self.first_step = started.step
+            self.first_step, self._saved_s = started.step, time.monotonic()
         self._recent.clear()
 
     def steps(self, records: list[dict[str, Any]]) -> None:
@@ -203,7 +212,7 @@ class Journal:
     def close_incident(self) -> None:
         """The first step after an incident is committed, or there is none left to take."""
         found, now = self.open, time.time()
-        if found is None or not found.begun_s:
+        if found is None or not found.connected_s:
             return
         self.open = None
         self._unsettled.append((found.closed(now), found.nodes))
@@ -238,6 +247,13 @@ class Journal:
         """The last event of these kinds; None: there is none."""
         return self._folder.newest(*kinds)
 
+    def ended_as(self) -> tuple[str, str, int]:
+        """Outcome, message and exit status of a run that an earlier coordinator has ended; "": it has not."""
+        if self.result is None:
+            return "", "", 0
+        status, told = str(self.result["status"]), self.newest("run_ended") or {}
+        return status, str(told.get("message", "")), {"finished": 0, "stopped": 130}.get(status, 1)
+
     def end(
         self, status: str, message: str, sha256: str, metrics: Mapping[str, float], failure: Failure | None = None
     ) -> None:
@@ -246,7 +262,7 @@ class Journal:
         for incident, _ in self._unsettled:
             self._write(incident)
         self._unsettled.clear()
-        steps = self.recorded
+        steps = self.recorded if self.first_step >= 0 else self._folder.last_step()  # nothing was taken since then
         schedule, wall_s = self._plan.schedule, time.time() - self._started_s
         trained = schedule.samples_before(steps) - schedule.samples_before(max(0, self.first_step))
         self.log(RunEnded(status, steps, message))

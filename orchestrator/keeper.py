@@ -32,7 +32,7 @@ class Keeper(Coordinator):
         self._faults.end_server = self._crew.strike
         self._handout: Handout | None = None  # None: the servers are not ready
         self._saving, self._recovering = False, False
-        self._saved_s, self._saved_step, self._servers_lost = time.time(), -1, 0
+        self._saved_s, self._saved_step, self._servers_lost = time.monotonic(), -1, 0
 
     def _restart(self, restored: Restored, load_s: float) -> None:
         """The servers are ready; loading took so many seconds."""
@@ -61,14 +61,14 @@ class Keeper(Coordinator):
     def _checkpoint_if_due(self, steps: range) -> None:
         every = self._plan.config.checkpoint_every
         by_steps = every.steps and any((s + 1) % every.steps == 0 for s in steps)
-        if by_steps or (every.seconds and time.time() - self._saved_s >= every.seconds):
+        if by_steps or (every.seconds and time.monotonic() - self._saved_s >= every.seconds):
             self._checkpoint()
 
     def _checkpoint(self) -> None:
         """Ask for one, unless one is being written or there is nothing new."""
         if self._saving or self._handout is None or self._handout.oldest <= self._saved_step:
             return
-        self._saving, self._saved_s, self._saved_step = True, time.time(), self._handout.oldest
+        self._saving, self._saved_s, self._saved_step = True, time.monotonic(), self._handout.oldest
         self._crew.checkpoint(self._saved_step)
 
     async def saved(self, saved: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from orchestrator.nodewatch import NodeWatch
 from orchestrator.plan import Plan
 from orchestrator.recovery import Roster
 from orchestrator.redact import redact
+from orchestrator.replicas import ReplicaRoster
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import Assignment
 from orchestrator.shards import Placement
@@ -67,9 +68,16 @@ def tell_failure(coordinator: Any, member_id: str, place: Place, error: Exceptio
 
 
 def at_fault(place: Place, roster: Roster, placement: Placement) -> Place:
-    """Where an error belongs that every worker has found: with who holds the shard."""
+    """Where an error belongs that every worker has found: with who holds the shard.
+
+    In a replica group that is who has computed it, or the last stage, which has the loss.
+    """
+    kind = roster.parallel.kind if isinstance(roster, ReplicaRoster) else "ddp"
     holders = [rank for rank, held in enumerate(placement) if place.shards and place.shards[0] in held]
-    member = next((m for m in roster.seated.values() if m.rank // roster.size in holders), None)
+    seats = [m for m in roster.by_rank if m.rank // roster.size in holders]
+    if seats and kind in ("fsdp", "hsdp"):
+        seats = [m for m in seats if m.rank % roster.size == place.shards[0] % roster.size] or seats
+    member = (seats[-1] if kind == "pipeline" else seats[0]) if seats else None
     return Place(member.rank, member.node, member.pid, place.step) if member else place
 
 

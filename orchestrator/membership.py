@@ -38,7 +38,7 @@ class Membership:
         self.end_run: Callable[..., None]
         self.kill: Callable[[Member], None]
         self.stopping = self.over = self.begun = False
-        self.begun_at, self.data_s, self.still_s = -1, 0.0, STILL_S  # see Coordinator
+        self.read_s, self.still_s = FIRST_STEP_S, STILL_S  # see Coordinator
         self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion, self.came_s = Suspicion(), dict[str, float]()
         self.placement = Placement((0, 1))
@@ -123,6 +123,7 @@ class Membership:
         """Form the next generation if all are there who should be."""
         if self.over or self.roster.training or self.roster.seated:
             return
+        self.roster.saved = self._journal.saved
         for member in [m for m in self.roster.ready.values() if self.roster.must_leave(m)]:
             del self.roster.ready[member.id]
             self._excluded.add(member.id)
@@ -134,8 +135,7 @@ class Membership:
         if self.stopping:
             self._order_stop()
             return
-        order = self.roster.form(time.time())
-        if order is not None:
+        if (order := self.roster.form(time.time())) is not None:
             self._give_seats(order)
 
     def _give_seats(self, order: list[Member]) -> None:
@@ -144,7 +144,7 @@ class Membership:
         share, size = must_share(order, self.roster.size), self.roster.size
         for rank, member in enumerate(order):
             where = (generation, rank, self.placement, first.store, first.step, share, self._journal.recorded, size)
-            self._answers[member.id] = Seat(*where, fired=frozenset(self._journal.fired))
+            self._answers[member.id] = Seat(*where, frozenset(self._journal.fired), self._journal.unsaved_s())
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
         self._pausing, self.begun = "", False
@@ -201,6 +201,8 @@ class Membership:
         self._balancer.forget(member_id)
         now, pulse, member = time.time(), self._pulses.pop(member_id, None), self.roster.seated.get(member_id)
         if member is None:
+            if kind == "worker_frozen" and member_id in self.roster.ready:
+                self.kill(self.roster.ready[member_id])
             self.roster.lose(member_id)
             self._answers[member_id] = Order("excluded")  # it may be alive, and wait for a seat
             if pulse is None:
@@ -215,11 +217,10 @@ class Membership:
         self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail, member.home))
         if kind in ("worker_frozen", "worker_stuck"):
             self.kill(member)
-        self._failures += 1
-        reason = ""
+        self._failures, reason = self._failures + 1, ""
         if kind == "worker_killed" and in_step:
             seconds = self._journal.step_seconds()
-            slack = 1 + int(REPORTS_LATE_S / min(seconds)) if seconds else 1
+            slack = 1 + int(REPORTS_LATE_S / max(1e-3, min(seconds))) if seconds else 1
             shards = self.placement.range_of(member.rank // self.roster.size)
             reason = self._suspicion.died(self._journal.best, slack, shards)
         if self._failures > self._max_incidents:
@@ -277,13 +278,12 @@ class Membership:
             self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:
-        steps, back_s = self._journal.step_seconds(), now - self.broken_s
+        steps, back_s = self._journal.step_seconds(), None if self.roster.training else now - self.broken_s
         silence, stall = silence_limit_s(self._stall_s, steps), stall_limit_s(self._stall_s, steps, self.begun)
-        for member_id in list(self.roster.seated):
+        for member_id in [member.id for member in self.roster.everyone]:
             if pulse := self._pulses.get(member_id):
-                first_s = FIRST_STEP_S if self.data_s and pulse.beat.step <= self.begun_at else 0.0
-                limit_s = self._stall_s or max(stall, self.data_s, first_s)  # data in storage may have to be fetched
-                lost = judge(pulse, now, silence, limit_s, None if self.roster.training else back_s)
+                limit_s = self._stall_s or max(stall, self.read_s if pulse.beat.reading else 0.0)
+                lost = judge(pulse, now, silence, limit_s, back_s if member_id in self.roster.seated else None)
                 if lost and lost[0] == "worker_stuck":
                     self.desk.tell(member_id, "dump", self.roster.generation)
                 if lost:
@@ -294,6 +294,6 @@ class Membership:
         """Packets between two workers may be lost without a word, while both reach the coordinator."""
         beats = [self._pulses[m.id].beat for m in self.roster.by_rank if m.id in self._pulses]
         still_s = self._stillness.seconds(now, beats)
-        if self.roster.training and self.begun and not self._journal.complete and still_s > max(self.still_s, limit_s):
+        if self.roster.training and self.begun and still_s > max(self.still_s, limit_s):
             self._pausing = ""
             self._end_generation(CONNECTION_LOST, f"all workers wait for each other for {still_s:.0f} s", still_s)

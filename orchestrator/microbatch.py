@@ -99,7 +99,8 @@ class Microbatches:
     def read(self, unit: Unit) -> tuple[NDArray[np.int64], dict[str, torch.Tensor]]:
         """(sample indices, batch on the CPU); raises DataError."""
         epoch, indices, progress = self._plan.request(unit.step, unit.shard)
-        return indices, self._samples.microbatch(indices, epoch, progress)
+        with self._group.clock.away():
+            return indices, self._samples.microbatch(indices, epoch, progress)
 
     def compute(self, unit: Unit, data_s: float, fed: tuple[NDArray[np.int64], dict[str, torch.Tensor]]) -> Computed:
         """Forward and backward with the parameters that are there; raises NonFiniteLossError.

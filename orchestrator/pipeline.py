@@ -79,6 +79,7 @@ class StageState(SplitState):
     ) -> None:
         own = nn.ModuleList(pieces)
         keep_only(model, own)
+        own.to(at.inside.device)
         super().__init__(config, model, own, order, precision, at, [p for p, stages in tied if at.part in stages[1:]])
         self.pieces_in_order, self.side = list(pieces), side
         self.tied = [(parameter, stages) for parameter, stages in tied if at.part in stages]

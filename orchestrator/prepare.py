@@ -7,7 +7,6 @@ changes nothing. The same source and settings give the same files. Exit status: 
 
 import argparse
 import hashlib
-import json
 import logging
 import math
 import os
@@ -18,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +26,19 @@ from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
 from orchestrator.outfolder import check, claim, clear, read_record, record_name
+from orchestrator.partmaker import Record, make_parts
 from orchestrator.settings import flag
 from orchestrator.storage import PATIENCE_S, Folder
 from orchestrator.tables import MANIFEST, SPLITS, Manifest
-from workloads.preparation import Part, Preparation
+from workloads.preparation import Preparation
 from workloads.registry import WORKLOADS
 
 MB = 10**6
 NAMED = 100  # broken samples that the manifest names
-LINE_EVERY_S = 5.0
+LINE_EVERY_S, WAIT_S = 5.0, 14.0
+GO_ON = "the same command goes on with what is missing"
+log = logging.getLogger("orchestrator.prepare")
 OWN_FLAGS = {"bert": ("tokenizer", "vocab_size", "sequence_length")}
-Record = dict[str, Any]
-
-
-def write_part(out: str, number: int, spec: str, preparation: Preparation, part: Part) -> Record:
-    """Make a part, write its files and the record of it, which comes last; runs on any node."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    folder, made, files, schema = Folder(out, "--out", PATIENCE_S), preparation.make(part), {}, {}
-    for split, table in made.tables.items():
-        sink = pa.BufferOutputStream()
-        parquet.write_table(table, sink, compression=preparation.compression)
-        data = sink.getvalue().to_pybytes()
-        file = TableFile(f"{split}-{number:05d}.parquet", table.num_rows, len(data), hashlib.sha256(data).hexdigest())
-        folder.write(file.name, data)
-        files[split] = asdict(file)
-        schema = {column.name: str(column.type) for column in table.schema}
-    record = {"number": number, "spec": spec, "files": files, "schema": schema}
-    record |= {"broken": list(made.broken), "notes": dict(made.notes)}
-    folder.write(record_name(number), json.dumps(record).encode())
-    return record
 
 
 class Job:
@@ -66,11 +46,12 @@ class Job:
 
     def __init__(self, workload: str, preparation: Preparation, given: argparse.Namespace) -> None:
         self.workload, self.preparation, self.given = workload, preparation, given
-        self.folder = Folder(given.out, "--out")
+        self.folder = Folder(given.out, "--out", PATIENCE_S)
         self.parts = preparation.parts(max(1, int(given.file_mb * MB)))
         identity = [type(preparation).__name__, str(preparation)]  # beside a part, all that decides its files
         self.specs = [digest([identity, part]) for part in self.parts]
         self.records: dict[int, Record] = {}
+        self._folded: Any = None  # notes of all of them, which may be large
 
     def find_done(self) -> None:
         """Take what an earlier job has written, as far as it is what this one would write."""
@@ -81,7 +62,7 @@ class Job:
             if record is None or (record["broken"] and self.given.verify):
                 continue
             if record["spec"] == spec and all(map(self._whole, record["files"].values())):
-                self.records[number] = record
+                self._keep(record)
 
     def _whole(self, file: Mapping[str, Any]) -> bool:
         """Whether a file is there; with --verify, byte by byte."""
@@ -97,8 +78,12 @@ class Job:
 
     def take(self, record: Record) -> None:
         """A part is done; raises as check_broken."""
-        self.records[record["number"]] = record
+        self._keep(record)
         self.check_broken()
+
+    def _keep(self, record: Record) -> None:
+        self._folded = self.preparation.folded(self._folded, record.pop("notes"))
+        self.records[record["number"]] = record
 
     def check_broken(self) -> None:
         """Raises DataError when too much of the source is broken."""
@@ -121,7 +106,7 @@ class Job:
         for split in SPLITS:
             if not files[split]:
                 raise UserError(f"--source {self.given.source}: gives no {split} samples; {self.preparation.more()}")
-        about, broken = self.preparation.about([record["notes"] for record in done]), self.broken()
+        about, broken = self.preparation.about(self._folded), self.broken()
         sums = [file.sha256 for split in SPLITS for file in files[split]]
         schema = next(record["schema"] for record in done if record["schema"])
         return Manifest(
@@ -138,32 +123,6 @@ class Job:
         files = {file.name for files in found.files.values() for file in files}
         clear(self.folder, files, set(map(record_name, self.records)))
         return found
-
-
-def make_parts(job: Job, numbers: Sequence[int]) -> Iterator[Record]:
-    """Make parts on the connected cluster, each as a row of a Ray Data job; gives their records as they are done."""
-    import ray.data
-
-    logging.getLogger("ray.data").handlers.clear()  # its own go to the terminal; the root's goes to the log file
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = 0
-    out, preparation = job.folder.uri, job.preparation
-    rows = [{"number": n, "spec": job.specs[n], "part": json.dumps(job.parts[n])} for n in numbers]
-
-    def make(row: Mapping[str, Any]) -> dict[str, str]:
-        try:
-            record = write_part(out, row["number"], row["spec"], preparation, json.loads(row["part"]))
-        except OrchestratorError as error:  # its one line, not a task's traceback
-            record = {"error": str(error)}
-        return {"record": json.dumps(record)}
-
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
-    for row in made.iter_rows():
-        record = json.loads(row["record"])
-        if "error" in record:
-            raise UserError(record["error"])
-        yield record
 
 
 @contextmanager
@@ -187,18 +146,49 @@ def run(job: Job, address: str) -> None:
     """Make what is missing, with progress."""
     from orchestrator.connect import cluster
 
-    todo = job.missing()
+    asked = [(number, job.specs[number], job.parts[number]) for number in job.missing()]
     log_file = Path(tempfile.gettempdir()) / f"orchestrator-prepare-{os.getpid()}.log"
-    with cluster(address, log_file), interrupts() as stopped:
-        line_s = 0.0
-        for record in make_parts(job, todo):
-            job.take(record)
-            if stopped.is_set():
-                raise KeyboardInterrupt
-            if time.monotonic() - line_s > LINE_EVERY_S:
-                line_s = time.monotonic()
-                print(f"{len(job.records)} of {len(job.parts)} parts, {len(job.broken())} broken", flush=True)
+    with cluster(address, log_file), interrupts() as stopped, lines(job):
+        try:
+            for record in make_parts(job.folder.uri, job.preparation, asked):
+                job.take(record)
+                if stopped.is_set():
+                    raise KeyboardInterrupt
+        except OrchestratorError:
+            raise
+        except Exception as error:  # Ray's own, such as a node that was lost too often
+            log.exception("the job broke off")
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"the job broke off ({reason}); more is in {log_file}; {GO_ON}") from error
     log_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def lines(job: Job) -> Iterator[None]:
+    """A line about the job every few seconds while something is done, and less often while nothing is."""
+    import ray
+
+    done = threading.Event()
+
+    def tell() -> None:
+        before, since_s = len(job.records), time.monotonic()
+        while not done.wait(LINE_EVERY_S):
+            said, waited_s = f"{len(job.records)} of {len(job.parts)} parts", time.monotonic() - since_s
+            if len(job.records) > before:
+                before, since_s = len(job.records), time.monotonic()
+                print(f"{said}, {len(job.broken())} broken", flush=True)
+            elif waited_s > WAIT_S:
+                since_s = time.monotonic()
+                free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
+                print(f"{said}; none for {waited_s:.0f} s; {free:g} of {there:g} CPUs are free", flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def parser(workload: str) -> argparse.ArgumentParser:
@@ -233,7 +223,7 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
     check(Folder(given.out, "--out"), workload)
     config = entry.absolute_paths(assemble(entry.config_type(), {"data": given.source, **own}))
     job = Job(workload, entry.prepare(config), given)
-    job.folder.check_writable()
+    Folder(given.out, "--out").check_writable()
     job.find_done()
     todo = job.missing()
     print(
@@ -260,10 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     try:
         prepare(arguments[0], arguments[1:])
-    except OrchestratorError as error:
+    except OrchestratorError as error:  # who reads the source calls it --data
+        error.args = (str(error).replace("--data:", "--source:").replace("--data ", "--source "),)
         return refuse(error)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is missing", file=sys.stderr)
+        print(f"stopped; {GO_ON}", file=sys.stderr)
         return 130
     return 0
 

@@ -40,7 +40,7 @@ class Recorder(Observer):
         self.checkpoint_asked = False
         self._seat: Seat | None = None
         self._first, self._step = False, 0
-        self._checkpointed_s = self._stepped_s = time.time()
+        self._checkpointed_s = self._stepped_s = time.monotonic()
 
     @property
     def leads(self) -> bool:
@@ -50,7 +50,7 @@ class Recorder(Observer):
     def take_seat(self, seat: Seat) -> None:
         """A new generation begins."""
         if self._seat is None or (seat.rank == 0 and not self.leads):
-            self._checkpointed_s = time.time()
+            self._checkpointed_s = time.monotonic() - seat.unsaved_s
         self._seat, self.pause, self.stopping = seat, False, False
         self.reporter.take_over(seat.rank == 0, seat.recorded)
 
@@ -90,7 +90,7 @@ class Recorder(Observer):
         """
         started = time.perf_counter()
         if group.rank == 0:
-            with group.others_wait():  # for storage
+            with group.others_wait(), group.clock.away():
                 loaded = self.store.load_newest(on_bad)
             if loaded:
                 state.load(loaded.tensors, loaded.step)
@@ -102,7 +102,7 @@ class Recorder(Observer):
     def begin(self, step: int) -> None:
         """The first step of a generation is about to be taken, with `step` done."""
         self._first, self._step = True, step
-        self._stepped_s = time.time()
+        self._stepped_s = time.monotonic()
 
     def sabotage(self, moment: str, step: int) -> None:
         """Do what a rehearsal has for this worker at a moment other than a step's begin."""
@@ -129,23 +129,23 @@ class Recorder(Observer):
 
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
         """See Observer: every worker keeps the record, rank 0 sends it and starts a checkpoint when one is due."""
-        now = time.time()
-        self.reporter.step(self._record(state.step, totals, lr, now, now - self._stepped_s), hurry=self._first)
+        record = self._record(state.step, totals, lr, time.time(), time.monotonic() - self._stepped_s)
+        self.reporter.step(record, hurry=self._first)
         self._first, self._step = False, state.step
         self._checkpoint_if_due(state, 1)
-        self._stepped_s = time.time()
+        self._stepped_s = time.monotonic()
 
     def round_committed(self, state: TrainingState, totals: Sequence[StepTotals], lrs: Sequence[float]) -> None:
         """See rounds.Observer: a record for each step, with how many its shards had taken alone before it."""
         now = time.time()
-        step_s = (now - self._stepped_s) / len(totals)
+        step_s = (time.monotonic() - self._stepped_s) / len(totals)
         for number, (total, lr) in enumerate(zip(totals, lrs, strict=True)):
             alone = {"staleness_mean": number, "staleness_max": number}
             step = state.step - len(totals) + number + 1
             self.reporter.step(self._record(step, total, lr, now, step_s) | alone, hurry=self._first)
         self._first, self._step = False, state.step
         self._checkpoint_if_due(state, len(totals))
-        self._stepped_s = time.time()
+        self._stepped_s = time.monotonic()
 
     def _record(self, step: int, totals: StepTotals, lr: float, now: float, step_s: float) -> dict[str, Any]:
         """A line of metrics.jsonl."""
@@ -181,13 +181,13 @@ class Recorder(Observer):
     def _is_due(self, state: TrainingState, steps: int) -> bool:
         every = self._plan.config.checkpoint_every
         due = (every.steps and state.step % every.steps < steps) or (
-            every.seconds and time.time() - self._checkpointed_s >= every.seconds
+            every.seconds and time.monotonic() - self._checkpointed_s >= every.seconds
         )
         self.checkpoint_asked |= bool(due)
         if not self.checkpoint_asked or self.writing:  # with slow storage the next one waits, not training
             return False
         self.checkpoint_asked = False
-        self._checkpointed_s = time.time()
+        self._checkpointed_s = time.monotonic()
         return True
 
     @property
@@ -204,6 +204,10 @@ class Recorder(Observer):
         """Write what is not written yet, if this worker leads, wait for what is being written, and report it."""
         if lead and state.step > self._writer.newest_step:
             self._writer.submit(state.step, state.snapshot)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written, and report it."""
         self._writer.wait()
         self.reporter.flush()
 

@@ -83,6 +83,7 @@ class Roster:
         expected: workers that the first generation waits for.
         gather: whether workers with state are expected too, for an earlier coordinator was lost.
         size: workers of a replica group in this generation.
+        saved: step of the newest checkpoint; -1: there is none.
     """
 
     minimum: int
@@ -91,6 +92,7 @@ class Roster:
     generation: int = 0
     gather: bool = False
     size: int = 1
+    saved: int = -1
     ready: dict[str, Member] = field(default_factory=dict)
     seated: dict[str, Member] = field(default_factory=dict)
     training: bool = False
@@ -110,6 +112,11 @@ class Roster:
     def by_rank(self) -> list[Member]:
         """Who trains."""
         return sorted(self.seated.values(), key=lambda m: m.rank)
+
+    @property
+    def everyone(self) -> list[Member]:
+        """Who trains, and who waits for a seat."""
+        return [*self.seated.values(), *self.ready.values()]
 
     def shift(self, by_s: float) -> None:
         """The clock was put, or the coordinator was held up: what is remembered is as long ago as before."""

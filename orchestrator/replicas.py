@@ -26,7 +26,7 @@ def by_parts(members: Sequence[Member], size: int, step: int) -> list[list[Membe
     return [[m for m in held if m.holds.part == part] for part in range(size)]
 
 
-def seats(members: Sequence[Member], count: int, size: int) -> tuple[list[Member], int]:
+def seats(members: Sequence[Member], count: int, size: int, saved: int = -1) -> tuple[list[Member], int]:
     """`count` of the members in groups of `size`, in rank order, and the step that they go on from; -1: a checkpoint's.
 
     Rank 0's group holds the state, or rank 0 the whole of it; other groups are made of who holds the right parts, as
@@ -34,8 +34,9 @@ def seats(members: Sequence[Member], count: int, size: int) -> tuple[list[Member
 
     Args:
         members: those before others are seated before them.
+        saved: step of the newest checkpoint: who waits since before it has nothing that is worth going back to.
     """
-    for step in sorted({m.step for m in members if m.step >= 0}, reverse=True):
+    for step in sorted({m.step for m in members if m.step >= max(0, saved)}, reverse=True):
         parts = by_parts(members, size, step)
         carriers = [m for m in members if m.step == step and m.holds.whole]
         if all(parts):
@@ -83,8 +84,8 @@ class ReplicaRoster(Roster):
             return None
         self.gather = False
         staying = [m for m in everyone if not self._avoided(m, now)]
-        order, step, self.size = max(
-            (self._choice(found) for found in (staying, everyone) if self._most(len(found))), key=lambda c: c[1]
+        order, step, self.size, _ = max(
+            (self._choice(found) for found in (staying, everyone) if self._most(len(found))), key=lambda c: c[3]
         )
         order = [dataclasses.replace(m, step=m.step if step >= 0 else -1) for m in order]
         self.seated = {m.id: m for m in order}
@@ -93,15 +94,20 @@ class ReplicaRoster(Roster):
         self.training = True
         return order
 
-    def _choice(self, members: Sequence[Member]) -> tuple[list[Member], int, int]:
-        """(rank order, step, workers of a group): as many as can be, but fewer where those alone have the state."""
+    def _choice(self, members: Sequence[Member]) -> tuple[list[Member], int, int, int]:
+        """(rank order, step, workers of a group, the step all the same): as many as can be, but fewer where those alone
+        have the state.
+
+        The third is -1 where they go on from a checkpoint, and the last is that checkpoint's step.
+        """
         most = self._most(len(members))
         counts = [most]
         if not self.parallel.size:  # a group of another size has other parts
             counts += sorted({m.holds.parts for m in members if self.minimum <= m.holds.parts < most}, reverse=True)
         sizes = [(count, self.parallel.size or count) for count in counts]
-        found = [(*seats(members, count, size), size) for count, size in sizes]
-        return max(found, key=lambda choice: choice[1])
+        saved = max([self.saved, *(m.step for m in members if m.holds.saved)])  # the last may not be known here yet
+        found = [(*seats(members, count, size, saved), size) for count, size in sizes]
+        return max(((*choice, max(choice[1], saved)) for choice in found), key=lambda choice: choice[3])
 
     def wants_pause(self, now: float) -> bool:
         """See Roster; joiners are worth it if they make another whole group."""
@@ -118,7 +124,7 @@ class ReplicaRoster(Roster):
         others = [m for m in (*self.ready.values(), *self.seated.values()) if not self._leaves(m)]
         if not self._leaves(member) or not self._most(len(others)):
             return False
-        return member.holds.saved or self._choice(others)[1] >= member.step
+        return member.holds.saved or self._choice(others)[3] >= member.step
 
     def missing(self) -> int:
         """See Roster."""

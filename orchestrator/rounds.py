@@ -89,7 +89,8 @@ class Rounds:
         self._reducer = TreeReducer([], self._head + self._numel, group)
         if plan.config.sync == "diloco" and state.outer is None:
             state.outer = torch.zeros(self._parameters, device=group.device)
-        self._feed = batches(workload.samples("train"), self._requests(), plan.config.loader_processes, group.device)
+        how = (plan.config.loader_processes, group.device, group.clock)
+        self._feed = batches(workload.samples("train"), self._requests(), *how)
         self._base = self._read()
         self._open = False
         self._data_s = 0.0

@@ -48,6 +48,7 @@ class Seat:
         recorded: the newest step that the run folder knows of.
         size: workers of a replica group; the placement deals the shards out to groups.
         fired: numbers of the faults that have happened.
+        unsaved_s: seconds since the newest checkpoint, or since training began.
     """
 
     generation: int
@@ -59,6 +60,7 @@ class Seat:
     recorded: int
     size: int = 1
     fired: frozenset[int] = frozenset()
+    unsaved_s: float = 0.0
 
     @property
     def workers(self) -> int:

@@ -28,9 +28,10 @@ def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
     config, device = plan.config, group.device
     layout = layout_of(config.parallel, group.world)
     torch.manual_seed(derive_seed("weights", config.seed))
-    model = workload.build_model().to(device)
+    model = workload.build_model()  # on the host, which alone may have room for all of it
     at, order = seating(group, layout), parameter_order(config, model)
     precision = Precision(config.precision, device.type)
+    last = frozenset[str]()
     if config.parallel.kind == "pipeline":
         side = group.among([layout.members(number) for number in range(layout.groups)])
         return build_stage(config, model, workload, order, precision, at, side)
@@ -38,8 +39,9 @@ def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
         mesh = mesh_of(at.inside)
         parallelize_module(model, mesh, workload.tensor_plan(model, at.part, layout.size))
     else:
-        spread(model, workload, at.inside)
-    return SplitState(config, model, model, order, precision, at)
+        last = spread(model, workload, at.inside)
+    model.to(device)
+    return SplitState(config, model, model, order, precision, at, last=last)
 
 
 MESHES = itertools.count()
@@ -57,8 +59,12 @@ def mesh_of(group: Group) -> DeviceMesh:
     return DeviceMesh.from_group(group.process_group, group.device.type, mesh_dim_names=(f"mesh{next(MESHES)}",))
 
 
-def spread(model: nn.Module, workload: Workload, inside: Group) -> None:
-    """Spread the parameters of `model` over a group, a layer at a time; gradients are added in the tree's order."""
+def spread(model: nn.Module, workload: Workload, inside: Group) -> frozenset[str]:
+    """Spread the parameters of `model` over a group, a layer at a time; gradients are added in the tree's order.
+
+    Returns the names of those that lie channels last in a whole model, and here do not.
+    """
+    last = frozenset(name for name, p in model.named_parameters() if p.ndim == 4 and lies_channels_last(p))
     # fully_shard takes contiguous parameters only; a convolution rounds otherwise where its weights lie otherwise.
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and lies_channels_last(module.weight):
@@ -66,10 +72,12 @@ def spread(model: nn.Module, workload: Workload, inside: Group) -> None:
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     mesh, whole = mesh_of(inside), {p for p in model.parameters() if stays_whole(p, inside.world)}
     for module in (*workload.layers(model), model):
-        found: Any = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        # The model's own parameters stay whole until the backward pass, which begins with them.
+        found: Any = fully_shard(module, mesh=mesh, reshard_after_forward=module is not model, ignored_params=whole)
         found.set_custom_reduce_scatter(TreeScatter())
         found.set_gradient_divide_factor(1.0)
         found.set_force_sum_reduction_for_comms(True)
+    return last
 
 
 def lies_channels_last(weight: Tensor) -> bool:

@@ -76,7 +76,7 @@ class SplitRecorder(Recorder):
         for step in reversed(group.broadcast_object(self.store.steps() if group.rank == 0 else [])):
             loaded, problem = None, ""
             try:
-                with group.others_wait():  # for storage
+                with group.others_wait(), group.clock.away():
                     loaded = self.store.load(step, state.room)
             except CheckpointError as error:
                 problem = str(error)
@@ -138,7 +138,7 @@ class SplitRecorder(Recorder):
     def _settle(self) -> None:
         """Until what is being written is a checkpoint."""
         assert self.group is not None
-        with self.group.others_wait():
+        with self.group.others_wait(), self.group.clock.away():
             if self._pending is not None:
                 wait([self._pending.files])
             self._exchange("")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from orchestrator.feed import Fed
 from orchestrator.layout import units_of
 from orchestrator.plan import Plan, Request
 from orchestrator.shards import Placement
@@ -34,9 +35,9 @@ class TogetherGradients(ShardedGradients):
         self._part.seating.inside.sum(asked)  # no part takes a step whose gradient another one may not get
         return totals
 
-    def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
+    def _one_fed(self, shard: int, fed: Fed, samples: int, nominal: float, stop: bool) -> None:
         with self._group.others_wait():
-            super()._one_shard(step, shard, samples, nominal, stop)
+            super()._one_fed(shard, fed, samples, nominal, stop)
         self._take()
 
     def _take(self) -> None:
@@ -87,13 +88,14 @@ class SideBySideGradients(TogetherGradients):
             self._reducer.start_shard(unit)
             shard, counts = self._mine(step, unit)
             if shard >= 0:
+                fed = self._fed(step, shard)
                 with self._group.others_wait():
-                    self._one_of_unit(step, shard, counts, nominal, stop)
+                    self._one_of_unit(shard, fed, counts, nominal, stop)
                 self._take()
             self._reducer.end_shard()
 
-    def _one_of_unit(self, step: int, shard: int, counts: bool, nominal: float, stop: bool) -> None:
-        indices, batch = self._fed(step, shard)
+    def _one_of_unit(self, shard: int, fed: Fed, counts: bool, nominal: float, stop: bool) -> None:
+        indices, batch = fed
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.model, batch)
         extra = self._extra(shard, sums, indices, len(indices), stop)

@@ -124,6 +124,7 @@ class SplitWorker(Worker):
             finished = train(plan, workload, state, group, placement, recorder)
         except NonFiniteLossError:  # found by all at the same step
             recorder.checkpoint_now(state, recorder.leads)
+            group.broadcast_object(None)  # the first who tells ends the generation: rank 0's group writes until here
             raise
         if not finished:
             self._leave(group)

@@ -4,19 +4,20 @@ The optimizer works on plain tensors: of a parameter that is spread over workers
 in the DTensor's memory. What is saved is the whole state, by the names that it has without any split.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from orchestrator.checkpoint import Described, Loaded
 from orchestrator.config import RunConfig
 from orchestrator.group import Group
 from orchestrator.layout import Layout
 from orchestrator.optimizer import build_optimizer
+from orchestrator.pieces import as_cut, gathered, laid, local, piece_like
 from orchestrator.precision import Precision
 from orchestrator.state import TrainingState, sha256_of
 from workloads.workload import Batch, Sums, Workload
@@ -42,33 +43,6 @@ def seating(group: Group, layout: Layout) -> Seating:
     return Seating(layout, inside, across)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This worker's piece, in the memory of `tensor`."""
-    piece: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return piece
-
-
-def piece_like(whole: Tensor, like: Tensor) -> Tensor:
-    """This worker's piece of `whole`, cut as `like` is; nothing is sent."""
-    if not isinstance(like, DTensor):
-        return whole
-    return local(distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None))
-
-
-def as_cut(piece: Tensor, like: Tensor) -> Tensor:
-    """The same piece, known to be one where it is cut as `like` is."""
-    if not isinstance(like, DTensor) or piece.shape != local(like).shape:
-        return piece
-    shape: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(piece, like.device_mesh, like.placements, run_check=False, **shape)
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which every worker of the replica group has a piece; all of it call it."""
-    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole
-
-
 class SplitState(TrainingState):
     """The training state of a worker that holds a part.
 
@@ -76,6 +50,7 @@ class SplitState(TrainingState):
         order: names of all parameters that are trained, as the optimizer of a whole model numbers them.
         own: the modules that this worker computes.
         copies: parameters among them that another worker of the replica group trains.
+        last: names of those that lie channels last in a whole model, and here do not.
     """
 
     split = True
@@ -89,11 +64,13 @@ class SplitState(TrainingState):
         precision: Precision,
         at: Seating,
         copies: Sequence[nn.Parameter] = (),
+        last: Container[str] = (),
     ) -> None:
         self.seating, self._own, self._config = at, own, config
         named, foreign = dict(model.named_parameters()), {id(p) for p in copies}
         self.numbers = [i for i, n in enumerate(order) if not named[n].is_meta and id(named[n]) not in foreign]
         self.held = [named[order[i]] for i in self.numbers]  # what forward and backward know
+        self._last = {self.held[place] for place, i in enumerate(self.numbers) if order[i] in last}
         pieces = nn.ParameterList(nn.Parameter(local(p).detach()) for p in self.held)
         super().__init__(model, build_optimizer(config, pieces), precision)
         place = {id(p): place for place, p in enumerate(pieces)}
@@ -256,8 +233,8 @@ class SplitState(TrainingState):
                 if cut and adds:
                     squares[number] = torch.linalg.vector_norm(piece.grad) ** 2
                 else:
-                    norm = torch.linalg.vector_norm(gathered(as_cut(piece.grad, parameter)))
-                    norms[number] = norm if self.speaks else 0.0
+                    whole = gathered(as_cut(piece.grad, parameter))
+                    norms[number] = torch.linalg.vector_norm(laid(whole, parameter in self._last)) * self.speaks
             both = torch.stack([squares, norms])
             self.seating.inside.sum(both)
         together: Tensor = torch.linalg.vector_norm(both[0].sqrt() + both[1])

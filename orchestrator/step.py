@@ -94,7 +94,7 @@ class ShardedGradients:
         self._rows = plan.config.shards * len(ROW)
         self._reducer = TreeReducer(state.parameters, self._rows + self._statistics.numel, group)
         samples = workload.samples("train")
-        self._feed = batches(samples, self._requests(state.step), loader_processes, group.device)
+        self._feed = batches(samples, self._requests(state.step), loader_processes, group.device, group.clock)
         self._samples, self._data_s = 0, 0.0
         try:
             self._reducer.place(placement)
@@ -150,7 +150,10 @@ class ShardedGradients:
         return self._reducer.extra[: self._rows]
 
     def _one_shard(self, step: int, shard: int, samples: int, nominal: float, stop: bool) -> None:
-        indices, batch = self._fed(step, shard)
+        self._one_fed(shard, self._fed(step, shard), samples, nominal, stop)
+
+    def _one_fed(self, shard: int, fed: Fed, samples: int, nominal: float, stop: bool) -> None:
+        indices, batch = fed
         with self._state.precision.autocast():
             sums = self._workload.sums(self._state.trained, batch)
         self._reducer.add_extra(self._extra(shard, sums, indices, samples, stop))

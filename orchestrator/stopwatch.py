@@ -1,6 +1,8 @@
-"""How long a worker computes for its shards, without waiting for the others."""
+"""How long a worker computes for its shards, without waiting for others; whether it waits for samples or storage."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -12,10 +14,13 @@ class Stopwatch:
 
     Attributes:
         shards, busy_s: in all.
+        reading: whether this worker waits for samples, or for storage.
+        reads: how often it has waited.
     """
 
     def __init__(self) -> None:
         self.shards, self.busy_s = 0, 0.0
+        self.reading, self.reads = False, 0
         self._started_s = 0.0
         self._device = torch.device("cpu")
 
@@ -27,3 +32,22 @@ class Stopwatch:
         """So many were, when the device is done: what then keeps this worker waiting is the others'."""
         finish(self._device)
         self.shards, self.busy_s = self.shards + shards, self.busy_s + time.perf_counter() - self._started_s
+
+    @property
+    def told(self) -> tuple[int, int, bool]:
+        """For a heartbeat: shards, milliseconds in which they were computed, whether it waits."""
+        return self.shards, int(self.busy_s * 1000), self.reading
+
+    def read(self, begins: bool) -> None:
+        """A wait for samples or storage begins or ends; the end is a sign of progress, which has to be seen first."""
+        self.reads += not begins
+        self.reading = begins
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Within, this worker waits for samples or storage."""
+        self.read(True)
+        try:
+            yield
+        finally:
+            self.read(False)

@@ -6,6 +6,7 @@ FOLDER/train-00000.parquet ...   samples of the training split; heldout-00000.pa
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
-from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import MEND, FileCache, TableFile
 from orchestrator.storage import Folder, cache_folder
 
@@ -117,8 +118,11 @@ def _check_types(found: Manifest) -> None:
         raise ValueError("another type than is written")
 
 
-def check_whole(uri: str, workload: str) -> None:
-    """Raises UserError where a file is missing or of another size: found now, not when training comes to it."""
+def check_whole(uri: str, workload: str, config: RunConfig) -> None:
+    """Raises UserError where a file is missing or of another size: found now, not when training comes to it.
+
+    A cache that will not do is told.
+    """
     manifest = read_manifest(uri, workload)
     try:
         sizes = Folder(uri, "--data").sizes()
@@ -128,6 +132,15 @@ def check_whole(uri: str, workload: str) -> None:
         if (size := sizes.get(file.name)) != file.bytes:
             problem = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
             raise UserError(f"--data parquet:{uri}: {file.name} {problem}; {MEND}")
+    sizes_here = sorted((file.bytes for file in manifest.files["train"]), reverse=True)
+    least = sum(sizes_here[: 2 * config.shuffle_window])
+    if least > config.data_cache * GB:
+        windows = f"two windows of --shuffle-window {config.shuffle_window} files ({least / GB:.1f} GB)"
+        print(
+            f"note: --data-cache {config.data_cache:g} GB is less than {windows}: files are fetched more than once an "
+            "epoch, and those in use take more of the disk than that; give more, or a smaller window",
+            file=sys.stderr,
+        )
 
 
 class Table:
@@ -143,10 +156,16 @@ class Table:
     def __init__(self, uri: str, manifest: Manifest, split: str, config: RunConfig) -> None:
         window = config.shuffle_window
         self._folder = Folder(uri, "--data", config.storage_patience)
+        self._hurried = Folder(uri, "--data")  # who needs a file waits for it, not who may need it
         self._files, self.fingerprint = manifest.files[split], manifest.fingerprint
         self.order = BlockOrder([file.samples for file in self._files], window)
         self._cache = FileCache(cache_folder() / "tables", int(config.data_cache * GB), keep_open=2 * window)
         self._window, self._ahead = window, set[int]()
+        self._fetching: threading.Thread | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process fetches by itself."""
+        return {**self.__dict__, "_ahead": set[int](), "_fetching": None}
 
     def __len__(self) -> int:
         return int(self.order.firsts[-1])
@@ -173,15 +192,19 @@ class Table:
     def fetch_ahead(self, seed: int, epoch: int, sample: int) -> None:
         """Begin to fetch the files of the window that `sample` is in, and of the next one, if that was not done."""
         number = int(np.searchsorted(self.order.firsts, sample, side="right")) - 1
-        if number in self._ahead:
+        if number in self._ahead or (self._fetching and self._fetching.is_alive()):
             return
         wanted = self.order.ahead(seed, epoch, number)
         self._ahead = set(wanted[: self._window])
-        threading.Thread(target=self._fetch, args=(wanted,), name="fetch-ahead", daemon=True).start()
+        self._fetching = threading.Thread(target=self._fetch, args=(wanted,), name="fetch-ahead", daemon=True)
+        self._fetching.start()
 
     def _fetch(self, wanted: Sequence[int]) -> None:
         for number in wanted:
             try:
-                self._cache.ensure(self._files[number], self._folder.read)
+                self._cache.ensure(self._files[number], self._hurried.read)
+            except DataError:
+                continue  # damaged: whoever needs it will meet the same, and says so
             except (OrchestratorError, OSError):
-                return  # whoever needs it will meet the same, and says so
+                self._ahead = set()  # not there, or not yet: tried again with the next samples
+                return

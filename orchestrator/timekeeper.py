@@ -81,8 +81,12 @@ class Stillness:
     _at: tuple[tuple[int, int, int], ...] = ()
 
     def seconds(self, now: float, beats: Sequence[Beat]) -> float:
-        """Asked at every look; 0.0 if one of them has got on, or does not wait."""
+        """Asked at every look; 0.0 if one of them has got on, or does not wait, or for storage."""
         at = tuple((beat.generation, beat.step, beat.place) for beat in beats)
-        if at != self._at or not beats or not all(beat.waiting for beat in beats) or now < self._since_s:
+        if at != self._at or not beats or not all(map(_stands, beats)) or now < self._since_s:
             self._since_s, self._at = now, at
         return now - self._since_s
+
+
+def _stands(beat: Beat) -> bool:
+    return beat.waiting and not beat.reading

@@ -154,8 +154,7 @@ class Worker:
         group, generation = self._group, self._seat.generation if self._seat else 0
         if group is None:
             return Beat(generation, self.step, 0, waiting=True)
-        clock = group.clock
-        return Beat(generation, self.step, group.place, group.waiting, clock.shards, int(clock.busy_s * 1000))
+        return Beat(generation, self.step, group.place + group.clock.reads, group.waiting, *group.clock.told)
 
     def _told(self, word: str, generation: int) -> None:
         """An order from the coordinator, in the wire's thread."""
@@ -185,8 +184,7 @@ class Worker:
             here = (store, self._host, self._speed, self._holds, self._spot.slice, self._spot.place)
             member = Member(self.id, self._node, os.getpid(), device, step, self.rank, *here)
             try:
-                answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))
-                return answer
+                return ray.get(self._coordinator.join.remote(member, self._why))  # type: ignore[no-any-return]
             except ray.exceptions.RayError:
                 log.exception("the coordinator was lost; waiting for it to come back")
                 self._line_broke = True
@@ -272,12 +270,12 @@ class Worker:
         recorder.trained()
         if recorder.leads:
             self._coordinator.phase.remote("evaluating and saving")
-            with group.others_wait():  # storage may be slow, which is not this worker's fault
+            with group.others_wait(), group.clock.away():  # storage may be slow, which is not this worker's fault
                 recorder.checkpoint_now(state, lead=True)
         metrics = evaluate(workload, state.model, state.precision, group, plan.config.loader_processes)
         recorder.evaluated(state.step, metrics)
         if recorder.leads:
-            with group.others_wait():
+            with group.others_wait(), group.clock.away():
                 save_trained(plan, self._task["uri"], workload, state.model)
         recorder.reporter.flush()
         arguments = (self.id, seat.generation, weights_sha256(state.model), metrics, memory_bytes(state))
@@ -292,7 +290,9 @@ class Worker:
 
         if order.word == "excluded":
             raise GivenUpError("the coordinator has given this worker up")
-        if order.word == "stop":
+        if order.word == "leave":
+            self._recorder.finish()
+        elif order.word == "stop":
             self._recorder.checkpoint_now(self._state, order.lead)
             if order.lead:
                 ray.get(self._coordinator.stopped.remote(self._state.step, weights_sha256(self._state.model)))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from orchestrator import outfolder
 from orchestrator.assembly import assemble
-from orchestrator.prepare import Job, parser, write_part
+from orchestrator.partmaker import write_part
+from orchestrator.prepare import Job, parser
 from orchestrator.storage import Folder
 from orchestrator.tables import Manifest
 from workloads.registry import WORKLOADS

@@ -23,7 +23,7 @@ class Made:
     Attributes:
         tables: split -> pyarrow.Table; splits that get nothing are left out.
         broken: names of what could not be read.
-        notes: plain JSON that `Preparation.about` gets back.
+        notes: plain JSON that `Preparation.folded` gets.
     """
 
     tables: Mapping[str, Any]
@@ -57,6 +57,10 @@ class Preparation(Protocol):
         """One part; on whatever node. Raises `changed` where its source is not what `parts` has seen."""
         ...
 
-    def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What goes into the manifest for the workload, from the notes of all parts, in order."""
+    def folded(self, sofar: Any, notes: Mapping[str, Any]) -> Any:
+        """What the notes of all parts come to, one after the other in any order; `sofar` is None at first."""
+        ...
+
+    def about(self, folded: Any) -> dict[str, Any]:
+        """What goes into the manifest for the workload, from the notes of all parts."""
         ...

@@ -49,7 +49,10 @@ def test_what_is_fetched_ahead_is_this_window_and_the_next(sizes, window, data):
     place = data.draw(st.integers(0, len(sizes) - 1))
     opened = list(order.opened(3, 1).blocks)
     first = place // window * window
-    assert order.ahead(3, 1, int(opened[place])) == opened[first : first + 2 * window]
+    wanted = opened[first : first + 2 * window]
+    if first + window >= len(sizes):  # an epoch's last window is followed by the first one of the next epoch
+        wanted += [b for b in order.opened(3, 2).blocks[:window] if b not in wanted]
+    assert order.ahead(3, 1, int(opened[place])) == wanted
 
 
 def test_epochs_and_seeds_differ():

@@ -83,6 +83,8 @@ def test_beats_arrive_and_orders_arrive():
         await office.beat("b")
         a.now = Beat(7, 3, 12, True)
         assert await office.beat("a", step=3) == Beat(7, 3, 12, True)
+        a.now = Beat(7, 4, 13, False, 9, 250, True)
+        assert await office.beat("a", step=4) == Beat(7, 4, 13, False, 9, 250, True)
         office.desk.tell("a", "ping")
         office.desk.tell("a", "pause", 7)
         office.desk.tell("b", "end", 6)
@@ -132,11 +134,11 @@ def test_rubbish_is_refused_quietly(sent):
     run(main())
 
 
-@pytest.mark.parametrize("sent", [b"1 2 3 4 5\n", b"1 2 3 4 5 6 7\n", b"1 2 three 0 0 0\n", b"9" * 100_000 + b"\n"])
+@pytest.mark.parametrize("sent", [b"1 2 3 4 5 6\n", b"1 2 3 4 5 6 7 8\n", b"1 2 three 0 0 0 0\n", b"9" * 100_000 + b"\n"])
 def test_a_member_that_sends_rubbish_is_cut_off_and_reported(sent):
     async def main() -> None:
         office = await Office().open()
-        await refused(office.port, b"secret a\n1 5 0 0 0 0\n" + sent)
+        await refused(office.port, b"secret a\n1 5 0 0 0 0 0\n" + sent)
         await office.beat("a", step=5)
         await office.end("a")
         assert office.gone == ["a"]
@@ -253,7 +255,7 @@ def test_orders_may_come_in_pieces():
             assert lines.readline() == b"secret a\n"
             for piece in (b"pau", b"se 3\nen", b"d 4\nping 0\ncheckpoint", b" 0\n"):
                 wire.sendall(piece)
-                assert lines.readline() == b"1 0 0 0 0 0\n"  # a beat: the piece before has been read, or will be soon
+                assert lines.readline() == b"1 0 0 0 0 0 0\n"  # a beat: the piece before has been read, or will be soon
             orders = [worker.orders.get(timeout=WAIT_S) for _ in range(3)]
             worker.line.close()
     assert orders == [("pause", 3), ("end", 4), ("checkpoint", 0)]

@@ -35,6 +35,9 @@ class Recorder:
     def checkpoint_now(self, state: State, lead: bool) -> None:
         self.written.append(state)
 
+    def finish(self) -> None:
+        """Nothing is being written."""
+
 
 def worker(monkeypatch, kept: Kept | None, state: State | None, restored: bool) -> SplitWorker:
     monkeypatch.setattr(build, "build_state", lambda *_: State())

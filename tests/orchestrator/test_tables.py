@@ -131,14 +131,14 @@ def test_data_of_another_workload_is_refused(tmp_path):
 
 def test_a_file_that_is_missing_or_cut_off_is_found_at_the_door(tmp_path):
     write_all(tmp_path, [3, 5])
-    check_whole(str(tmp_path), "toy")
+    check_whole(str(tmp_path), "toy", RunConfig())
     for name, problem in (("heldout-00000.parquet", "has 4 bytes instead of"), ("train-00001.parquet", "is missing")):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
         if "bytes" in problem:
             (tmp_path / name).write_bytes(whole[:4])
         with pytest.raises(UserError, match=rf"{name} {problem}.*; prepare the data again with --verify"):
-            check_whole(str(tmp_path), "toy")
+            check_whole(str(tmp_path), "toy", RunConfig())
         (tmp_path / name).write_bytes(whole)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from orchestrator.errors import UserError
 
+DOCUMENT_BYTES = 100 * 10**6  # a longer one is a file whose documents are not separated
 HELDOUT_ONE_IN = 16  # documents: a bit more than 6 % of the text
 TOPICS = "pydoc_data/topics.py"
 # Not part of every installation, or not prose: tests and demonstrations.
@@ -152,22 +153,30 @@ def paragraphs(path: Path, start: int, stop: int) -> Iterator[str]:
     """The documents of a stretch of a file, in bytes: cut at the first blank line from `start` on, and from `stop` on.
 
     So the stretches that make up a file have all its documents, each once.
+
+    Raises UserError naming a file that cannot be read, or has a document of more than DOCUMENT_BYTES.
     """
     lines: list[str] = []
+    held = 0  # bytes of the document
     try:
         with path.open("rb") as stream:
             inside = start == 0
             if start:
                 stream.seek(start - 1)
-                stream.readline()  # the line that `start` is in belongs to what is before it
+                stream.readline(DOCUMENT_BYTES + 1)  # the line that `start` is in belongs to what is before it
             while True:
-                at, raw = stream.tell(), stream.readline()
-                if not raw:
+                at, raw = stream.tell(), stream.readline(DOCUMENT_BYTES + 1)
+                if not raw or (at >= stop and not inside):
                     break
+                held += len(raw)
+                if held > DOCUMENT_BYTES:
+                    where = f"has no blank line in the {DOCUMENT_BYTES // 10**6} MB before byte {at + len(raw)}"
+                    raise UserError(f"--data: {path} {where}; blank lines separate documents: put one after each")
                 line = raw.decode("utf-8-sig" if at == 0 else "utf-8").strip()
                 if line and inside:
                     lines.append(line)
                 elif not line:
+                    held = 0
                     if lines:
                         yield "\n".join(lines)
                         lines = []

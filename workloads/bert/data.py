@@ -72,7 +72,7 @@ def check(config: BertConfig) -> DataSummary:
     """
     check_settings(config)
     if config.data.startswith(PREFIX):
-        check_whole(config.data.removeprefix(PREFIX), "bert")
+        check_whole(config.data.removeprefix(PREFIX), "bert", config)
         return prepared_data(config).summary
     folder = _find(config, verify=False)
     return _summary(config, json.loads((folder / "about.json").read_text()))

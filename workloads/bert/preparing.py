@@ -3,6 +3,7 @@
 Each part packs its own documents by the rule of data.py, so that a part loses at most one incomplete piece a split.
 """
 
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from orchestrator.digest import digest
 from orchestrator.errors import UserError
 from orchestrator.tables import SPLITS
+from workloads.bert.cache import build_entry
 from workloads.bert.config import BertConfig
-from workloads.bert.corpus import find_corpus, is_heldout, paragraphs
+from workloads.bert.corpus import Corpus, find_corpus, is_heldout, paragraphs
 from workloads.bert.data import MORE_TEXT, check_settings, entropy, pack, token_ids, tokenizer_of
-from workloads.bert.wordpiece import CLS, SEP, Vocabulary, load_tokenizer
+from workloads.bert.wordpiece import CLS, SEP, Vocabulary, build_tokenizer, load_tokenizer
 from workloads.preparation import Made, Part, changed
+
+Counts = NDArray[np.int64]
+TRAINED = "vocabulary.json"
+RULES = 1  # by which a vocabulary is trained
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,15 @@ class TextPreparation:
                 raise changed(self.config.data)
             yield from paragraphs(Path(path), start, stop)
 
-    def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        counts = np.zeros(len(self.vocabulary), np.int64)
-        for note in notes:
-            for token, count in note["counts"].items():
-                counts[int(token)] += count
+    def folded(self, sofar: Counts | None, notes: Mapping[str, Any]) -> Counts:
+        """See Preparation: how often each token is there, int64 [vocabulary]."""
+        counts = np.zeros(len(self.vocabulary), np.int64) if sofar is None else sofar
+        for token, count in notes["counts"].items():
+            counts[int(token)] += count
+        return counts
+
+    def about(self, folded: Counts | None) -> dict[str, Any]:
+        counts = np.zeros(len(self.vocabulary), np.int64) if folded is None else folded
         if not counts.any():
             raise UserError(f"--source {self.config.data}: the tokenizer knows no word of it; give another")
         return {
@@ -119,5 +131,19 @@ def preparation(config: BertConfig) -> TextPreparation:
     for path in corpus.files:
         if not os.access(path, os.R_OK):
             raise UserError(f"--source {config.data}: {path} cannot be read; give files that can be")
-    tokenizer, vocabulary = tokenizer_of(config, corpus)
+    tokenizer, vocabulary = tokenizer_of(config, corpus) if config.tokenizer else _trained(config, corpus)
     return TextPreparation(config, tokenizer.to_str(), vocabulary.tokens)
+
+
+def _trained(config: BertConfig, corpus: Corpus) -> tuple[Any, Vocabulary]:
+    """A tokenizer trained on the corpus, once: a job that goes on, or finds all done, does not read it all again."""
+    facts = corpus.facts()
+
+    def train(folder: Path) -> None:
+        size = sum(bytes for _, bytes, _ in facts) / 1e6
+        print(f"training a vocabulary of up to {config.vocab_size:,} WordPieces on {size:,.0f} MB", flush=True)
+        (folder / TRAINED).write_text(json.dumps(tokenizer_of(config, corpus)[1].tokens), encoding="utf-8")
+
+    folder = build_entry(digest(["vocabulary", RULES, config.vocab_size, facts]), train)
+    vocabulary = Vocabulary(tuple(json.loads((folder / TRAINED).read_text(encoding="utf-8"))))
+    return build_tokenizer(vocabulary.tokens), vocabulary

@@ -156,7 +156,7 @@ def check(config: RunConfig) -> DataSummary:
     assert isinstance(config, ResnetConfig)
     name, folder = split_spec(config.data)
     if name == "parquet":
-        check_whole(folder, "resnet")
+        check_whole(folder, "resnet", config)
     splits = [open_split(config, "train"), open_split(config, "heldout")]
     train, heldout = splits
     found = fingerprint(config, splits)

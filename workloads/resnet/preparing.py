@@ -87,7 +87,10 @@ class ImagePreparation:
         """Names are relative to it."""
         return self.config.data.partition(":")[2]
 
-    def about(self, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def folded(self, sofar: None, notes: Mapping[str, Any]) -> None:
+        """See Preparation: there are none."""
+
+    def about(self, folded: None) -> dict[str, Any]:
         images = _open(self.config, "train")
         return {
             "kind": self.config.data.partition(":")[0],
