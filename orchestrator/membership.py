@@ -139,9 +139,8 @@ class Membership:
             self._give_seats(order)
 
     def _give_seats(self, order: list[Member]) -> None:
-        first, now, generation = order[0], time.time(), self.roster.generation
-        self.placement = self._balancer.placement(order)
-        share, size = must_share(order, self.roster.size), self.roster.size
+        first, now, generation, size = order[0], time.time(), self.roster.generation, self.roster.size
+        self.placement, share = self._balancer.placement(order), must_share(order, size)
         for rank, member in enumerate(order):
             where = (generation, rank, self.placement, first.store, first.step, share, self._journal.recorded, size)
             self._answers[member.id] = Seat(*where, frozenset(self._journal.fired), self._journal.unsaved_s())
@@ -209,8 +208,8 @@ class Membership:
                 self.ended_early(self.came_s.get(member_id, now), detail)
             return self.notify()
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
-        said = f"rank {member.rank} (process {member.pid}): {detail}"
-        self._end_generation(kind, said, now - pulse.heard_s if pulse else 0.0)
+        silent_s, said = now - pulse.heard_s if pulse else 0.0, f"rank {member.rank} (process {member.pid}): {detail}"
+        self._end_generation(kind, said, silent_s)
         self.roster.lose(member_id)
         self.roster.lost_on(member.home, now)
         self._journal.blame(member.node)
@@ -278,12 +277,13 @@ class Membership:
             self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:
-        steps, back_s = self._journal.step_seconds(), None if self.roster.training else now - self.broken_s
+        steps = self._journal.step_seconds()
         silence, stall = silence_limit_s(self._stall_s, steps), stall_limit_s(self._stall_s, steps, self.begun)
         for member_id in [member.id for member in self.roster.everyone]:
             if pulse := self._pulses.get(member_id):
                 limit_s = self._stall_s or max(stall, self.read_s if pulse.beat.reading else 0.0)
-                lost = judge(pulse, now, silence, limit_s, back_s if member_id in self.roster.seated else None)
+                called = not self.roster.training and member_id in self.roster.seated
+                lost = judge(pulse, now, silence, limit_s, now - self.broken_s if called else None)
                 if lost and lost[0] == "worker_stuck":
                     self.desk.tell(member_id, "dump", self.roster.generation)
                 if lost:
