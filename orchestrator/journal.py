@@ -252,7 +252,7 @@ class Journal:
         if self.result is None:
             return "", "", 0
         status, told = str(self.result["status"]), self.newest("run_ended") or {}
-        return status, str(told.get("message", "")), {"finished": 0, "stopped": 130}.get(status, 1)
+        return status, str(told.get("reason", "")), {"finished": 0, "stopped": 130}.get(status, 1)
 
     def end(
         self, status: str, message: str, sha256: str, metrics: Mapping[str, float], failure: Failure | None = None

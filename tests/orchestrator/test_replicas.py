@@ -209,3 +209,45 @@ def test_a_stop_is_led_by_one_hand_or_by_who_has_it_written():
     assert r.by_state()[0].id == "b"
     r.ready["b"] = dataclasses.replace(r.ready["b"], step=4)
     assert not r.by_state(), "an older state"
+
+
+def test_who_waits_with_an_old_state_does_not_win_over_a_newer_checkpoint():
+    """Drained to one group, the left-over keeps the whole state of then; the group breaks much later."""
+    r = roster("tensor=2", 4)
+    sit(r, train(r, "abcd"))
+    come_back(r, 100, lost="d", whole="abc")
+    sit(r, r.form(LATER))
+    assert set(r.seated) == {"a", "b"}
+    assert r.ready["c"].step == 100
+    r.saved = 4990
+    come_back(r, 5000, lost="b")
+    order = r.form(LATER)
+    assert order is not None
+    assert {m.step for m in order} == {-1}, "all go on from the checkpoint"
+    assert len(order) == 2
+    r = roster("tensor=2", 4)
+    sit(r, train(r, "abcd"))
+    come_back(r, 100, lost="d", whole="abc")
+    r.saved = 100
+    assert {m.step for m in r.form(LATER)} == {100}, "as new as the checkpoint: nothing has to be read"
+
+
+def test_fsdp_grows_by_a_checkpoint_where_nobody_could_take_the_state_along():
+    r = roster("fsdp", 3)
+    sit(r, train(r, "ab"))
+    r.join(member("c"), LATER)
+    for m in r.by_rank:
+        r.join(dataclasses.replace(m, step=7, holds=Holding(m.rank, 2, saved=True)), LATER)
+    order = r.form(2 * LATER)
+    assert order is not None
+    assert (len(order), {m.step for m in order}) == (3, {-1})
+    assert not r.wants_pause(3 * LATER), "it has grown"
+
+
+def test_a_group_of_those_who_have_the_newer_state_is_preferred_to_an_older_checkpoint():
+    r = roster("fsdp", 3)
+    sit(r, train(r, "ab"))
+    r.join(member("c"), LATER)
+    r.saved = 3
+    come_back(r, 7)
+    assert [(m.id, m.step) for m in r.form(2 * LATER)] == [("a", 7), ("b", 7)]

@@ -101,6 +101,7 @@ MORE = [
     ("resnet", "pipeline=2", 4, EXACT, EPOCHS),
     ("resnet", "fsdp", 3, FLIPS, EPOCHS),
     ("resnet", "fsdp", 4, EXACT, EPOCHS),
+    ("resnet", "hsdp=2", 4, EXACT, {"clip_norm": 0.5}),
     ("resnet", "hsdp=2", 4, EXACT, EPOCHS),
 ]
 
@@ -111,7 +112,7 @@ MORE = [
         ("bert", "tensor=2", 2, NEAR, {}),
         ("bert", "fsdp", 3, NEAR, {}),
         ("bert", "hsdp=2", 4, EXACT, {}),
-        ("resnet", "fsdp", 2, EXACT, {}),
+        ("resnet", "fsdp", 2, EXACT, {"clip_norm": 0.1}),
         ("resnet", "pipeline=4", 4, EXACT, {}),
         ("bert", "pipeline=2", 2, EXACT, {}),
         *(pytest.param(*case, marks=pytest.mark.long) for case in MORE),

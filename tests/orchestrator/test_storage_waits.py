@@ -1,0 +1,148 @@
+"""Who waits for samples or storage is not stuck; who waits for a seat is watched; ends that a coordinator has seen."""
+
+import asyncio
+import time
+
+import pytest
+from members import WAIT_S, Run, play
+from toys import toy_plan
+
+from orchestrator.channel import Beat, Pulse
+from orchestrator.events import CheckpointSaved, GenerationStarted
+from orchestrator.journal import Journal
+from orchestrator.recorder import Recorder
+from orchestrator.recovery import FIRST_STEP_S
+from orchestrator.seats import Order, Seat
+from orchestrator.shards import Placement
+from orchestrator.stopwatch import Stopwatch
+from orchestrator.timekeeper import Stillness
+
+
+@pytest.mark.parametrize(("reading", "still_s", "lost"), [(False, 100, True), (True, 100, False), (True, 400, True)])
+def test_who_reads_is_given_more_time_to_get_on(tmp_path, reading, still_s, lost):
+    async def story(run: Run) -> None:
+        a, b = await run.enlist("ab")
+        run.steps(*range(1, 21), by=[a, b])
+        assert 100 < FIRST_STEP_S < 400
+        now = time.time()
+        run.members._pulses["b"] = Pulse(now, now - still_s, Beat(1, 20, 5, False, 0, 0, reading))
+        run.members._check_pulses(now)
+        assert ("b" not in run.members.roster.seated) == lost
+
+    play(story, tmp_path)
+
+
+def test_who_writes_a_checkpoint_when_another_is_lost_may_finish_it(tmp_path):
+    """It waits, for storage: coming back late is not its fault. Who waits for others alone has to come."""
+
+    async def story(run: Run) -> None:
+        a, b, c = await run.enlist("abc")
+        run.steps(*range(1, 21), by=[a, b, c])
+        c.die()
+        assert await a.told() == await b.told() == ("end", 1)
+        now = time.time() + 60.0
+        run.members._pulses["a"] = Pulse(now, now, Beat(1, 20, 5, True, 0, 0, True))
+        run.members._pulses["b"] = Pulse(now, now, Beat(1, 20, 5, True, 0, 0, False))
+        run.members._check_pulses(now)
+        assert list(run.members.roster.seated) == ["a"]
+
+    play(story, tmp_path, workers=3)
+
+
+def test_a_wait_is_seen_as_progress_when_it_ends():
+    clock = Stopwatch()
+    with clock.away():
+        assert (clock.reading, clock.reads, clock.told) == (True, 0, (0, 0, True))
+    assert (clock.reading, clock.reads) == (False, 1)
+    with pytest.raises(KeyError), clock.away():
+        raise KeyError
+    assert (clock.reading, clock.reads) == (False, 2)
+
+
+def test_a_generation_does_not_stand_still_while_one_waits_for_storage():
+    stillness, waits, stores = Stillness(), Beat(1, 5, 7, True), Beat(1, 5, 7, True, reading=True)
+    assert stillness.seconds(10.0, [waits, stores]) == stillness.seconds(99.0, [waits, stores]) == 0.0
+    assert stillness.seconds(100.0, [waits, waits]) == 1.0
+
+
+def test_who_freezes_while_it_waits_for_a_seat_is_killed_and_others_go_on(tmp_path):
+    async def story(run: Run) -> None:
+        a, b = await run.enlist("ab")
+        run.steps(1, by=[a, b])
+        c = run.worker("c")
+        waits = asyncio.create_task(c.join())
+        await asyncio.wait([waits], timeout=0)
+        assert list(run.members.roster.ready) == ["c"]
+        c.beats.clear()
+        assert await asyncio.wait_for(run.killed.get(), WAIT_S) == "c"
+        assert await waits == Order("excluded")
+        assert (list(run.members.roster.seated), run.members.roster.training) == (["a", "b"], True)
+        run.steps(2, by=[a, b])
+        assert not await run.incidents(), "who trains notices nothing"
+        c.beats.set()
+
+    play(story, tmp_path, workers=2, stall_s=2.0)
+
+
+def test_a_late_step_does_not_end_the_incident_of_a_second_loss(tmp_path):
+    async def story(run: Run) -> None:
+        a, b, c = await run.enlist("abc")
+        run.steps(1, by=[a, b, c])
+        c.die()
+        assert await a.told() == await b.told() == ("end", 1)
+        await run.seat(a, b, why="aborted")
+        b.die()
+        assert await a.told() == ("end", 2)
+        run.steps(2, by=[a])  # of generation 2, told by then
+        assert not await run.incidents()
+        await run.seat(a, why="aborted")
+        run.steps(3, by=[a])
+        (incident,) = await run.incidents()
+        assert (incident["workers_before"], incident["workers_after"], incident["generation"]) == (3, 1, 3)
+
+    play(story, tmp_path, workers=3)
+
+
+def test_a_coordinator_that_comes_back_after_the_end_knows_how_it_ended(tmp_path):
+    first = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+    assert first.ended_as() == ("", "", 0)
+    first.end("stopped", "on request", "", {})
+    first.flush()
+    again = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=True)
+    assert again.ended_as() == ("stopped", "on request", 130)
+    assert again.result == first.result
+    assert Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False).ended_as() == ("", "", 0)
+
+
+def test_a_command_that_ends_before_it_trains_tells_the_steps_of_the_run(tmp_path):
+    first = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+    first.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])
+    base = {"loss": 1.0, "samples": 8, "step_s": 0.1, "time_s": time.time(), "generation": 1}
+    first.steps([{"step": step, **base} for step in (1, 2, 3)])
+    first.end("stopped", "on request", "", {})
+    second = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+    second.end("stopped", "on request, before this command's first step", "", {})
+    assert (second.result["steps"], second.result["samples"]) == (3, first.result["samples"])
+    assert second.result["samples"] > 0
+
+
+def test_a_new_leader_keeps_the_cadence_of_the_one_before(tmp_path, monkeypatch):
+    journal = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+    assert journal.unsaved_s() == 0.0, "waiting for workers is no training that could be lost"
+    now = [1000.0]
+    monkeypatch.setattr("orchestrator.journal.time.monotonic", lambda: now[0])
+    journal.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])
+    now[0] += 40.0
+    assert journal.unsaved_s() == 40.0
+    journal.log(CheckpointSaved(7, 1, 0.0, 0.0))
+    assert (journal.saved, journal.unsaved_s()) == (7, 0.0)
+    now[0] += 50.0
+    assert journal.unsaved_s() == 50.0
+    plan = toy_plan(checkpoint_every="60s")
+    recorder = Recorder(plan, str(tmp_path), None, None)
+    state = type("State", (), {"step": 9})()
+    recorder.take_seat(Seat(2, 0, Placement((0, 8)), ("h", 1), 8, False, 8, unsaved_s=50.0))
+    assert not recorder._is_due(state, 1)
+    now[0] += 10.0
+    assert recorder._is_due(state, 1)
+    assert not recorder._is_due(state, 1)
