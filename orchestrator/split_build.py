@@ -96,9 +96,19 @@ def stays_whole(parameter: Tensor, workers: int) -> bool:
 
 
 def channels_last(convolution: nn.Conv2d, hidden: Tensor) -> Tensor:
-    """Its forward pass with weights in the layout that those of a whole model have, for the same bits."""
+    """Its forward pass with weights in the layout that those of a whole model have, for the same bits.
+
+    The backward pass makes that copy of them again, when they are gathered again: kept, it would take the memory that
+    cutting them into pieces saves.
+    """
     weight = convolution.weight.to(memory_format=torch.channels_last)
-    found: Tensor = convolution._conv_forward(hidden, weight, convolution.bias)
+    place = weight.data_ptr()
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        return convolution.weight.detach().to(memory_format=torch.channels_last) if kept is None else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: None if saved.data_ptr() == place else saved, unpack):
+        found: Tensor = convolution._conv_forward(hidden, weight, convolution.bias)
     return found
 
 

@@ -2,9 +2,10 @@
 
     python tests/bench/parallel.py --out parallel.json
     python tests/bench/parallel.py --workloads bert --only tensor=2,pipeline=2 --steps 20
+    python tests/bench/parallel.py --workloads bert-base,resnet152 --steps 4
 
-ResNet-18 on the digits and BERT-mini on Python's documentation, each way through the command line on 2 and on 4
-workers, and on 1, 2 and 4 that hold the model whole. Told of each: whether the final weights are those of one worker
+ResNet-18 on the digits and BERT-mini on Python's documentation, or models large enough for their state to be most of a
+worker's memory, each way through the command line on 2 and on 4 workers, and on 1, 2 and 4 that hold the model whole. Told of each: whether the final weights are those of one worker
 bit by bit, the largest difference between any two parameters or statistics, and between the losses of any step, as a
 share of that loss; the bytes of parameters, gradients and optimizer state on the worker with the most, and its largest
 resident memory, against the whole model's on as many workers. Target: losses within --tolerance of one worker's.
@@ -25,7 +26,10 @@ from orchestrator.rehearse import stage
 SETTINGS = {
     "resnet": ["--model", "resnet18", "--batch-size", "64", "--lr", "0.02"],
     "bert": ["--model", "mini", "--batch-size", "32", "--lr", "0.001"],
+    "resnet152": ["--model", "resnet152", "--batch-size", "16", "--lr", "0.02"],
+    "bert-base": ["--model", "base", "--batch-size", "16", "--lr", "0.0001", "--vocab-size", "2048"],
 }
+SMALL = ["resnet", "bert"]
 GPIPE = ("--pipeline-schedule", "gpipe")
 WAYS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {  # --parallel, workers, more flags
     "resnet": [
@@ -37,6 +41,8 @@ WAYS: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {  # --parallel, worke
         ("tensor=2", 4, ()), ("tensor=4", 4, ()), ("pipeline=2", 2, ()), ("pipeline=2", 2, GPIPE),
         ("pipeline=2", 4, ()), ("pipeline=4", 4, ()),
     ],
+    "resnet152": [("fsdp", 2, ()), ("fsdp", 4, ()), ("pipeline=2", 2, ())],
+    "bert-base": [("fsdp", 2, ()), ("fsdp", 4, ()), ("tensor=2", 2, ()), ("pipeline=2", 2, ())],
 }  # fmt: skip
 Trained = dict[str, Any]
 
@@ -52,7 +58,8 @@ def train(
     ]  # fmt: skip
     name = "-".join((workload, parallel.replace("=", ""), *more[1:], str(workers)))
     kept = ["--storage", str(settings.storage), "--name", name]
-    commands.run(["-m", "orchestrator.run", workload, *arguments, *kept], settings.storage)
+    kind = "bert" if "bert" in workload else "resnet"
+    commands.run(["-m", "orchestrator.run", kind, *arguments, *kept], settings.storage)
     run = settings.storage / name
     result = json.loads((run / "result.json").read_text())
     if result["incidents"]:
@@ -105,7 +112,7 @@ def compare(settings: Namespace, workload: str, address: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = paired.parser(__doc__ or "", visits=None)
-    parser.add_argument("--workloads", type=paired.words(list(WAYS)), default=list(WAYS), help="[all]")
+    parser.add_argument("--workloads", type=paired.words(list(WAYS)), default=SMALL, help=f"[{','.join(SMALL)}]")
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help="these --parallel [all]")
     parser.add_argument("--steps", type=int, default=50, help="[50]")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="of the loss of each step, as a share [0.001]")

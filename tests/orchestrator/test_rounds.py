@@ -99,7 +99,7 @@ def test_an_outer_step_of_1_without_momentum_is_the_average():
 
 
 def test_the_outer_step_is_torch_s_nesterov():
-    plan = toy_plan(sync="diloco", local_steps=4, steps=12)
+    plan = toy_plan(sync="diloco", local_steps=4, steps=12, outer_momentum=0.9)
     state = toy_state(plan)
     rounds = Rounds(plan, ToyWorkload(plan.config), state, alone(), even_placement(8, 1))
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in state.parameters]
