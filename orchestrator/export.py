@@ -26,6 +26,7 @@ from workloads.registry import WORKLOADS
 
 MODES = ("none", "dynamic", "static")
 UNFINISHED = "export.unfinished.json"
+HALF_WRITTEN = re.compile(rf"\.probe-.*|\.{re.escape(UNFINISHED)}\.[0-9a-f]{{8}}")  # see Folder
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def settle_out(trained: Trained, given: str, mode: str) -> Folder:
     """Where the files go; raises UserError where something else is there, or it cannot be written."""
     out = Folder(given, "--out") if given else trained.folder.child("export").child(mode)
     out.check_writable()
-    if out.names() and not any(out.read_text(sign) for sign in (ABOUT, UNFINISHED)):
+    others = [name for name in out.names() if not HALF_WRITTEN.fullmatch(name)]
+    if others and not any(out.read_text(sign) for sign in (ABOUT, UNFINISHED)):
         raise UserError(f"--out {out.uri}: holds other files; give an empty folder, or one that an export has made")
     return out
 
@@ -95,7 +97,7 @@ def store(local: Path, out: Folder) -> None:
     before, names = _written(out), sorted(file.name for file in local.iterdir() if file.name != ABOUT)
     out.write(UNFINISHED, json.dumps({"written": sorted({*before, *names})}).encode())
     out.delete(ABOUT)
-    mine = re.compile("|".join(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}" for name in before) or "(?!)")  # see Folder.write
+    mine = re.compile("|".join(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}" for name in (*before, ABOUT, UNFINISHED)))
     for name in out.names():
         if name in before - set(names) or mine.fullmatch(name):
             out.delete(name)

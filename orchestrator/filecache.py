@@ -144,14 +144,18 @@ class FileCache:
         """Others that want the same file wait."""
         self._folder.mkdir(parents=True, exist_ok=True)
         lock = self._folder / f".{name}.lock"
-        with lock.open("w") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            try:
-                for path in self._folder.glob(f".{name}.arrow.*"):  # of a process that was killed while it wrote
-                    path.unlink(missing_ok=True)
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        while True:
+            with lock.open("w") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                if not _is(held.fileno(), lock):  # who held it has thrown it away: others lock another one by now
+                    continue
+                try:
+                    for path in self._folder.glob(f".{name}.arrow.*"):  # of a process that was killed while it wrote
+                        path.unlink(missing_ok=True)
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
 
     @staticmethod
     def _write(data: bytes, path: Path) -> None:
@@ -226,3 +230,11 @@ def _digest_of(path: Path, at: int) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, at))
         return file.read()
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether what is open is still what goes by this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -132,8 +132,9 @@ def check_whole(uri: str, workload: str, config: RunConfig) -> None:
         if (size := sizes.get(file.name)) != file.bytes:
             problem = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
             raise UserError(f"--data parquet:{uri}: {file.name} {problem}; {MEND}")
-    sizes_here = sorted((file.bytes for file in manifest.files["train"]), reverse=True)
-    least = sum(sizes_here[: 2 * config.shuffle_window])
+    row = sum(map(_row_bytes, manifest.schema.values()))
+    unpacked = sorted((max(file.bytes, file.samples * row) for file in manifest.files["train"]), reverse=True)
+    least = sum(unpacked[: 2 * config.shuffle_window])
     if least > config.data_cache * GB:
         windows = f"two windows of --shuffle-window {config.shuffle_window} files ({least / GB:.1f} GB)"
         print(
@@ -141,6 +142,12 @@ def check_whole(uri: str, workload: str, config: RunConfig) -> None:
             "epoch, and those in use take more of the disk than that; give more, or a smaller window",
             file=sys.stderr,
         )
+
+
+def _row_bytes(kind: str) -> int:
+    """Of a value of this type as it lies unpacked; 0: not all are of one size."""
+    found = re.fullmatch(r"fixed_size_list<\w+: u?int(\d+).*>\[(\d+)\]", kind)
+    return int(found[1]) // 8 * int(found[2]) if found else 0
 
 
 class Table:

@@ -5,10 +5,11 @@
     python tests/bench/parallel.py --workloads bert-base,resnet152 --steps 4
 
 ResNet-18 on the digits and BERT-mini on Python's documentation, or models large enough for their state to be most of a
-worker's memory, each way through the command line on 2 and on 4 workers, and on 1, 2 and 4 that hold the model whole. Told of each: whether the final weights are those of one worker
-bit by bit, the largest difference between any two parameters or statistics, and between the losses of any step, as a
-share of that loss; the bytes of parameters, gradients and optimizer state on the worker with the most, and its largest
-resident memory, against the whole model's on as many workers. Target: losses within --tolerance of one worker's.
+worker's memory, each way through the command line on 2 and on 4 workers, and on 1, 2 and 4 that hold the model whole.
+Told of each: whether the final weights are those of one worker bit by bit, the largest difference between any two
+parameters or statistics, and between the losses of any step, as a share of that loss; the bytes of parameters,
+gradients and optimizer state on the worker with the most, and its largest resident memory, against the whole model's
+on as many workers. Target: losses within --tolerance of one worker's.
 """
 
 import json

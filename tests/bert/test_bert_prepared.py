@@ -1,20 +1,18 @@
-"""Text as Parquet files of token sequences: stretches of files, parts, and the settings that have to fit."""
+"""Text as Parquet files of token sequences: parts, one vocabulary for all, and the settings that have to fit."""
 
-import itertools
+import dataclasses
 import math
 import os
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from preparing import do, job
 
 from orchestrator.errors import UserError
+from orchestrator.prepare import main
 from orchestrator.tables import Manifest
 from workloads.bert import data, prepared
 from workloads.bert.config import BertConfig
-from workloads.bert.corpus import paragraphs
 from workloads.bert.preparing import TextPreparation
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer
 from workloads.bert.workload import BertWorkload
@@ -27,17 +25,6 @@ def text(tmp_path, monkeypatch):
     for part in range(3):
         (tmp_path / f"part{part}.txt").write_text("\n\n".join(words[part * 200 : part * 200 + 200]) + "\n")
     return f"text:{tmp_path}/*.txt"
-
-
-@given(st.lists(st.sampled_from(["a", "word", "", "", "longer line", " ", "\u00fc\u00df"]), max_size=30), st.data())
-def test_stretches_of_a_file_have_every_document_once(tmp_path_factory, lines, data):
-    file = tmp_path_factory.mktemp("text") / "t"
-    raw = data.draw(st.sampled_from(["\n", "\r\n"])).join(lines).encode()
-    file.write_bytes(raw)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=4)))
-    bounds = [0, *cuts, len(raw)]
-    found = [d for a, b in itertools.pairwise(bounds) if a < b for d in paragraphs(file, a, b)]
-    assert found == list(paragraphs(file, 0, len(raw)))
 
 
 def test_one_part_is_what_a_run_would_prepare_itself(text, tmp_path):
@@ -62,6 +49,76 @@ def test_many_parts_have_nearly_all_of_it(text, tmp_path):
     parts = len(many.files["train"])
     assert parts > 3
     assert one.samples("train") - parts <= many.samples("train") <= one.samples("train")
+
+
+def test_a_job_that_was_broken_off_comes_to_the_same(text, tmp_path):
+    """Also the counts of tokens, which are added up and not kept part by part."""
+    flags, settings = ("--file-mb", "0.01"), {"vocab_size": 300, "sequence_length": 16}
+    whole = do(job("bert", text, tmp_path / "whole", *flags, **settings))
+    todo = job("bert", text, tmp_path / "out", *flags, **settings)
+    first = todo.missing()[1::2]
+    assert do(todo, first) is None
+    again = job("bert", text, tmp_path / "out", *flags, **settings)
+    assert sorted(again.records) == first
+    assert do(again) == whole
+    assert sorted(again.records) == list(range(len(again.parts)))
+    assert not [record for record in (*again.records.values(), *todo.records.values()) if "notes" in record]
+
+
+def test_the_vocabulary_is_trained_once(text, tmp_path, capsys):
+    def made(out: str, vocab_size: int) -> tuple[int, dict[str, bytes]]:
+        todo = job("bert", text, tmp_path / out, vocab_size=vocab_size, sequence_length=16)
+        do(todo)
+        lines = capsys.readouterr().out.splitlines()
+        trained = [line for line in lines if line.startswith("training a vocabulary of up to")]
+        assert lines == trained
+        return len(trained), {file.name: file.read_bytes() for file in (tmp_path / out).glob("*.parquet")}
+
+    first = made("first", 300)
+    assert (first[0], len(first[1])) == (1, 2)
+    assert made("second", 300) == (0, first[1])
+    times, others = made("larger", 320)
+    assert times == 1
+    assert others != first[1]
+    assert made("second", 300) == (0, first[1])
+    with (tmp_path / "part2.txt").open("a") as file:
+        file.write("\n\nOne more document.")
+    assert made("longer", 300)[0] == 1
+
+
+def test_all_done_says_so_without_a_cluster(text, tmp_path, capsys):
+    flags = ["--source", text, "--out", str(tmp_path / "out"), "--vocab-size", "300", "--sequence-length", "16"]
+    found = do(job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16))
+    capsys.readouterr()
+    assert main(["bert", *flags]) == 0
+    counts = f"{found.samples('train'):,} + {found.samples('heldout'):,}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"bert from {text}: 0 of 1 parts to do, to {tmp_path / 'out'}",
+        f"prepared already: {counts} samples, 0 broken",
+        f"next: python -m orchestrator.run bert --data parquet:{tmp_path / 'out'}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("workload", "source", "words"),
+    [
+        ("bert", "wikipedia", "--source wikipedia: not known; write docs or text:GLOB, such as --source 'text:"),
+        ("bert", "text:{}/none*.txt", "--source text:{}/none*.txt: no file matches"),
+        ("bert", "text:{}/latin.bin", "--source: {}/latin.bin is not UTF-8 text"),
+        ("bert", "parquet:{}", "--source parquet:{}: is prepared already"),
+        ("resnet", "mnist", "--source mnist: no such kind of data"),
+        ("resnet", "digits:{}", "--source digits:{}: digits takes no folder; write --source digits"),
+        ("resnet", "imagefolder:{}/gone", "--source imagefolder:{}/gone: no folder"),
+        ("resnet", "parquet:{}", "--source parquet:{}: is prepared already"),
+    ],
+)
+def test_mistakes_name_the_flag_that_was_given(text, tmp_path, capsys, workload, source, words):
+    (tmp_path / "latin.bin").write_bytes(b"caf\xe9\n\n" * 9)
+    assert main([workload, "--source", source.format(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words.format(tmp_path)}")
+    assert "--data" not in error
+    assert error.count("\n") == 1
 
 
 def test_too_little_text_says_what_to_give(tmp_path):
@@ -125,6 +182,19 @@ def test_a_missing_file_is_found_before_a_run(text, tmp_path):
     (tmp_path / "out" / "heldout-00000.parquet").unlink()
     with pytest.raises(UserError, match=r"heldout-00000.parquet is missing"):
         data.check(config)
+
+
+def test_a_cache_is_told_that_is_too_small_for_text_as_it_lies_there(text, tmp_path, capsys):
+    """Not packed: three times as large as in its files."""
+    do(job("bert", text, tmp_path / "out", "--file-mb", "0.01", vocab_size=300, sequence_length=16))
+    config = BertConfig(data=f"parquet:{tmp_path / 'out'}", sequence_length=16, shuffle_window=2)
+    table = data.prepare(config).train
+    table.rows(np.arange(len(table)), ["tokens"])
+    there = sorted(file.stat().st_size for file in (tmp_path / "cache" / "tables").glob("*.arrow"))
+    capsys.readouterr()
+    for share, told in ((0.75, 1), (1.5, 0)):
+        data.check(dataclasses.replace(config, data_cache=share * sum(there[-4:]) / 1e9))
+        assert capsys.readouterr().err.count("note: --data-cache") == told
 
 
 def test_microbatches_are_masked_as_ever(text, tmp_path):

@@ -41,7 +41,7 @@ def plain(digits):
     """It, exported as it is over an older export: (folder, its record)."""
     out = digits[0] / "export" / "none"
     out.mkdir(parents=True)
-    (out / "export.json").write_text("{}")
+    (out / "export.json").write_text(json.dumps({"written": ["left-over.bin"]}))
     (out / "left-over.bin").write_bytes(b"x")
     return exported(digits[0], "none")
 
@@ -212,7 +212,7 @@ def test_fine_tuning_that_diverges_is_given_up(lr, steps, kept, monkeypatch):
     monkeypatch.setattr(int8_static, "_prepared", lambda *given, **more: graph)
     monkeypatch.setattr(int8_static, "_converted", lambda *given: "int8")
     batches = [torch.full((2, 1), 4.0)] * steps
-    found = int8_static.fine_tune(graph, (batches[0],), ({},), batches, lambda s, b: s(b).mean() / 2, lr)
+    found = int8_static.fine_tune(graph, (batches[0],), ({},), iter(batches), steps, lambda s, b: s(b).mean() / 2, lr)
     assert found == ("int8" if kept else None)
 
 

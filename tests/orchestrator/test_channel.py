@@ -134,7 +134,9 @@ def test_rubbish_is_refused_quietly(sent):
     run(main())
 
 
-@pytest.mark.parametrize("sent", [b"1 2 3 4 5 6\n", b"1 2 3 4 5 6 7 8\n", b"1 2 three 0 0 0 0\n", b"9" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "sent", [b"1 2 3 4 5 6\n", b"1 2 3 4 5 6 7 8\n", b"1 2 three 0 0 0 0\n", b"9" * 100_000 + b"\n"]
+)
 def test_a_member_that_sends_rubbish_is_cut_off_and_reported(sent):
     async def main() -> None:
         office = await Office().open()

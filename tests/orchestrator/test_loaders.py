@@ -18,6 +18,7 @@ from orchestrator import feed
 from orchestrator.errors import DataError, StorageError
 from orchestrator.feed import AHEAD, LoaderLostError, batches, depth
 from orchestrator.plan import Request
+from orchestrator.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -27,9 +28,11 @@ class Samples:
 
     modules = ("test_loaders",)
 
-    def __init__(self, deadly: int = -1, bad: int = -1, slow: int = -1, error: type[Exception] = DataError) -> None:
+    def __init__(
+        self, deadly=-1, bad=-1, slow=-1, error: type[Exception] = DataError, sign: Path | None = None
+    ) -> None:
         self.values = np.random.default_rng(0).normal(size=(100, 3, 4, 5)).astype(np.float32)
-        self.deadly, self.bad, self.slow, self.error = deadly, bad, slow, error
+        self.deadly, self.bad, self.slow, self.error, self.sign = deadly, bad, slow, error, sign
 
     def __len__(self):
         return len(self.values)
@@ -40,6 +43,8 @@ class Samples:
         if self.bad in indices:
             raise self.error(f"sample {self.bad} cannot be read")
         if self.slow in indices:
+            if self.sign:
+                self.sign.touch()
             time.sleep(600)  # until it is killed
         values = torch.from_numpy(self.values[indices]) * (epoch + progress)
         return {
@@ -58,16 +63,18 @@ def read(samples, processes, requests=REQUESTS):
     return list(batches(samples, iter(requests), processes, CPU))
 
 
+def assert_same(plain, found):
+    for (indices, batch), (there, other) in zip(plain, found, strict=True):
+        assert np.array_equal(indices, there)
+        for name, tensor in batch.items():
+            assert torch.equal(other[name], tensor)
+            assert (other[name].dtype, other[name].stride()) == (tensor.dtype, tensor.stride()), name
+
+
 def test_batches_do_not_depend_on_the_processes():
     plain = read(Samples(), 0)
     for processes in (1, 3):
-        found = read(Samples(), processes)
-        assert len(found) == len(plain)
-        for (indices, batch), (there, other) in zip(plain, found, strict=True):
-            assert np.array_equal(indices, there)
-            for name, tensor in batch.items():
-                assert torch.equal(other[name], tensor)
-                assert (other[name].dtype, other[name].stride()) == (tensor.dtype, tensor.stride()), name
+        assert_same(plain, read(Samples(), processes))
 
 
 def test_no_requests_need_no_processes():
@@ -84,15 +91,81 @@ def test_as_far_ahead_as_fits(processes, size, room):
         assert (used, each) == (processes, AHEAD)
 
 
-def test_no_more_lies_ready_than_has_room(monkeypatch):
-    one = Samples().microbatch(np.arange(1), 0)
-    size = 4 * sum(tensor.nbytes for tensor in one.values())
-    monkeypatch.setattr(feed, "_room", lambda: 3 * size)
+SIZE = 4 * sum(tensor.nbytes for tensor in Samples().microbatch(np.arange(1), 0).values())  # of a microbatch
+
+
+@pytest.mark.parametrize("least", ["_room", "_shared_room"])
+def test_no_more_lies_ready_than_has_room(monkeypatch, least):
+    monkeypatch.setattr(feed, least, lambda: 3 * SIZE)
     asked = []
     reading = batches(Samples(), (asked.append(n) or request for n, request in enumerate(REQUESTS)), 8, CPU)
     for taken, _ in enumerate(reading, 1):
         assert len(asked) - taken <= 3
     assert taken == len(REQUESTS)
+
+
+@pytest.mark.parametrize(("room", "processes"), [(2 * SIZE - 1, 0), (7, 0), (2 * SIZE, 2)])
+def test_with_little_shared_memory_samples_are_read_in_the_process_itself(monkeypatch, caplog, room, processes):
+    """Two microbatches have to fit."""
+    monkeypatch.setattr(feed, "_shared_room", lambda: room)
+    others = set(multiprocessing.active_children())
+    reading = batches(Samples(), iter(REQUESTS), 3, CPU)
+    found = [next(reading)]
+    assert len(set(multiprocessing.active_children()) - others) == processes
+    assert_same(read(Samples(), 0), found + list(reading))
+    words = "samples are read in the worker itself: a microbatch takes 0 MB, of which two do not fit into its part of "
+    assert [record.getMessage().startswith(f"{words}/dev/shm; ") for record in caplog.records] == [True] * (
+        not processes
+    )
+    with pytest.raises(DataError, match=r"^sample 30 cannot be read$"):
+        read(Samples(bad=30), 3)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_the_clock_tells_when_samples_are_waited_for(processes):
+    clock, there = Stopwatch(), []
+
+    def requests():
+        for request in REQUESTS:
+            there.append(clock.reading)
+            yield request
+
+    reading = batches(Samples(), requests(), processes, CPU, clock)
+    assert (clock.reading, clock.reads) == (False, 0), "nothing was asked for"
+    for number, _ in enumerate(reading, 1):
+        assert (clock.reading, clock.reads) == (False, number)
+    assert number == len(REQUESTS)
+    assert there == [True] * number
+    assert not clock.reading
+    assert clock.reads > number, "it waited for the end"
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_the_clock_does_not_stand_on_waiting_after_the_end(processes):
+    clock = Stopwatch()
+    reading = batches(Samples(bad=5), iter(REQUESTS), processes, CPU, clock)
+    next(reading)
+    with pytest.raises(DataError):
+        next(reading)
+    assert not clock.reading
+    reading = batches(Samples(), iter(REQUESTS), processes, CPU, clock)
+    next(reading)
+    reads = clock.reads
+    reading.close()
+    assert (clock.reading, clock.reads) == (False, reads + 1)
+
+
+def test_processes_end_at_once_in_the_middle_of_a_microbatch(tmp_path):
+    """Torch would wait 5 s for it."""
+    others = set(multiprocessing.active_children())
+    reading = batches(Samples(slow=9, sign=tmp_path / "sign"), iter(REQUESTS), 2, CPU)
+    next(reading)
+    wait_until((tmp_path / "sign").exists, 20, "the slow one")
+    assert len(set(multiprocessing.active_children()) - others) == 2
+    began = time.monotonic()
+    reading.close()
+    assert not set(multiprocessing.active_children()) - others
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize("error", [DataError, StorageError])

@@ -1,21 +1,17 @@
-"""Prepared data as it is read: rows by number, checked files, a bounded cache, and one line for what is wrong."""
+"""Prepared data as it is read: rows by number, files fetched ahead, and one line for what is wrong."""
 
-import hashlib
-import io
 import json
-import os
+import pickle
+import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from table_files import write_all
 
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, UserError
-from orchestrator.filecache import FileCache, TableFile
+from orchestrator.errors import DataError, StorageError, UserError
 from orchestrator.storage import Folder
 from orchestrator.tables import MANIFEST, Manifest, Table, check_whole, read_manifest
 
@@ -23,31 +19,6 @@ from orchestrator.tables import MANIFEST, Manifest, Table, check_whole, read_man
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
-
-
-def encoded(values: list[int]) -> bytes:
-    sink = io.BytesIO()
-    parquet.write_table(pa.table({"x": values, "name": [f"n{v}" for v in values]}), sink)
-    return sink.getvalue()
-
-
-def write_file(folder: Path, name: str, values: list[int]) -> TableFile:
-    folder.mkdir(exist_ok=True)
-    data = encoded(values)
-    (folder / name).write_bytes(data)
-    return TableFile(name, len(values), len(data), hashlib.sha256(data).hexdigest())
-
-
-def write_all(folder: Path, counts: list[int]) -> Manifest:
-    """Files of so many rows, numbered through."""
-    files, at = [], 0
-    for number, count in enumerate(counts):
-        files.append(write_file(folder, f"train-{number:05d}.parquet", list(range(at, at + count))))
-        at += count
-    heldout = (write_file(folder, "heldout-00000.parquet", [0]),)
-    manifest = Manifest("toy", "there", "MIT", {"train": tuple(files), "heldout": heldout}, {"a": 1}, (), 0, "f")
-    (folder / MANIFEST).write_text(manifest.to_json())
-    return manifest
 
 
 def table(folder: Path, manifest: Manifest, window: int = 2, cache_gb: float = 1.0) -> Table:
@@ -142,95 +113,6 @@ def test_a_file_that_is_missing_or_cut_off_is_found_at_the_door(tmp_path):
         (tmp_path / name).write_bytes(whole)
 
 
-def test_a_file_that_cannot_be_read_stops_with_what_to_do(tmp_path):
-    with pytest.raises(
-        DataError, match=r"train-00000.parquet cannot be read: .*; prepare the data again with --verify"
-    ):
-        FileCache(tmp_path / "c", 10**9, 4).table(described(encoded([1]), 1), Folder(str(tmp_path)).read)
-
-
-class Store:
-    """Where files are fetched from; counts, and gives other bytes for the first few times."""
-
-    def __init__(self, data: bytes, bad: int = 0) -> None:
-        self.data, self.bad, self.fetched = data, bad, 0
-
-    def __call__(self, name: str) -> bytes:
-        self.fetched += 1
-        return self.data[:-1] + b"!" if self.fetched <= self.bad else self.data
-
-
-def described(data: bytes, rows: int, name: str = "train-00000.parquet") -> TableFile:
-    return TableFile(name, rows, len(data), hashlib.sha256(data).hexdigest())
-
-
-def test_a_file_is_fetched_once_for_all_processes(tmp_path):
-    data = encoded([1, 2])
-    store = Store(data)
-    for _ in range(3):
-        cache = FileCache(tmp_path / "c", 10**9, 4)
-        assert cache.table(described(data, 2), store).column("x").to_pylist() == [1, 2]
-    assert store.fetched == 1
-
-
-def test_a_damaged_file_is_fetched_again_once(tmp_path):
-    data = encoded([1, 2])
-    store = Store(data, bad=1)
-    assert FileCache(tmp_path / "c", 10**9, 4).table(described(data, 2), store).num_rows == 2
-    assert store.fetched == 2
-
-
-def test_a_copy_that_a_power_cut_left_empty_is_fetched_again(tmp_path):
-    data = encoded([1, 2])
-    store, file = Store(data), described(data, 2)
-    cache = FileCache(tmp_path / "c", 10**9, 4)
-    cache.ensure(file, store).write_bytes(b"")
-    assert cache.table(file, store).column("x").to_pylist() == [1, 2]
-    assert store.fetched == 2
-
-
-def test_a_copy_that_another_process_threw_away_is_fetched_again(tmp_path, monkeypatch):
-    data, ensure = encoded([1, 2]), FileCache.ensure
-    store, file = Store(data), described(data, 2)
-
-    def thrown_away_at_first(*given):
-        path = ensure(*given)
-        if store.fetched < 3:
-            path.unlink()
-        return path
-
-    monkeypatch.setattr(FileCache, "ensure", thrown_away_at_first)
-    assert FileCache(tmp_path / "c", 10**9, 4).table(file, store).num_rows == 2
-    assert store.fetched == 3
-    monkeypatch.setattr(FileCache, "ensure", lambda *_: tmp_path / "never")
-    with pytest.raises(DataError, match="give a larger --data-cache"):
-        FileCache(tmp_path / "c", 10**9, 4).table(file, store)
-
-
-def test_a_file_that_stays_damaged_stops_with_its_name(tmp_path):
-    data = encoded([1, 2])
-    store = Store(data, bad=9)
-    with pytest.raises(DataError, match=r"train-00000.parquet is damaged") as stop:
-        FileCache(tmp_path / "c", 10**9, 4).table(described(data, 2), store)
-    assert store.fetched == 2
-    assert "\n" not in str(stop.value)
-    assert not list((tmp_path / "c").glob("*.arrow"))
-
-
-def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path):
-    contents = [encoded(list(range(n * 1000, n * 1000 + 1000))) for n in range(6)]
-    files = [described(data, 1000, f"train-{n:05d}.parquet") for n, data in enumerate(contents)]
-    each = FileCache(tmp_path / "one", 10**9, 1).ensure(files[5], Store(contents[5])).stat().st_size
-    cache = FileCache(tmp_path / "c", 3 * each, keep_open=1)
-    for file, data in zip(files, contents, strict=True):
-        cache.ensure(files[0], Store(contents[0]))  # used again and again
-        cache.ensure(file, Store(data))
-    kept = {path.stem for path in (tmp_path / "c").glob("*.arrow")}
-    assert sum(path.stat().st_size for path in (tmp_path / "c").glob("*.arrow")) <= 3 * each
-    assert {files[0].sha256, files[5].sha256} <= kept
-    assert files[1].sha256 not in kept
-
-
 def test_what_was_thrown_away_while_it_was_open_can_still_be_read(tmp_path):
     manifest = write_all(tmp_path / "d", [2000, 2000, 2000])
     found = table(tmp_path / "d", manifest, cache_gb=1e-6)
@@ -238,16 +120,129 @@ def test_what_was_thrown_away_while_it_was_open_can_still_be_read(tmp_path):
     assert found.rows(order, ["x"])["x"].to_pylist() == list(order)
 
 
+WAIT_S = 30
+
+
+def ahead() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "fetch-ahead"]
+
+
+def cached(tmp_path: Path, manifest: Manifest) -> set[int]:
+    """Which files are in the cache when nobody fetches ahead any more."""
+    for thread in ahead():
+        thread.join(WAIT_S)
+    assert not ahead()
+    names = {path.stem for path in (tmp_path / "cache/tables").glob("*.arrow")}
+    return {number for number, file in enumerate(manifest.files["train"]) if file.sha256 in names}
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """(set when a fetch ahead has begun; set it and that goes on)"""
+    begun, go_on, read = threading.Event(), threading.Event(), Folder.read
+
+    def held(folder, name):
+        if threading.current_thread() in ahead():
+            begun.set()
+            assert go_on.wait(WAIT_S)
+        return read(folder, name)
+
+    monkeypatch.setattr(Folder, "read", held)
+    yield begun, go_on
+    go_on.set()
+
+
 def test_the_next_files_are_fetched_ahead(tmp_path):
     manifest = write_all(tmp_path / "d", [10] * 6)
     found = table(tmp_path / "d", manifest, window=1)
-    first = int(found.order.opened(0, 0).blocks[0])
-    found.fetch_ahead(0, 0, first * 10)
-    wanted = {manifest.files["train"][n].sha256 for n in found.order.opened(0, 0).blocks[:2]}
-    for thread in threading.enumerate():
-        if thread.name == "fetch-ahead":
-            thread.join(30)
-    assert {path.stem for path in (tmp_path / "cache/tables").glob("*.arrow")} == wanted
+    order = found.order.opened(0, 0).blocks.tolist()
+    found.fetch_ahead(0, 0, order[0] * 10)
+    assert cached(tmp_path, manifest) == set(order[:2])
+    found.fetch_ahead(0, 0, order[0] * 10 + 9)
+    assert not ahead(), "that was done"
+    found.fetch_ahead(0, 0, order[5] * 10)
+    following = int(found.order.opened(0, 1).blocks[0])
+    assert cached(tmp_path, manifest) == {*order[:2], order[5], following}
+
+
+def test_one_thread_fetches_ahead_at_a_time(tmp_path, gate):
+    begun, go_on = gate
+    manifest = write_all(tmp_path / "d", [10] * 6)
+    found = table(tmp_path / "d", manifest, window=1)
+    order = found.order.opened(0, 0).blocks.tolist()
+    found.fetch_ahead(0, 0, order[0] * 10)
+    (thread,) = ahead()
+    assert begun.wait(WAIT_S)
+    for block in order[2:]:
+        found.fetch_ahead(0, 0, block * 10)
+    assert ahead() == [thread]
+    go_on.set()
+    assert cached(tmp_path, manifest) == set(order[:2])
+    found.fetch_ahead(0, 0, order[2] * 10)
+    assert cached(tmp_path, manifest) == set(order[:4])
+
+
+def test_a_table_goes_to_another_process_while_it_fetches_ahead(tmp_path, gate):
+    begun, go_on = gate
+    manifest = write_all(tmp_path / "d", [10] * 6)
+    found = table(tmp_path / "d", manifest, window=1)
+    order = found.order.opened(0, 0).blocks.tolist()
+    found.fetch_ahead(0, 0, order[0] * 10)
+    assert begun.wait(WAIT_S)
+    during = pickle.loads(pickle.dumps(found))
+    go_on.set()
+    assert cached(tmp_path, manifest) == set(order[:2])
+    for there in (during, pickle.loads(pickle.dumps(found))):
+        assert there.rows(np.array([59, 0]), ["x"])["x"].to_pylist() == [59, 0]
+        shutil.rmtree(tmp_path / "cache")
+        there.fetch_ahead(0, 0, order[0] * 10)
+        assert cached(tmp_path, manifest) == set(order[:2]), "it fetches by itself"
+
+
+@pytest.mark.parametrize("error", [UserError, StorageError])
+def test_where_the_store_was_away_files_are_fetched_ahead_later(tmp_path, monkeypatch, error):
+    manifest = write_all(tmp_path / "d", [10] * 6)
+    found = table(tmp_path / "d", manifest, window=1)
+    order = found.order.opened(0, 0).blocks.tolist()
+
+    def away(*_):
+        raise error("does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", away)
+        for sample in (0, 1):
+            found.fetch_ahead(0, 0, order[0] * 10 + sample)
+            assert cached(tmp_path, manifest) == set()
+    found.fetch_ahead(0, 0, order[0] * 10 + 2)
+    assert cached(tmp_path, manifest) == set(order[:2])
+
+
+def test_a_damaged_file_does_not_keep_the_next_ones_from_being_fetched(tmp_path):
+    manifest = write_all(tmp_path / "d", [10] * 6)
+    found = table(tmp_path / "d", manifest, window=2)
+    order = found.order.opened(0, 0).blocks.tolist()
+    damaged, missing = (tmp_path / "d" / manifest.files["train"][number].name for number in order[:2])
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    missing.unlink()
+    found.fetch_ahead(0, 0, order[0] * 10)
+    assert cached(tmp_path, manifest) == set(order[2:4])
+    for number, words in ((order[0], "is damaged"), (order[1], "cannot be read")):
+        with pytest.raises(DataError, match=rf"train-{number:05d}.parquet {words}"):
+            found.rows(np.array([number * 10]), ["x"])
+
+
+@pytest.mark.parametrize(("window", "files"), [(1, [2, 3]), (2, [0, 1, 2, 3]), (16, [0, 1, 2, 3, 4])])
+def test_a_cache_that_is_too_small_is_told(tmp_path, capsys, window, files):
+    """For two windows of the largest files."""
+    manifest = write_all(tmp_path, [500, 1000, 3000, 2000, 100])
+    least = sum(manifest.files["train"][number].bytes for number in files)
+    check_whole(str(tmp_path), "toy", RunConfig(shuffle_window=window, data_cache=(least + 1) / 1e9))
+    assert capsys.readouterr() == ("", "")
+    check_whole(str(tmp_path), "toy", RunConfig(shuffle_window=window, data_cache=(least - 1) / 1e9))
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert shown.err.startswith("note: --data-cache ")
+    assert f"two windows of --shuffle-window {window} files" in shown.err
 
 
 def test_the_manifest_is_plain_json(tmp_path):
@@ -256,14 +251,3 @@ def test_the_manifest_is_plain_json(tmp_path):
     assert content["files"]["train"][0]["sha256"]
     assert content["licence"] == "MIT"
     assert content["samples"] == {"train": 2, "heldout": 1}
-
-
-def test_what_killed_processes_left_does_not_stay(tmp_path):
-    """They wrote beside the place; the limit does not count such files."""
-    (tmp_path / "c").mkdir()
-    for name, age_s in ((".old.arrow.1a2b3c4d", 7200), (".new.arrow.1a2b3c4d", 1)):
-        (tmp_path / "c" / name).write_text("part")
-        os.utime(tmp_path / "c" / name, (time.time() - age_s,) * 2)
-    data = encoded([1, 2])
-    FileCache(tmp_path / "c", 10**9, 4).ensure(described(data, 2), Store(data))
-    assert [path.name for path in (tmp_path / "c").glob(".*arrow*")] == [".new.arrow.1a2b3c4d"]

@@ -168,7 +168,7 @@ def paragraphs(path: Path, start: int, stop: int) -> Iterator[str]:
                 at, raw = stream.tell(), stream.readline(DOCUMENT_BYTES + 1)
                 if not raw or (at >= stop and not inside):
                     break
-                held += len(raw)
+                held = held + len(raw) if raw.strip() else 0
                 if held > DOCUMENT_BYTES:
                     where = f"has no blank line in the {DOCUMENT_BYTES // 10**6} MB before byte {at + len(raw)}"
                     raise UserError(f"--data: {path} {where}; blank lines separate documents: put one after each")

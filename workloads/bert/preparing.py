@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,6 @@ def _trained(config: BertConfig, corpus: Corpus) -> tuple[Any, Vocabulary]:
         print(f"training a vocabulary of up to {config.vocab_size:,} WordPieces on {size:,.0f} MB", flush=True)
         (folder / TRAINED).write_text(json.dumps(tokenizer_of(config, corpus)[1].tokens), encoding="utf-8")
 
-    folder = build_entry(digest(["vocabulary", RULES, config.vocab_size, facts]), train)
+    folder = build_entry(digest(["vocabulary", RULES, version("tokenizers"), config.vocab_size, facts]), train)
     vocabulary = Vocabulary(tuple(json.loads((folder / TRAINED).read_text(encoding="utf-8"))))
     return build_tokenizer(vocabulary.tokens), vocabulary
