@@ -28,6 +28,7 @@ from ray.util.placement_group import PlacementGroup
 
 from orchestrator.halting import wait
 from orchestrator.seats import NAMESPACE, OVER
+from orchestrator.strict import allows, node_wanted, waits_in_vain
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
@@ -44,12 +45,14 @@ class Opening:
         failures: workers in a row that ended here soon.
         not_before_s: monotonic time before which nobody is asked for.
         actor, asked: the one that is awaited.
+        node: what was asked of the id of its node.
     """
 
     failures: int = 0
     not_before_s: float = 0.0
     actor: Any = None
     asked: Any = None
+    node: str = ""
 
 
 @dataclass
@@ -187,6 +190,9 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
                 self._ask(opening)
             return
         if not ray.wait([opening.asked], timeout=0)[0]:
+            if waits_in_vain(self._worker_group_context.placement_strategy, self._nodes, opening.node):
+                ray.kill(opening.actor)
+                opening.actor = None
             return
         self._openings.remove(opening)
         try:
@@ -201,7 +207,8 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """Ask Ray for a process; it comes when there is room, which the autoscaler may have to make."""
         context, scaling = self._worker_group_context, self._train_run_context.scaling_config
         labels = (scaling._label_selector_per_worker(1) or [{}])[0]
-        labels = {**labels, **self._apart_or_together(context.placement_strategy)}
+        opening.node = node_wanted(context.placement_strategy, self._nodes)
+        labels = {**labels, **({RAY_NODE_ID_KEY: opening.node} if opening.node else {})}
         opening.actor = self._actor(labels, "SPREAD" if "SPREAD" in context.placement_strategy else "DEFAULT")
         opening.asked = opening.actor.get_metadata.remote()
 
@@ -250,17 +257,18 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         ]
         return list(self._assign_worker_ranks(workers, 0, num_workers, 1))
 
-    def _apart_or_together(self, strategy: str) -> dict[str, str]:
-        """The node label that a strict placement asks for, given where the others are."""
-        nodes = sorted({filled.worker.metadata.node_id for filled in self._filled})
-        if not nodes or not strategy.startswith("STRICT"):
-            return {}
-        return {RAY_NODE_ID_KEY: f"!in({','.join(nodes)})" if strategy == "STRICT_SPREAD" else nodes[0]}
+    @property
+    def _nodes(self) -> set[str]:
+        """Where workers are."""
+        return {filled.worker.metadata.node_id for filled in self._filled}
 
     def _fill(self, opening: Opening) -> None:
         """The process is there: give it its context and the train function."""
         resources = self._worker_group_context.resources_per_worker
         worker = Worker(opening.actor, ray.get(opening.asked), resources, placement_group_bundle_index=0)
+        if not allows(self._worker_group_context.placement_strategy, self._nodes, worker.metadata.node_id):
+            ray.kill(opening.actor)
+            return self._open(0)
         self._next_rank += 1  # Ray Train's number of the process; the run's ranks are the coordinator's
         self._assign_worker_ranks([worker], self._next_rank - 1, self._next_rank, 1)
         self._init_train_context([worker], self._worker_group_state.sync_actor)
