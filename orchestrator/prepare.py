@@ -179,7 +179,13 @@ def lines(job: Job) -> Iterator[None]:
                 print(f"{said}, {len(job.broken())} broken", flush=True)
             elif waited_s > WAIT_S:
                 since_s = time.monotonic()
-                free, there = (found.get("CPU", 0.0) for found in (ray.available_resources(), ray.cluster_resources()))
+                try:
+                    free, there = (
+                        all_of.get("CPU", 0.0) for all_of in (ray.available_resources(), ray.cluster_resources())
+                    )
+                except Exception:  # Ray's head is away, or the command ends
+                    log.warning("Ray's resources cannot be read", exc_info=True)
+                    continue
                 print(f"{said}; none for {waited_s:.0f} s; {free:g} of {there:g} CPUs are free", flush=True)
 
     thread = threading.Thread(target=tell, daemon=True)
