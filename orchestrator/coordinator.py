@@ -56,12 +56,13 @@ class Coordinator:
         self._members.kill = lambda member: self._members.start(self._end_process(member))
         self._watch, self._faults = NodeWatch(), Schedule(assignment.faults, self._journal, self._members)
         self._listening: asyncio.Future[int] | None = None
-        self._finished, self._phase = dict[str, str](), "starting workers"
+        self._finished, self._phase, self._newcomers = dict[str, str](), "starting workers", Newcomers()
         self._noted: PhaseBegan | None = None
-        self._newcomers = Newcomers()
         self._outcome, self._message, self._exit_status = self._journal.ended_as()
         self._members.over = bool(self._outcome)
         self._failing, self._told, self._written = False, set[int](), asyncio.Event()
+        if self._outcome:
+            self._written.set()
 
     async def enlist(self, member_id: str) -> tuple[str, int, str] | None:
         """Where a worker's channel goes: host, port, secret. None: the run is over, or the worker was given up."""
@@ -95,8 +96,7 @@ class Coordinator:
         where = (ranges, [m.node for m in seated], [m.pid for m in seated], seated[0].device)
         started = GenerationStarted(seat.generation, step, len(seated), *where, [m.device for m in seated])
         self._journal.generation_begins(started, load_s, restore_s, bad)
-        self._members.begun = True
-        self._newcomers = Newcomers()
+        self._members.begun, self._newcomers = True, Newcomers()
         self._finished, self._phase = {}, "training"
         self._faults.begun_s = self._faults.begun_s or time.time()
         if self._members.stopping:

@@ -49,7 +49,7 @@ class Dispatcher(Keeper):
         self._book.clear()
         self._committing = self._saving = self._recovering = self._ripe = self._halting = False
         self._evaluation, self._evaluator, self._finisher = self._evaluation_due(restored.step), "", ""
-        self._recorded_s = self._saved_s = time.time()
+        self._recorded_s, self._saved_s = time.time(), time.monotonic()
         self._saved_step = restored.step
         self._loaded = (max(load_s, 1e-6), list(restored.rejected))
         self._regroup()

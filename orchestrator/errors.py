@@ -36,6 +36,10 @@ class DataError(TrainingError):
     """A sample could not be read or decoded during training: names the sample."""
 
 
+class MachineError(DataError):
+    """This machine cannot go on with its part of the data, as where its disk is full; others may: names the folder."""
+
+
 class CheckpointError(OrchestratorError):
     """A checkpoint is torn, corrupted, or of another run."""
 

@@ -38,7 +38,7 @@ def evaluate(
     signs = (group.step_on, group.clock)
     names, own = sums_of(workload, model, precision, samples, mine, loader_processes, group.device, *signs)
     if in_step and len(mine) * group.world < chunks:
-        sums_of(workload, model, precision, samples, [0], 0, group.device)
+        sums_of(workload, model, precision, samples, [0], 0, group.device, clock=group.clock)
     if chunks < group.world:  # some have computed nothing: they learn the rows' width from the others
         names = max(group.gather_objects(names), key=len)
     rows = torch.zeros(chunks, len(names), dtype=torch.float64, device=host_of(group.device))

@@ -134,7 +134,9 @@ def _ahead(
         yield from made
         return
     except BaseException as error:
-        # Torch would wait 5 s for each: it may be in the middle of a file that does not come.
+        # Torch would wait 5 s for each: it may be in the middle of a file that does not come. And for ever for an event
+        # whose lock one of them held when it was ended.
+        made._workers_done_event = threading.Event()  # type: ignore[attr-defined]
         for process in getattr(made, "_workers", ()):
             process.terminate()
         if not _is_loss(error):

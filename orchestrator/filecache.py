@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import DataError, StorageError
+from orchestrator.errors import DataError, MachineError
 
 MEND = "prepare the data again with --verify, which mends this file alone"
 LEFT_BEHIND_S = 3600.0  # age at which an unfinished file belongs to no living process
 ATTEMPTS = 5  # to keep a fetched file until it is mapped
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNPACKED = 4  # times as large as a Parquet file its table may be
 DIGEST = 32  # bytes
 PIECE = 2**20  # is read at a time
 log = logging.getLogger("orchestrator.filecache")
@@ -66,7 +67,7 @@ class FileCache:
 
         Raises:
             DataError: twice in a row what was fetched is not what the manifest says, or cannot be fetched.
-            StorageError: the cache's disk is full, or cannot be written to.
+            MachineError: the cache's disk is full, or cannot be written to.
         """
         if file.sha256 in self._tables:
             self._tables.move_to_end(file.sha256)
@@ -86,16 +87,24 @@ class FileCache:
                 return self._map(path, file)
             except FileNotFoundError:
                 log.warning("%s was thrown away by another process before it was read", path)
-            except OSError as error:
-                raise self._unusable(error) from error
-            except pa.ArrowInvalid as error:  # a power cut may leave a name without its content
+            except (pa.ArrowInvalid, OSError) as error:  # a power cut may leave a name without its content
                 log.warning("%s is damaged (%s); fetching it again", path, error)
-                path.unlink(missing_ok=True)
+                self._throw_away(path)
         each_time = f"{file.name}: its copy in {self._folder} is gone or damaged each time"
-        raise DataError(f"{each_time}; give a larger --data-cache, or look at that disk")
+        raise MachineError(f"{each_time}; give a larger --data-cache, or look at that disk")
 
-    def ensure(self, file: TableFile, fetch: Callable[[str], bytes]) -> Path:
-        """The local file, fetched if it is not here; raises as `table` does."""
+    def _throw_away(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def ensure(self, file: TableFile, fetch: Callable[[str], bytes], needed: bool = True) -> Path:
+        """The local file, fetched if it is not here; raises as `table` does.
+
+        Args:
+            needed: whether others are thrown away for it where the disk is full.
+        """
         path = self._folder / f"{file.sha256}.arrow"
         with contextlib.suppress(OSError):  # it is not there; or it is somebody else's, and found so below
             os.utime(path)
@@ -103,26 +112,27 @@ class FileCache:
         try:
             with self._alone(file.sha256):
                 if not path.exists():  # else another process was first
-                    self._fill(path, _checked(file, fetch))
+                    self._fill(path, _checked(file, fetch), needed)
             self._make_room(path)
         except OSError as error:
             raise self._unusable(error) from error
         return path
 
-    def _fill(self, path: Path, data: bytes) -> None:
-        """Write a file; where the disk is full, in the place of the others."""
+    def _fill(self, path: Path, data: bytes, needed: bool) -> None:
+        """Write a file; where the disk is full, in the place of the oldest others."""
         try:
             self._write(data, path)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in FULL or not needed:
                 raise
-            log.warning("%s is full: all other files are thrown away", self._folder)
-            self._make_room(path, limit_bytes=0)
+            there = sum(size for _, size, _ in self._found())
+            log.warning("%s is full: the oldest files are thrown away", self._folder)
+            self._make_room(path, limit_bytes=max(0, there - UNPACKED * len(data)))
             self._write(data, path)
 
-    def _unusable(self, error: OSError) -> StorageError:
+    def _unusable(self, error: OSError) -> MachineError:
         reason, advice = error.strerror or error, "make room there, or name another folder in ORCHESTRATOR_CACHE"
-        return StorageError(f"the data cache {self._folder} cannot be used ({reason}); {advice}")
+        return MachineError(f"the data cache {self._folder} cannot be used ({reason}); {advice}")
 
     @staticmethod
     def _map(path: Path, file: TableFile) -> Any:
@@ -177,6 +187,15 @@ class FileCache:
             beside.unlink(missing_ok=True)
             raise
 
+    def _found(self) -> list[tuple[int, int, Path]]:
+        """When each file was last opened, how large it is, and its path."""
+        found = []
+        for path in self._folder.glob("*.arrow"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        return found
+
     def _make_room(self, newest: Path, limit_bytes: int | None = None) -> None:
         """Throw away what is too much; maps of it that are open stay good."""
         limit_bytes = self._limit_bytes if limit_bytes is None else limit_bytes
@@ -184,11 +203,7 @@ class FileCache:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > LEFT_BEHIND_S:
                     path.unlink()
-        found = []
-        for path in self._folder.glob("*.arrow"):
-            with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
+        found = self._found()
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= limit_bytes:

@@ -179,6 +179,7 @@ class Journal:
             self._folder.cut_metrics(started.step)
             self.recorded = started.step
             self.best = max(self.best, started.step)
+            self.saved = started.step or -1  # newer ones could not be read
         if self.open is not None:
             found, now = self.open, time.time()
             found.restore_s = restore_s

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import MachineError, OrchestratorError
 from orchestrator.failure import NONE, UNKNOWN, Failure, Place, kind_of, resume_command, short
 from orchestrator.journal import Journal
 from orchestrator.nodewatch import NodeWatch
@@ -52,13 +52,14 @@ def last_words(pid: int, logs: str = "") -> list[str]:
 def tell_failure(coordinator: Any, member_id: str, place: Place, error: Exception) -> bool:
     """Tell the coordinator of what a worker has raised, keys redacted: this process may know some that others do not.
 
-    An error of ours ends the run, unless others train and this worker never did: what it lacks they have. Another one
-    ends this worker alone, unless that would go on for ever. Returns whether the run is over.
+    An error of ours ends the run, unless others train and this worker never did: what it lacks they have. Another one,
+    and what is wrong with its machine, ends this worker alone, unless that would go on for ever. Returns whether the
+    run is over.
     """
     import ray
 
     trace = redact("".join(traceback.format_exception(error)))
-    if isinstance(error, OrchestratorError):
+    if isinstance(error, OrchestratorError) and not isinstance(error, MachineError):
         found = dataclasses.replace(place, shards=getattr(error, "shards", ()))
         if ray.get(coordinator.fail.remote(redact(str(error)), error.exit_status, trace, kind_of(error), found)):
             return True

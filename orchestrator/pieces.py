@@ -34,6 +34,6 @@ def gathered(tensor: Tensor) -> Tensor:
     return whole
 
 
-def laid(whole: Tensor, channels_last: bool) -> Tensor:
-    """The same numbers in this order of memory, in which they are added up."""
-    return whole.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def channels_last(whole: Tensor) -> Tensor:
+    """The same numbers in the order of memory in which those of a whole model lie, and are added up."""
+    return whole.contiguous(memory_format=torch.channels_last)

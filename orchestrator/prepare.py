@@ -157,6 +157,8 @@ def run(job: Job, address: str) -> None:
         except OrchestratorError:
             raise
         except Exception as error:  # Ray's own, such as a node that was lost too often
+            if stopped.is_set():
+                raise KeyboardInterrupt from error
             log.exception("the job broke off")
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise DataError(f"the job broke off ({reason}); more is in {log_file}; {GO_ON}") from error

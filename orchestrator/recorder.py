@@ -198,7 +198,7 @@ class Recorder(Observer):
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """See Observer."""
         self.reporter.event(Evaluated(step, metrics))
-        self._stepped_s = time.time()
+        self._stepped_s = time.monotonic()
 
     def checkpoint_now(self, state: TrainingState, lead: bool) -> None:
         """Write what is not written yet, if this worker leads, wait for what is being written, and report it."""

@@ -138,11 +138,13 @@ class SplitRecorder(Recorder):
     def _settle(self) -> None:
         """Until what is being written is a checkpoint."""
         assert self.group is not None
-        with self.group.others_wait(), self.group.clock.away():
+        with self.group.others_wait():
             if self._pending is not None:
-                wait([self._pending.files])
+                with self.group.clock.away():
+                    wait([self._pending.files])
             self._exchange("")
-            self._look_after_manifest(until_done=True)
+            with self.group.clock.away():
+                self._look_after_manifest(until_done=True)
             self.group.broadcast_object(None)  # rank 0 has done it
 
     def checkpoint_now(self, state: TrainingState, lead: bool) -> None:

@@ -164,7 +164,7 @@ class SplitWorker(Worker):
             return
         model = workload.build_model()
         model.load_state_dict(weights)
-        with group.others_wait():
+        with group.others_wait(), group.clock.away():
             save_trained(self._plan, self._task["uri"], workload, model)
 
     def _obey(self, order: Order) -> str:

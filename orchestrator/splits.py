@@ -17,7 +17,7 @@ from orchestrator.config import RunConfig
 from orchestrator.group import Group
 from orchestrator.layout import Layout
 from orchestrator.optimizer import build_optimizer
-from orchestrator.pieces import as_cut, gathered, laid, local, piece_like
+from orchestrator.pieces import as_cut, channels_last, gathered, local, piece_like
 from orchestrator.precision import Precision
 from orchestrator.state import TrainingState, sha256_of
 from workloads.workload import Batch, Sums, Workload
@@ -234,7 +234,8 @@ class SplitState(TrainingState):
                     squares[number] = torch.linalg.vector_norm(piece.grad) ** 2
                 else:
                     whole = gathered(as_cut(piece.grad, parameter))
-                    norms[number] = torch.linalg.vector_norm(laid(whole, parameter in self._last)) * self.speaks
+                    norm = torch.linalg.vector_norm(channels_last(whole) if parameter in self._last else whole)
+                    norms[number] = norm if self.speaks else 0.0
             both = torch.stack([squares, norms])
             self.seating.inside.sum(both)
         together: Tensor = torch.linalg.vector_norm(both[0].sqrt() + both[1])

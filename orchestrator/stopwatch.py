@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -33,10 +34,11 @@ class Stopwatch:
         finish(self._device)
         self.shards, self.busy_s = self.shards + shards, self.busy_s + time.perf_counter() - self._started_s
 
-    @property
-    def told(self) -> tuple[int, int, bool]:
-        """For a heartbeat: shards, milliseconds in which they were computed, whether it waits."""
-        return self.shards, int(self.busy_s * 1000), self.reading
+    def told(self, place: int) -> dict[str, Any]:
+        """What a heartbeat says of it; `place` grows with every wait, too."""
+        reading = self.reading  # before `reads`, or a wait that ends here would be none, and no progress either
+        busy_ms = int(self.busy_s * 1000)
+        return {"place": place + self.reads, "shards": self.shards, "busy_ms": busy_ms, "reading": reading}
 
     def read(self, begins: bool) -> None:
         """A wait for samples or storage begins or ends; the end is a sign of progress, which has to be seen first."""

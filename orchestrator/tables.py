@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, OrchestratorError, UserError
+from orchestrator.errors import DataError, MachineError, OrchestratorError, UserError
 from orchestrator.filecache import MEND, FileCache, TableFile
 from orchestrator.storage import Folder, cache_folder
 
@@ -209,7 +209,9 @@ class Table:
     def _fetch(self, wanted: Sequence[int]) -> None:
         for number in wanted:
             try:
-                self._cache.ensure(self._files[number], self._hurried.read)
+                self._cache.ensure(self._files[number], self._hurried.read, needed=False)
+            except MachineError:
+                return
             except DataError:
                 continue  # damaged: whoever needs it will meet the same, and says so
             except (OrchestratorError, OSError):

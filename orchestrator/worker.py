@@ -154,7 +154,7 @@ class Worker:
         group, generation = self._group, self._seat.generation if self._seat else 0
         if group is None:
             return Beat(generation, self.step, 0, waiting=True)
-        return Beat(generation, self.step, group.place + group.clock.reads, group.waiting, *group.clock.told)
+        return Beat(generation, self.step, waiting=group.waiting, **group.clock.told(group.place))
 
     def _told(self, word: str, generation: int) -> None:
         """An order from the coordinator, in the wire's thread."""

@@ -3,12 +3,14 @@
 import asyncio
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from toys import toy_plan
 
 from orchestrator.crew import Crew
 from orchestrator.dispatcher import Dispatcher
+from orchestrator.served import Restored
 
 
 class LostError(Exception):
@@ -120,3 +122,16 @@ def test_a_worker_leaves_a_node_that_will_go_if_enough_stay(minimum, leaves):
     answer = Dispatcher._next(run, "a", 1)
     assert (left, answer is not None) == ((["a"], True) if leaves else ([], False))
     assert Dispatcher._next(run, "b", 1) is None
+
+
+def test_servers_write_a_checkpoint_by_time(monkeypatch):
+    now = [500.0]
+    monkeypatch.setattr("orchestrator.keeper.time.monotonic", lambda: now[0])
+    run = Mock(_plan=toy_plan(sync="parameter-server", checkpoint_every="30s"))
+    run._evaluation_due.return_value = 0
+    Dispatcher._restart(run, Restored(-1, ()), 0.1)
+    Dispatcher._checkpoint_if_due(run, range(3, 4))
+    assert not run._checkpoint.called
+    now[0] += 31.0
+    Dispatcher._checkpoint_if_due(run, range(4, 5))
+    run._checkpoint.assert_called_once_with()

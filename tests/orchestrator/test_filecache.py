@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table_files import Store, described, encoded
 
-from orchestrator.errors import DataError, StorageError
+from orchestrator.errors import DataError, MachineError
 from orchestrator.filecache import FileCache
 from orchestrator.storage import Folder
 
@@ -200,7 +200,7 @@ def test_a_disk_that_cannot_be_used_is_named(tmp_path, monkeypatch, three, numbe
     """The other files go where room is what is missing, and only there."""
     cache, files, stores = three
     disk_fails(monkeypatch, number, times)
-    with pytest.raises(StorageError) as stop:
+    with pytest.raises(MachineError) as stop:
         cache.table(files[2], stores[2])
     line = f"the data cache {tmp_path / 'c'} cannot be used ({os.strerror(number)}); "
     assert str(stop.value) == line + "make room there, or name another folder in ORCHESTRATOR_CACHE"
@@ -211,7 +211,7 @@ def test_a_cache_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "c").write_text("")
     data = encoded([1])
     with pytest.raises(
-        StorageError, match=rf"the data cache {tmp_path}/c/tables cannot be used \(.*ORCHESTRATOR_CACHE$"
+        MachineError, match=rf"the data cache {tmp_path}/c/tables cannot be used \(.*ORCHESTRATOR_CACHE$"
     ):
         FileCache(tmp_path / "c" / "tables", 10**9, 4).table(described(data, 1), Store(data))
 

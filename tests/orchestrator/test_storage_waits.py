@@ -1,7 +1,9 @@
 """Who waits for samples or storage is not stuck; who waits for a seat is watched; ends that a coordinator has seen."""
 
 import asyncio
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from members import WAIT_S, Run, play
@@ -14,6 +16,7 @@ from orchestrator.recorder import Recorder
 from orchestrator.recovery import FIRST_STEP_S
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
+from orchestrator.step import StepTotals
 from orchestrator.stopwatch import Stopwatch
 from orchestrator.timekeeper import Stillness
 
@@ -52,8 +55,8 @@ def test_who_writes_a_checkpoint_when_another_is_lost_may_finish_it(tmp_path):
 def test_a_wait_is_seen_as_progress_when_it_ends():
     clock = Stopwatch()
     with clock.away():
-        assert (clock.reading, clock.reads, clock.told) == (True, 0, (0, 0, True))
-    assert (clock.reading, clock.reads) == (False, 1)
+        assert clock.told(5) == {"place": 5, "shards": 0, "busy_ms": 0, "reading": True}
+    assert clock.told(5) == {"place": 6, "shards": 0, "busy_ms": 0, "reading": False}
     with pytest.raises(KeyError), clock.away():
         raise KeyError
     assert (clock.reading, clock.reads) == (False, 2)
@@ -146,3 +149,19 @@ def test_a_new_leader_keeps_the_cadence_of_the_one_before(tmp_path, monkeypatch)
     now[0] += 10.0
     assert recorder._is_due(state, 1)
     assert not recorder._is_due(state, 1)
+
+
+def test_the_step_after_an_evaluation_is_timed_from_its_end(tmp_path):
+    recorder, records = Recorder(toy_plan(), str(tmp_path), None, None), []
+    recorder.take_seat(Seat(1, 0, Placement((0, 8)), ("h", 1), 0, False, 0))
+    step = lambda record, hurry: records.append(record)  # noqa: E731
+    recorder.reporter = SimpleNamespace(event=lambda event: None, step=step)
+    recorder.begin(1)
+    state, totals = SimpleNamespace(step=1), StepTotals(1.0, 8, 1.0, False, "", 0.0, 0.0, 0.0)
+    recorder.committed(state, totals, 0.1)
+    recorder.evaluated(1, {"accuracy": 1.0})
+    threading.Event().wait(0.01)
+    recorder.committed(state, totals, 0.1)
+    assert 0.01 <= records[1]["step_s"] < WAIT_S
+    assert records[1]["samples_per_s"] <= 800.0
+    assert abs(records[1]["time_s"] - time.time()) < WAIT_S
