@@ -4,11 +4,11 @@
     python tests/bench/memory.py --workloads bert --batch-size 8 --warm-up 0.5 --out memory_bert.json
 
 resnet8 from prepared JPEG files, more of them than the cache on disk may hold, and BERT from prepared tokens; two
-workers, neither of which is sent home where other load slows it down. Every two seconds the memory of each worker and of its loader processes is read, and that of the command with
-its coordinator (USS: pages that no other process shares). The first --warm-up share of the time is left out; a line is
-laid through the rest by least squares. A worker keeps the records of its last 8,192 steps (reporter.KEPT), 0.8 kB each:
-with small batches those are there before the line begins. Target: the line rises by
-less than 1 % of its mean an hour, or by less than its standard error.
+workers, neither of which is sent home where other load slows it down. Every two seconds the memory of each worker and
+of its loader processes is read, and that of the command with its coordinator (USS: pages that no other process
+shares). The first --warm-up share of the time is left out; a line is laid through the rest by least squares. A worker
+keeps the records of its last 8,192 steps (reporter.KEPT), 0.8 kB each: with small batches those are there before the
+line begins. Target: the line rises by less than 1 % of its mean an hour, or by less than its standard error.
 """
 
 import statistics
