@@ -189,6 +189,11 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
     folders = [RunFolder(Folder(storage).child(f"{name}-{kind}")) for kind in ("undisturbed", "disturbed")]
     if any(folder.config() for folder in folders):
         raise UserError(f"--name {name}: was rehearsed already in {storage}; give another name")
+    if mine.cpus_per_node < 1 or mine.cpus_per_node % 1:
+        raise UserError(
+            f"--cpus-per-node {mine.cpus_per_node:g}: Ray's nodes have whole ones; give 1 or more, and each worker less "
+            "with --resources-per-worker CPU=0.5"
+        )
     with stage(address, mine.nodes, mine.cpus_per_node) as where:
         for kind, folder, extra in zip(
             ("undisturbed", "disturbed"), folders, ([], ["--faults", mine.faults]), strict=True

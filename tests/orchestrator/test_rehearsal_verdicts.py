@@ -11,7 +11,7 @@ from orchestrator.faults import Fault
 from orchestrator.injector import HOLD_S, HOLD_STEPS, Saboteur, target
 from orchestrator.plan import Plan
 from orchestrator.recovery import Member
-from orchestrator.rehearse import problems, table
+from orchestrator.rehearse import main, problems, table
 from orchestrator.run import idle_faults
 from orchestrator.runfolder import METRICS, RunFolder
 from orchestrator.storage import Folder
@@ -97,3 +97,12 @@ def test_within_a_tolerance_only_samples_must_be_the_same(tmp_path):
     for bad in (far, other):
         (line,) = problems([KILL], undisturbed, bad, 1e-3)
         assert "used other samples, or has another loss" in line
+
+
+@pytest.mark.parametrize("cpus", ["0.5", "0", "1.5"])
+def test_a_node_has_whole_cpus(tmp_path, capsys, cpus):
+    faults = tmp_path / "faults.toml"
+    faults.write_text('[[fault]]\nkind = "kill"\nrank = 0\nstep = 20\n')
+    given = ["resnet", "--faults", str(faults), "--storage", str(tmp_path), "--cpus-per-node", cpus]
+    assert main(given) == 2
+    assert f"--cpus-per-node {cpus}: Ray's nodes have whole ones" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_fsdp_grows_and_shrinks_without_loss_and_goes_back_after_a_kill(tmp_path
         fault("kill", 1, step=615, workers=2),
     ]
     model = (*BERT, "--layers", "1", "--steps", "800", "--checkpoint-every", "100", "--parallel", "fsdp")
-    done = rehearse(tmp_path, model, faults, "--nodes", "2", "--cpus-per-node", "0.5", "--workers", "1:2")
+    done = rehearse(tmp_path, model, faults, "--nodes", "2", "--resources-per-worker", "CPU=1", "--workers", "1:2")
     assert done.status == 0, done.out + done.err
     assert "losses within 0.1%" in done.out
     folder = tmp_path / "r-disturbed"
