@@ -191,7 +191,7 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
         raise UserError(f"--name {name}: was rehearsed already in {storage}; give another name")
     if mine.cpus_per_node < 1 or mine.cpus_per_node % 1:
         raise UserError(
-            f"--cpus-per-node {mine.cpus_per_node:g}: Ray's nodes have whole ones; give 1 or more, and each worker less "
+            f"--cpus-per-node {mine.cpus_per_node:g}: Ray's nodes have whole ones; give 1 or more, and a worker less "
             "with --resources-per-worker CPU=0.5"
         )
     with stage(address, mine.nodes, mine.cpus_per_node) as where:
