@@ -4,17 +4,20 @@ Importing torch costs seconds; forming a gloo group over processes that stay ali
 """
 
 import atexit
+import faulthandler
 import itertools
 import os
 import pickle
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT_S = 120.0
+START_TIMEOUT_S = 150.0  # importing torch beside a test of Ray's that computes on all cores, to which these give way
 GROUP_TIMEOUT_S = 60.0
 
 
@@ -38,7 +41,8 @@ def run_distributed(
     """fn(group, *args) on `world_size` processes that form a gloo group; its results by rank.
 
     Args:
-        timeout_s: after which processes that have not answered are killed and TimeoutError is raised.
+        timeout_s: after which processes that have not answered are killed and TimeoutError is raised; counted from
+            when all of them have imported what `fn` needs.
         group_timeout_s: of the process group's collectives.
         errors: give what a rank raised as its result (a dead rank: WorkerDiedError) instead of raising it.
         lost: ranks that are not waited for, and are killed when the others have answered.
@@ -66,6 +70,12 @@ class _Process:
         self.process = context.Process(target=_serve, args=(theirs,), daemon=False)
         self.process.start()
         theirs.close()
+
+    def say_where(self) -> None:
+        """Its threads' tracebacks, on stderr."""
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGUSR1)
+            self.process.join(2)
 
     def end(self) -> None:
         self.process.kill()
@@ -97,24 +107,36 @@ class _Pool:
         used, number = self._processes[:world], next(self._run)
         for rank, process in enumerate(used):
             process.pipe.send((fn, rank, world, self._store.port, number, group_timeout_s, args))
+        # Members of a group wait for each other for a short time only.
+        for rank, started in self._answers(used, range(world), START_TIMEOUT_S, "did not start").items():
+            if isinstance(started, WorkerDiedError):
+                self._forget(used)
+                raise WorkerDiedError(f"rank {rank} died before it began")
+        for process in used:
+            process.pipe.send("go")
+        results = self._answers(used, [rank for rank in range(world) if rank not in lost], timeout_s, "gave no result")
+        results |= {rank: WorkerDiedError(f"rank {rank} was given up") for rank in lost}
+        self._forget([used[rank] for rank in range(world) if isinstance(results[rank], WorkerDiedError)])
+        return [results[rank] for rank in range(world)]
+
+    def _answers(self, used: list[_Process], ranks: Iterable[int], timeout_s: float, otherwise: str) -> dict[int, Any]:
+        """What each of `ranks` sends; a dead one: WorkerDiedError."""
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
-        while open_pipes := {
-            used[rank].pipe: rank for rank in range(world) if rank not in results and rank not in lost
-        }:
+        while open_pipes := {used[rank].pipe: rank for rank in ranks if rank not in results}:
             ready = wait(list(open_pipes), max(0.0, deadline - time.monotonic()))
             if not ready:
+                for rank in open_pipes.values():
+                    used[rank].say_where()
                 self._forget(used)
-                raise TimeoutError(f"ranks {sorted(open_pipes.values())} gave no result in {timeout_s} s")
+                raise TimeoutError(f"ranks {sorted(open_pipes.values())} {otherwise} in {timeout_s} s")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 try:
                     results[open_pipes[pipe]] = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     results[open_pipes[pipe]] = WorkerDiedError(f"rank {open_pipes[pipe]} died")
-        results |= {rank: WorkerDiedError(f"rank {rank} was given up") for rank in lost}
-        self._forget([used[rank] for rank in range(world) if isinstance(results[rank], WorkerDiedError)])
-        return [results[rank] for rank in range(world)]
+        return results
 
     def _forget(self, used: list[_Process]) -> None:
         for process in used:
@@ -133,6 +155,7 @@ atexit.register(_POOL.close)
 
 
 def _serve(pipe: Connection) -> None:
+    faulthandler.register(signal.SIGUSR1)
     # Every TCPStore client asks DNS for the name of 127.0.0.1: where nobody answers, for 5 s without RES_OPTIONS.
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", RES_OPTIONS="timeout:1 attempts:1")
     import torch
@@ -146,6 +169,11 @@ def _serve(pipe: Connection) -> None:
     while True:
         try:
             fn, rank, world, port, number, group_timeout_s, args = pipe.recv()
+        except EOFError:
+            return
+        pipe.send("ready")
+        try:
+            pipe.recv()
         except EOFError:
             return
         try:
