@@ -142,11 +142,14 @@ def moment(time_s: float) -> str:
 def spans(history: History) -> list[tuple[float, float, dict[str, Any]]]:
     """Each generation: from when, until when (seconds since 1970), its event."""
     started = history.of_kind("generation_started")
-    ends = sorted(e["time_s"] for e in history.of_kind("generation_started", "run_started", "run_ended"))
+    ends = [(e["time_s"], e["time_s"]) for e in history.of_kind("generation_started", "run_ended")]
+    # A command that was killed wrote nothing of its end: it was there until the last thing that it wrote.
+    ends += [(e["time_s"], history.newest_before(e["time_s"])) for e in history.of_kind("run_started")]
     found = []
     for event in started:
-        later = [end for end in ends if end > event["time_s"]]
-        found.append((float(event["time_s"]), float(later[0] if later else history.last_s), event))
+        begin = float(event["time_s"])
+        later = [end for end in ends if end[0] > begin]
+        found.append((begin, max(begin, float(min(later)[1] if later else history.last_s)), event))
     return found
 
 

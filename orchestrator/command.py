@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
@@ -68,11 +69,14 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
 
 def _status_of(main: Callable[[], int]) -> int:
-    """argparse's --help leaves by an exception."""
+    """argparse's --help leaves by an exception, and so does Ctrl-C where a command has nothing to put in order."""
     try:
         return main()
     except SystemExit as end:
         return int(end.code or 0)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _reader_gone(stream: TextIO) -> bool:

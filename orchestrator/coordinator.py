@@ -275,7 +275,7 @@ class Coordinator:
     async def status(self) -> Status:
         """What there is to show."""
         roster = self._members.roster
-        rate, steps_rate = self._journal.rates()
+        rate, steps_rate = self._journal.pace.rates()
         phase, missing = self._phase, roster.missing()
         if not (self._members.begun and roster.training) and not self._outcome:
             phase = "regrouping" if roster.generation else "loading data and model"

@@ -29,7 +29,7 @@ class Dispatcher(Keeper):
         self._evaluation, self._evaluator = 0, ""  # after that many steps, and by whom
         self._ripe, self._finisher = False, ""  # whether the run may be finished, and by whom
         self._halting = False  # a stop is being written down
-        self._recorded_s, self._draining = time.time(), frozenset[str]()
+        self._recorded_s, self._draining = time.monotonic(), frozenset[str]()
         self._members.left, self._members.looked = self._left, self._look
         self._members.held = self._held_shards
         self._members.broken_s = float("inf")  # nobody has to come back from a generation
@@ -49,7 +49,7 @@ class Dispatcher(Keeper):
         self._book.clear()
         self._committing = self._saving = self._recovering = self._ripe = self._halting = False
         self._evaluation, self._evaluator, self._finisher = self._evaluation_due(restored.step), "", ""
-        self._recorded_s, self._saved_s = time.time(), time.monotonic()
+        self._recorded_s = self._saved_s = time.monotonic()
         self._saved_step = restored.step
         self._loaded = (max(load_s, 1e-6), list(restored.rejected))
         self._regroup()
@@ -65,9 +65,12 @@ class Dispatcher(Keeper):
     def _regroup(self) -> None:
         """Who trains has changed: a new generation begins, with no barrier."""
         roster = self._members.roster
+        waited = not roster.training
         roster.training = self._handout is not None and len(roster.seated) >= roster.minimum
         if not roster.training or self._handout is None or self._outcome:
             return
+        if waited:  # which is no part of a step
+            self._recorded_s = time.monotonic()
         roster.generation += 1
         seated, shards = roster.by_rank, self._plan.config.shards
         ranges, nodes = [[0, shards] for _ in seated], [m.node for m in seated]
@@ -175,8 +178,8 @@ class Dispatcher(Keeper):
     async def _record(self, steps: range) -> None:
         """Steps are complete: write them down, and do what is due after them."""
         assert self._handout is not None
-        now, roster = time.time(), self._members.roster
-        each_s, self._recorded_s = (now - self._recorded_s) / len(steps), now
+        now, at, roster = time.time(), time.monotonic(), self._members.roster
+        each_s, self._recorded_s = (at - self._recorded_s) / len(steps), at
         who = {"workers": len(roster.seated), "generation": roster.generation, "time_s": round(now, 3)}
         try:
             await self.report([self._book.close(step, each_s) | who for step in steps], [])
@@ -241,6 +244,8 @@ class Dispatcher(Keeper):
         if step >= self._evaluation:
             self._evaluation = 0
         self._evaluator = ""
+        if self._synchronous:  # nobody has trained meanwhile
+            self._recorded_s = time.monotonic()
         self._members.notify()
 
     async def finish(self, member_id: str, generation: int, sha256: str, metrics: Figures, size: Figures = NO) -> bool:

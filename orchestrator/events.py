@@ -121,8 +121,8 @@ class Incident:
 
     Attributes:
         kind: worker_killed, worker_failed (it raised), worker_frozen, worker_stuck, connection_lost, node_lost,
-            node_drained, workers_joined, worker_unreachable (by the others), coordinator_lost, rebalanced,
-            straggler_left.
+            node_drained, workers_joined, worker_unreachable (by the others), coordinator_lost, server_lost,
+            rebalanced, straggler_left.
         step: the last committed one.
         detail: what is known of the cause, one line.
         steps_lost: committed steps that had to be taken again.

@@ -17,6 +17,7 @@ from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
 from orchestrator.storage import Folder
 
 ALIVE_S = 60.0  # a run that has written something so lately is taken to be going on
+SLOW_STEPS = 10  # a run whose steps take long writes as seldom
 Floats = NDArray[np.float64]
 
 
@@ -73,7 +74,32 @@ class History:
         """finished, stopped or failed; "going on", or "broke off" where nothing has been written for a while."""
         if self.result:
             return str(self.result["status"])
-        return "going on" if self.read_s - self.last_s < ALIVE_S else "broke off"
+        if not self.last_s:
+            return "nothing written yet"
+        alive_s = max([ALIVE_S, *(SLOW_STEPS * self.column("step_s")[-50:])])
+        if self.read_s - self.last_s < alive_s:
+            return "going on"
+        phases = self.of_kind("phase_began")
+        waits = phases and phases[-1]["missing"] and phases[-1] is self.events[-1]
+        return "waiting for workers, or broke off" if waits else "broke off"
+
+    def commands(self) -> list[tuple[float, float]]:
+        """From when until when each command worked on the run, by what it wrote; seconds since 1970."""
+        begun = [float(event["time_s"]) for event in self.of_kind("run_started")]
+        ends = [*begun[1:], float("inf")][: len(begun)]
+        return [(begin, self.newest_before(end)) for begin, end in zip(begun, ends, strict=True)]
+
+    def newest_before(self, time_s: float) -> float:
+        """When it last wrote something down before `time_s`; seconds since 1970."""
+        found = [float(event["time_s"]) for event in self.events if event["time_s"] < time_s]
+        steps = self.column("time_s")
+        return max([*found[-1:], *steps[steps < time_s][-1:].tolist()], default=time_s)
+
+    @property
+    def worked_s(self) -> float:
+        """Wall time of all commands that worked on the run."""
+        *earlier, last = [end - begin for begin, end in self.commands()] or [self.seconds]
+        return sum(earlier) + float((self.result or {}).get("wall_s") or last)
 
     @property
     def failure(self) -> Failure | None:

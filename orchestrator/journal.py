@@ -25,12 +25,12 @@ from orchestrator.events import (
 )
 from orchestrator.failure import Failure
 from orchestrator.incident import KILLED, PAUSES, OpenIncident
+from orchestrator.pace import Pace
 from orchestrator.plan import Plan
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
 from orchestrator.storage import Folder
 from orchestrator.values import Parallel
 
-RATE_WINDOW_S = 10.0
 OWNER_EVERY_S = 1.0
 log = logging.getLogger("orchestrator.journal")
 
@@ -67,9 +67,8 @@ class Journal:
         self.incidents: list[Incident] = []
         self.open: OpenIncident | None = None
         self._unsettled: list[tuple[Incident, set[str]]] = []
-        self._recent: deque[tuple[float, int]] = deque(maxlen=4096)
+        self.pace = Pace()
         self._seconds: deque[float] = deque(maxlen=50)
-        self._training_s = 0.0
         # An earlier coordinator may have been lost after the end.
         self.result: dict[str, Any] | None = self._folder.result() if again else None
         self.figures: dict[str, Any] = {}  # more for the result
@@ -95,7 +94,7 @@ class Journal:
         self.recorded = taken[-1]["step"] if taken else 0
         if mine:
             self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
-            self._training_s = sum(r["step_s"] for r in mine)
+            self.pace.take(mine)
         fields = {f.name for f in dataclasses.fields(Incident)}
         events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
         events = [event for event in events if event["time_s"] >= self._started_s]
@@ -169,6 +168,8 @@ class Journal:
             restore_s: seconds in which state was loaded and handed over.
             bad: checkpoints that were passed over, a line each.
         """
+        if self.check_owner():  # the logs are another command's; with the next report this run ends
+            return
         self.log(*(CheckpointRejected(reason) for reason in bad))
         survived = not load_s
         if load_s and started.step:
@@ -177,6 +178,7 @@ class Journal:
         lost = max(0, self.recorded - started.step - (self._plan.steps_per_commit if survived else 0))
         if not survived:
             self._folder.cut_metrics(started.step)
+            self.pace.cut(started.step)
             self.recorded = started.step
             self.best = max(self.best, started.step)
             self.saved = started.step or -1  # newer ones could not be read
@@ -191,7 +193,7 @@ class Journal:
         self.generation = started.generation
         if self.first_step < 0:
             self.first_step, self._saved_s = started.step, time.monotonic()
-        self._recent.clear()
+        self.pace.begin()
 
     def steps(self, records: list[dict[str, Any]]) -> None:
         """Committed steps in order; those that are known already are dropped."""
@@ -204,9 +206,8 @@ class Journal:
         self._listener.steps(new)
         self.recorded, self.loss = new[-1]["step"], new[-1]["loss"]
         self.best = max(self.best, self.recorded)
-        self._recent.extend((r["time_s"], r["samples"]) for r in new)
+        self.pace.take(new)
         self._seconds.extend(r["step_s"] for r in new)
-        self._training_s += sum(r["step_s"] for r in new)
         if self.open is not None and self.open.begun_s and new[-1]["generation"] >= self.open.generation:
             self.close_incident()
 
@@ -237,13 +238,6 @@ class Journal:
         if self.open is not None:
             self.open.nodes.add(node)
 
-    def rates(self) -> tuple[float, float]:
-        """Samples and steps per second of late."""
-        now = time.time()
-        recent = [(t, n) for t, n in self._recent if now - t < RATE_WINDOW_S]
-        span = recent[-1][0] - recent[0][0] if len(recent) > 1 else 0.0
-        return (sum(n for _, n in recent[1:]) / span, (len(recent) - 1) / span) if span else (0.0, 0.0)
-
     def newest(self, *kinds: str) -> dict[str, Any] | None:
         """The last event of these kinds; None: there is none."""
         return self._folder.newest(*kinds)
@@ -264,7 +258,7 @@ class Journal:
             self._write(incident)
         self._unsettled.clear()
         steps = self.recorded if self.first_step >= 0 else self._folder.last_step()  # nothing was taken since then
-        schedule, wall_s = self._plan.schedule, time.time() - self._started_s
+        schedule, wall_s, training_s = self._plan.schedule, time.time() - self._started_s, self.pace.seconds
         trained = schedule.samples_before(steps) - schedule.samples_before(max(0, self.first_step))
         self.log(RunEnded(status, steps, message))
         self.result = {
@@ -276,8 +270,8 @@ class Journal:
             "metrics": dict(metrics),
             "weights_sha256": sha256,
             "wall_s": round(wall_s, 3),
-            "samples_per_s": round(trained / self._training_s, 3) if self._training_s else 0.0,
-            "goodput": round(self._training_s / wall_s, 4),
+            "samples_per_s": round(trained / training_s, 3) if training_s else 0.0,
+            "goodput": round(training_s / wall_s, 4),
             "generations": self.generation,
             "incidents": [dataclasses.asdict(incident) for incident in self.incidents],
             **({"failure": dataclasses.asdict(failure)} if failure else {}),

@@ -82,7 +82,7 @@ def _state(sight: Sight) -> tuple[str, str]:
         status = str(sight.result["status"])
         return status, STYLES.get(status, "")
     last_s = max([e["time_s"] for e in sight.events[-1:]] + [r["time_s"] for r in sight.steps[-1:]], default=0.0)
-    silent_s = sight.now_s - last_s
+    silent_s = sight.now_s - last_s if last_s else 0.0
     phase = sight.newest("phase_began")
     words = phase["phase"] if phase else "starting workers"
     if phase and phase["missing"]:

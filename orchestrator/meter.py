@@ -14,7 +14,8 @@ from orchestrator.values import Cadence
 RUN_LABELS = ("run", "workload")
 INCIDENTS = (
     "worker_killed", "worker_failed", "worker_frozen", "worker_stuck", "connection_lost", "node_lost", "node_drained",
-    "workers_joined", "worker_unreachable", "coordinator_lost", "rebalanced", "straggler_left",
+    "workers_joined", "worker_unreachable", "coordinator_lost", "server_lost", "rebalanced",
+    "straggler_left",
 )  # fmt: skip
 ORDERLY = ("node_drained", "straggler_left")  # a worker that leaves so was not lost
 STEP_PHASES = {"data": "data_share", "forward_backward": "compute_share", "reduction": "reduce_share"}

@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.seats import Status
 
 LINE_EVERY_S = 5.0
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own rate counts waiting, and steps of before
 
 
 class Progress:
@@ -29,7 +30,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self._total, unit="step", dynamic_ncols=True, leave=True)
+            self._bar = tqdm(total=self._total, dynamic_ncols=True, leave=True, bar_format=BAR)
         return self
 
     def __exit__(
@@ -62,7 +63,7 @@ class Progress:
         self._bar.n = status.step
         if phase == "training":
             self._bar.set_description(f"generation {status.generation}")
-            self._bar.set_postfix_str(_figures(status), refresh=False)
+            self._bar.set_postfix_str(_figures(status) + self._left(status), refresh=False)
         else:
             self._bar.set_description(self._waiting_for(status, phase))
         self._bar.refresh()

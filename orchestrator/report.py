@@ -53,18 +53,25 @@ def facts(history: History) -> list[tuple[str, str]]:
     result, done = history.result or {}, len(history.column("step"))
     total = history.total_steps
     steps = int(history.column("step")[-1]) if done else 0
-    wall_s = result.get("wall_s") or history.seconds
     found = [
         ("workload", str(history.config.get("workload", ""))),
         ("steps", f"{steps:,} of {total:,}" if total else f"{steps:,}"),
-        ("wall time", duration(wall_s)),
+        ("wall time", duration(history.worked_s)),
         ("incidents", str(len(history.incidents))),
         ("generations", str(len(history.of_kind("generation_started")))),
     ]
     if "samples_per_s" in result:
-        found += [("samples per second", f"{result['samples_per_s']:,.0f}"), ("goodput", f"{result['goodput']:.1%}")]
+        found += [
+            (f"samples per second{of_last(history)}", f"{result['samples_per_s']:,.0f}"),
+            (f"goodput{of_last(history)}", f"{result['goodput']:.1%}"),
+        ]
     found += [(name.replace("_", " "), f"{value:.4f}") for name, value in result.get("metrics", {}).items()]
     return found
+
+
+def of_last(history: History) -> str:
+    """What result.json tells is told of the last command alone."""
+    return " of the last command" if len(history.of_kind("run_started")) > 1 else ""
 
 
 def duration(seconds: float) -> str:
@@ -166,11 +173,11 @@ def time_section(history: History) -> dict[str, Any]:
     """Goodput and the parts of a step."""
     if not len(history.column("step_s")):
         return section("Where the time goes", note="No step has been committed yet.")
-    wall_s = history.seconds
+    wall_s = history.worked_s
     useful_s = float(history.column("step_s").sum())
     goodput = (history.result or {}).get("goodput", useful_s / wall_s if wall_s else 0.0)
     told = f"Parts of a step, over the run. In all: {shares_told(history)}."
-    note = f"Goodput, the share of wall time that went into steps that count: {goodput:.1%}."
+    note = f"Goodput{of_last(history)}, the share of wall time that went into steps that count: {goodput:.1%}."
     drawn = chart("shares", told, spoken.shares(history), shares_chart(history))
     return section("Where the time goes", charts=[drawn], note=note)
 
@@ -183,7 +190,7 @@ def comparison_section(histories: Sequence[History]) -> dict[str, Any]:
             history.name,
             history.outcome,
             len(history.column("step")),
-            duration((history.result or {}).get("wall_s", history.seconds)),
+            duration(history.worked_s),
             len(history.incidents),
             (history.result or {}).get("weights_sha256", "")[:16],
         ]

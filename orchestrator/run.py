@@ -213,7 +213,7 @@ def _train(plan: Plan, folder: RunFolder, description: str, started_s: float, fa
     log_file = (
         Path(folder.folder.path("logs/ray.log"))
         if folder.folder.is_local
-        else Path(f"/tmp/orchestrator-{plan.config.name}.log")
+        else Path(f"/tmp/orchestrator-{os.getuid()}-{plan.config.name}.log")  # another user's run may have that name
     )
     print(f"{plan.workload} on {description}")
     print(f"run folder: {folder.uri}", flush=True)

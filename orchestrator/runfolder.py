@@ -1,5 +1,6 @@
 """A run's folder: config.toml, events.jsonl, metrics.jsonl, checkpoints/, model/, result.json, logs/."""
 
+import io
 import json
 import math
 import threading
@@ -33,6 +34,7 @@ class RunFolder:
         self.folder = folder
         self._late = LateLogs(folder, (EVENTS, METRICS, ERRORS), OWNER) if late and not folder.is_local else None
         self._broken, self._unwritten, self._writing = "", list[tuple[str, str]](), threading.Lock()
+        self._mended = set[str]()  # logs whose every line was looked at; all that came later is whole
 
     @property
     def problem(self) -> str:
@@ -139,8 +141,13 @@ class RunFolder:
         return float(self._last_record().get("loss", math.nan))
 
     def _last_record(self) -> dict[str, Any]:
-        lines = self.folder.tail(METRICS, LAST_BYTES).decode(errors="replace").splitlines()
+        lines = self._tail(METRICS).splitlines()
         return next((found for line in reversed(lines) if (found := _record(line))), {})
+
+    def _tail(self, name: str) -> str:
+        if self._late:
+            return self._late.text(name)[-LAST_BYTES:]
+        return self.folder.tail(name, LAST_BYTES).decode(errors="replace")
 
     def _append(self, name: str, text: str) -> None:
         if self._late:
@@ -171,18 +178,21 @@ class RunFolder:
 
     def cut_metrics(self, step: int) -> None:
         """Drop the records beyond `step`: those steps are taken again."""
-        self._keep_lines(METRICS, lambda record: record.get("step", step + 1) <= step)
+        if METRICS not in self._mended or self.last_step() > step:
+            self._keep_lines(METRICS, lambda record: record.get("step", step + 1) <= step)
 
     def mend_logs(self) -> None:
         """Drop a last line that a crash tore, so that the next record does not continue it."""
-        self._keep_lines(EVENTS, lambda _: True)
-        self._keep_lines(METRICS, lambda _: True)
+        for name in (EVENTS, METRICS):
+            self._keep_lines(name, lambda _: True)
+            self._mended.add(name)
 
     def _keep_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
         text = self.text(name)
         if text is None:
             return
-        kept = "".join(line + "\n" for line in text.splitlines() if (r := _record(line)) is not None and keep(r))
+        whole = text if not text or text.endswith("\n") else text + "\n"
+        kept = "".join(line for line in io.StringIO(whole) if (r := _record(line)) is not None and keep(r))
         if kept == text:
             return
         if self._late:

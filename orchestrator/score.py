@@ -6,7 +6,6 @@ training those of the run's result.json. Exit status: 0 evaluated; 2 refused; 1 
 
 import contextlib
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.export import fetch_model, find_run
 from orchestrator.exported import ABOUT, ONNX, need, read_file, read_record
 from orchestrator.progress import LINE_EVERY_S
+from orchestrator.runfolder import dumps
 from orchestrator.storage import Folder
 from orchestrator.values import Pairs
 from workloads.registry import WORKLOADS
@@ -213,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Folder(str(out.absolute().parent), "--out").check_writable()
         found = score(settings)
         if out:
-            out.write_text(json.dumps(found, indent=1) + "\n")
+            out.write_text(dumps(found, indent=1) + "\n")
     except OrchestratorError as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("stopped; nothing was kept", file=sys.stderr)
         return 130
     if settings.json:
-        print(json.dumps(found))
+        print(dumps(found))
         return 0
     lost = f", {found['workers_lost']} lost" if found["workers_lost"] else ""
     print(f"{found['samples']:,} held-out samples, {found['workers']} workers{lost}, {found['wall_s']:.1f} s")

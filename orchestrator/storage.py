@@ -268,7 +268,10 @@ def local_path(uri: str, flag: str) -> str:
         raise UserError(f"{flag} {uri}: names no folder; {ALLOWED}")
     if "://" in uri and not uri.startswith("file://"):
         return ""
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    try:
+        return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    except RuntimeError as error:  # ~name/..., and there is no such user
+        raise UserError(f"{flag} {uri}: {_line(error)}; {ALLOWED}") from None
 
 
 def cache_folder() -> Path:

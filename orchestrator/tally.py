@@ -15,7 +15,8 @@ from orchestrator.handout import Counted, Handout, Unit
 BLOCKS_EACH = 8  # of a worker, so that the last one to finish keeps the others waiting for an eighth of its work
 MOST_CHUNKS = 16  # of a block, so that a loss costs seconds
 DEATHS = 4  # over one block, or before a worker was ready: no accident; as in suspicion.Suspicion
-FIRST_S, LEAST_S, MEDIANS = 600.0, 30.0, 20.0  # until a block is taken from a worker that does not get on
+LEAST_S, MEDIANS = 30.0, 20.0  # until a block is taken from a worker that does not get on
+FIRST_S = 9_600.0  # the same for one of MOST_CHUNKS, while nobody knows how long one takes
 
 
 def block_chunks(chunks: int, workers: int) -> int:
@@ -104,7 +105,7 @@ class Tally:
 
     def stuck(self, now_s: float) -> list[str]:
         """Workers that hold a block for far longer than others needed for one."""
-        limit_s = max(LEAST_S, MEDIANS * median(self._seconds)) if self._seconds else FIRST_S
+        limit_s = max(LEAST_S, MEDIANS * median(self._seconds)) if self._seconds else FIRST_S * self._size / MOST_CHUNKS
         return [worker for worker, held in self._held.items() if now_s - held.since_s > limit_s]
 
     def rows(self) -> NDArray[Any]:

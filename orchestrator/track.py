@@ -113,8 +113,9 @@ class Follower:
         for name in list(self._books):
             with self._kept_apart(name):
                 self._books[name].close(result)
-        for text in self._errors:
-            self._run.error(text)
+        with contextlib.suppress(OSError, OrchestratorError):
+            for text in self._errors:
+                self._run.error(text)
 
     @contextlib.contextmanager
     def _kept_apart(self, name: str) -> Iterator[None]:
@@ -126,7 +127,8 @@ class Follower:
             self.failed.append(name)
             text = f"--log {name}: " + "".join(traceback.format_exception(error))
             if self._run.folder.is_local:
-                self._run.error(text)
+                with contextlib.suppress(OSError, OrchestratorError):  # a folder that cannot be written to
+                    self._run.error(text)
             else:
                 self._errors.append(text)  # that file is the coordinator's, which writes it whole, until it ends
             reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])[:200]
@@ -241,9 +243,10 @@ def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> None
 
 def by_hand(run: RunFolder, loggers: Sequence[str]) -> list[str]:
     """Follow a run until it has ended, or has not written anything for a while."""
+    began_s = time.time()
 
     def over(newest_s: float) -> bool:
-        return run.result() is not None or time.time() - newest_s > ALIVE_S
+        return run.result() is not None or time.time() - (newest_s or began_s) > ALIVE_S
 
     with alone(run.uri, wait=False):
         return follow(run, loggers, lambda line: print(line, file=sys.stderr, flush=True), over, time.sleep)
@@ -282,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
     except KeyboardInterrupt:
         return 0
+    if run.result() is None:
+        print(f"{run.uri} has no end, and nothing was written there for {ALIVE_S:.0f} s; for more, run this again")
     if not failed:
         print(f"written to {', '.join(loggers)}: {run.uri}")
     return 1 if failed else 0

@@ -18,7 +18,7 @@ from orchestrator.shards import Placement
 from orchestrator.sharedmemory import share
 from orchestrator.tree import Bucket, Transport, fold
 
-PIECE_FLOATS = 2**18  # of one message: it is added while the next is on its way, and fits into a cache
+PIECE_FLOATS = 3 * 2**17  # of one message at most: it is added while the next is on its way, and fits into a cache
 WINDOW = 8  # pieces that there is room for before they are added
 LINE_FLOATS = 16  # of a cache line: no two workers write to the same
 HERE_TAG = 0  # of a word within a team: all blocks of a bucket are there; all totals are there and nothing is sent
@@ -30,6 +30,7 @@ class _Lot:
     Attributes:
         rows: fp32 [numel], the blocks of the team, by rank and place.
         cuts: the chunk of each worker, as pieces of one message each.
+        lone: whether nobody else sees its memory and it is one gradient: then the sum takes its place.
         early: fp32 [this worker's chunk], parts that come before they can be added, by number.
         arrivals: messages with parts, by piece.
         totals: messages with totals.
@@ -41,9 +42,8 @@ class _Lot:
         n = bucket.numel
         chunk = -(-n // (routes.world * LINE_FLOATS)) * LINE_FLOATS
         ends = [(min(n, rank * chunk), min(n, (rank + 1) * chunk)) for rank in range(routes.world)]
-        self.cuts = [
-            [slice(at, min(at + PIECE_FLOATS, end)) for at in range(start, end, PIECE_FLOATS)] for start, end in ends
-        ]
+        self.cuts = [_pieces(start, end) for start, end in ends]
+        self.lone = bucket.alone and len(routes.team) == 1
         self.start, end = ends[routes.rank]
         self.early = {number: torch.empty(end - self.start) for number in routes.early}
         self.arrivals: list[list[dist.Work]] = []
@@ -51,16 +51,33 @@ class _Lot:
 
     def lay(self, memory: dict[int, Tensor], start: int, routes: Routes) -> None:
         """Take the stretch from `start` of what each worker of the team gives for its blocks and the total."""
+        if self.lone:
+            return
         n, padded = self.bucket.numel, padded_numel(self.bucket)
         for rank, floats in memory.items():
             count = len(routes.placement.blocks_of(rank))
             laid = floats[start * (count + 1) :][: padded * (count + 1)].view(count + 1, padded)[:, :n]
             if rank == routes.team[0]:
                 self.bucket.total = laid[count]
-            if len(memory) > 1 or not self.bucket.alone:
-                self.rows.update({(rank, place): laid[place] for place in range(count)})
-                if rank == routes.rank:
-                    self.bucket.blocks = laid[:count]
+            self.rows.update({(rank, place): laid[place] for place in range(count)})
+            if rank == routes.rank:
+                self.bucket.blocks = laid[:count]
+
+    def forget(self) -> None:
+        """The last step."""
+        self.arrivals, self.totals = [], []
+        if self.lone:
+            self.rows.clear()
+            self.bucket.row = self.bucket.total = torch.empty(0)
+
+
+def _pieces(start: int, end: int) -> list[slice]:
+    """A stretch in pieces of about one size, as few as can be."""
+    if start == end:
+        return []
+    count = -(-(end - start) // PIECE_FLOATS)
+    size = min(PIECE_FLOATS, -(-(end - start) // (count * LINE_FLOATS)) * LINE_FLOATS)
+    return [slice(at, min(at + size, end)) for at in range(start, end, size)]
 
 
 def padded_numel(bucket: Bucket) -> int:
@@ -94,13 +111,19 @@ class TreeSums:
 
     def start(self) -> None:
         self._open = True
+        for lot in self._lots:
+            lot.forget()
         if self._routes.outside:
             self._helper.start(self._expect)
 
     def launch(self, number: int, place: int) -> None:
         lot, routes = self._lots[number], self._routes
-        if lot.bucket.blocks is None:
+        if lot.lone:
             lot.rows[routes.rank, place] = lot.bucket.row
+            if place == self._last_place:
+                # Of each chunk the total comes when who adds it has all of this block: nobody needs it here any more.
+                lot.bucket.total = lot.bucket.row
+                self._expect_totals(number)
         part = routes.sent_alone.get(place)
         if part is not None:
             row = lot.rows[routes.rank, place]
@@ -184,13 +207,18 @@ class TreeSums:
                 ]
                 for n, piece in enumerate(lot.cuts[routes.rank])
             ]
-            lot.totals = [
-                receive(lot.bucket.total[piece], chunk, self._tag(number, n))
-                for chunk in routes.totals_from
-                for n, piece in enumerate(lot.cuts[chunk])
-            ]
+            if not lot.lone:
+                self._expect_totals(number)
         for at in range(min(WINDOW, len(self._own_pieces))):
             self._make_room(at)
+
+    def _expect_totals(self, number: int) -> None:
+        lot, receive = self._lots[number], self._messages.start_receive
+        lot.totals = [
+            receive(lot.bucket.total[piece], chunk, self._tag(number, n))
+            for chunk in self._routes.totals_from
+            for n, piece in enumerate(lot.cuts[chunk])
+        ]
 
     def _make_room(self, at: int) -> None:
         """For the last parts of a piece."""

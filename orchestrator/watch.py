@@ -16,6 +16,7 @@ from orchestrator.runfolder import CONFIG, EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 
 NEWEST_BYTES = 256 * 1024  # of metrics.jsonl: about a thousand steps
+MOST_S = 86_400  # between two looks
 
 
 def newest_run(storage: Path) -> str:
@@ -63,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="show it as it is, and end")
     try:
         settings = parser.parse_args(arguments)
-        if not settings.every > 0:
-            raise UserError(f"--every {settings.every:g}: not above 0; give seconds, such as 1")
+        if not 0 < settings.every <= MOST_S:
+            raise UserError(f"--every {settings.every:g}: not above 0 and at most {MOST_S}; give seconds, such as 1")
         folder = RunFolder(Folder(settings.run or newest_run(Path("runs")), flag="RUN"))
         console = Console()
         if settings.once:
