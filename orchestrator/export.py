@@ -174,7 +174,10 @@ def parser() -> Parser:
         "calibrated ranges (resnet) [none]",
     )  # fmt: skip
     made.add_argument("--out", default="", help="folder or URI that gets the files [RUN/export/QUANTIZE]")
-    made.add_argument("--threads", metavar="N", type=int, default=1, help="CPU threads, of latencies too [1]")
+    made.add_argument(
+        "--threads", metavar="N", type=int, default=1,
+        help="CPU threads, of latencies too; fine-tuning takes all cores [1]",
+    )  # fmt: skip
     made.add_argument("--rounds", metavar="N", type=int, default=101, help="latencies are medians of so many [101]")
     made.add_argument(
         "--round-seconds", metavar="S", type=float, default=20.0,

@@ -18,6 +18,7 @@ from orchestrator.exported import ABOUT, FORMAT, ONNX, PROGRAM
 from orchestrator.measured import (
     Candidate,
     Row,
+    all_cores,
     compared,
     hardware,
     heldout_metrics,
@@ -27,6 +28,7 @@ from orchestrator.measured import (
     table,
 )
 from orchestrator.programs import Program, program_of, save_onnx, save_program
+from orchestrator.progress import counted
 from orchestrator.shards import derive_seed
 from orchestrator.state import weights_sha256
 from workloads.exporting import Exporting
@@ -182,8 +184,10 @@ class Exporter:
             return found
         print(f"int8 loses {lost:.2f} points: fine-tuning for {choices.fine_tune_steps} steps", flush=True)
         drawn = self._drawn("fine-tuning", choices.fine_tune_steps * FINE_TUNE_BATCH, FINE_TUNE_BATCH)
-        many = (drawn, choices.fine_tune_steps)
-        program = fine_tune(model, example, axes, *many, self._mean_loss, choices.fine_tune_lr)
+        steps = choices.fine_tune_steps
+        with all_cores():
+            batches = counted(drawn, steps, "fine-tuning: step")
+            program = fine_tune(model, example, axes, batches, steps, self._mean_loss, choices.fine_tune_lr)
         if program is None:
             given = f"--fine-tune-lr {choices.fine_tune_lr:g}"
             print(f"{given}: fine-tuning diverged, the calibrated model is kept; give a lower one", flush=True)

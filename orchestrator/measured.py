@@ -1,9 +1,10 @@
 """Exported models side by side: held-out metrics, size and latency, fp32 and int8 alternating in one process."""
 
+import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ class Row:
     @property
     def is_int8(self) -> bool:
         return self.kind != "fp32"
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """torch computes on all cores that this process may use within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def heldout_metrics(workload: Workload, model: nn.Module, loader_processes: int) -> dict[str, float]:

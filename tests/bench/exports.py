@@ -80,6 +80,7 @@ def tiles(photos: Path, folder: Path) -> str:
 def exported(run: Path, mode: str, out: Path, settings: argparse.Namespace) -> dict[str, Any]:
     """What an export says of itself."""
     flags = ["--rounds", str(settings.rounds), "--calibration-samples", settings.calibration_samples]
+    flags += ["--fine-tune-steps", str(settings.fine_tune_steps)]
     if export([str(run), "--quantize", mode, "--out", str(out), *flags]):
         raise SystemExit(f"{run}: not exported")
     record = json.loads((out / "export.json").read_text())
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=Path("/usr/share/backgrounds"), help="[/usr/share/backgrounds]")
     parser.add_argument("--steps", type=int, default=0, help="of training for --brief [40 to 120]")
     parser.add_argument("--calibration-samples", default="512", help="[512]")
+    parser.add_argument("--fine-tune-steps", type=int, default=100, help="where calibration loses too much [100]")
     parser.add_argument("--rounds", type=int, default=101, help="[101]")
     settings = parser.parse_args()
     report = paired.header("exports", settings)
