@@ -6,6 +6,7 @@ ends it.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -88,17 +89,19 @@ def stop() -> int:
     for process in psutil.process_iter():
         try:
             folder = process.environ().get(MARK)
+            if folder and process.pid != os.getpid():
+                folders.add(folder)
+                # Children too: Ray's agents write their titles over their environment.
+                found |= {process, *process.children(recursive=True)}
         except psutil.Error:
             continue
-        if folder and process.pid != os.getpid():
-            # Children too: Ray's agents write their titles over their environment.
-            found |= {process, *process.children(recursive=True)}
-            folders.add(folder)
     for process in found:
-        process.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it went with another one
+            process.terminate()
     _, left = psutil.wait_procs(found, STOP_S)
     for process in left:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(left, STOP_S)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ A child of the command waits at a pipe. If the command says farewell, it is sile
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def afterword(workload: str, storage: str, name: str) -> Iterator[None]:
 
 def main(workload: str, storage: str, name: str, pid: str) -> None:
     """Wait for the end of the command, whose process is `pid`."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to the command and all that it started
     if sys.stdin.buffer.read() == FAREWELL:
         return
     from orchestrator.failure import Failure, resume_command, story

@@ -29,6 +29,7 @@ class Dispatcher(Keeper):
         self._evaluation, self._evaluator = 0, ""  # after that many steps, and by whom
         self._ripe, self._finisher = False, ""  # whether the run may be finished, and by whom
         self._halting = False  # a stop is being written down
+        self._turns: dict[str, int] = {}  # how often a worker has asked
         self._recorded_s, self._draining = time.monotonic(), frozenset[str]()
         self._members.left, self._members.looked = self._left, self._look
         self._members.held = self._held_shards
@@ -113,10 +114,13 @@ class Dispatcher(Keeper):
             if self._handout.finish(member_id, done.unit):
                 self._book.add(done)
             await self._advance()
+        number = self._turns[member_id] = self._turns.get(member_id, 0) + 1
         async with self._members.changed:
-            while (answer := self._next(member_id, era)) is None:
+            while number == self._turns[member_id]:
+                if (answer := self._next(member_id, era)) is not None:
+                    return answer
                 await self._members.changed.wait()
-        return answer
+        return Order("attach")  # it has asked anew: nobody waits for this answer
 
     def _next(self, member_id: str, era: int) -> Job | Order | None:
         """What a worker does now; None: nothing yet."""

@@ -20,6 +20,7 @@ from orchestrator.measured import (
     Row,
     all_cores,
     compared,
+    counted,
     hardware,
     heldout_metrics,
     latencies,
@@ -28,7 +29,6 @@ from orchestrator.measured import (
     table,
 )
 from orchestrator.programs import Program, program_of, save_onnx, save_program
-from orchestrator.progress import counted
 from orchestrator.shards import derive_seed
 from orchestrator.state import weights_sha256
 from workloads.exporting import Exporting

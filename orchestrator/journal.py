@@ -1,6 +1,7 @@
 """What a run writes down: steps, events, incidents with their phases, and the result. The coordinator's memory."""
 
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -89,16 +90,19 @@ class Journal:
     def _recover(self) -> None:
         """Read back what the earlier coordinator of this command wrote."""
         self._folder.mend_logs()
-        taken = [loads(line) for line in (self._folder.text(METRICS) or "").splitlines()]
-        mine = [r for r in taken if r["time_s"] >= self._started_s]
-        self.recorded = taken[-1]["step"] if taken else 0
-        if mine:
-            self.loss, self.first_step = mine[-1]["loss"], mine[0]["step"] - 1
-            self.pace.take(mine)
+        newest, mine = dict[str, Any](), list[dict[str, Any]]()
+        for line in io.StringIO(self._folder.text(METRICS) or ""):  # one after the other: there may be millions
+            newest = loads(line)
+            if newest["time_s"] >= self._started_s:
+                self.first_step = newest["step"] - 1 if self.first_step < 0 else self.first_step
+                mine = [newest]
+                self.pace.take(mine)
+        self.recorded = newest.get("step", 0)
+        self.loss = mine[0]["loss"] if mine else self.loss
         fields = {f.name for f in dataclasses.fields(Incident)}
         events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
         events = [event for event in events if event["time_s"] >= self._started_s]
-        self._listener.recall(events, mine[-1:])
+        self._listener.recall(events, mine)
         for event in events:
             if event["event"] == "incident":
                 self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
@@ -107,12 +111,12 @@ class Journal:
                 self.nodes += event["nodes"]
             elif event["event"] == "fault_fired":
                 self.fired.add(event["fault"])
-        silent_s = time.time() - (taken[-1]["time_s"] if taken else time.time())
+        silent_s = time.time() - newest["time_s"] if newest else 0.0
         self.break_off("coordinator_lost", "its process ended and was started anew", self.workers, silent_s)
 
     def log(self, *events: Event) -> None:
         """Append events, unless another command owns the run by now."""
-        if events and not self.superseded:
+        if events and not self.check_owner():
             self._folder.events(events)
             for event in events:
                 self._listener.event(record(event, time.time()))

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from workloads.workload import Samples, Workload
 
 BATCHES = (1, 32)
 FEWEST_ROUNDS = 5
+TOLD_EVERY_S = 5.0
 SIZE_TARGET, POINTS_TARGET = 0.3, 0.5  # of fp32's bytes; percentage points
+
+T = TypeVar("T")
 
 
 class Asked(nn.Module):
@@ -90,6 +94,24 @@ class Row:
     @property
     def is_int8(self) -> bool:
         return self.kind != "fp32"
+
+
+def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, and every few seconds a word on how many of them are done: a bar on a terminal, elsewhere a line."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, what, total, dynamic_ncols=True, leave=False)
+        return
+    began_s = told_s = time.monotonic()
+    for done, item in enumerate(items):
+        now_s = time.monotonic()
+        if done and now_s - told_s >= TOLD_EVERY_S:
+            left_s = (now_s - began_s) * (total - done) / done
+            clock = f"{int(left_s // 60)}:{int(left_s % 60):02d}"
+            print(f"{what} {done:,} of {total:,}  {clock} left", file=sys.stderr, flush=True)
+            told_s = now_s
+        yield item
 
 
 @contextlib.contextmanager

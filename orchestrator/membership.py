@@ -14,17 +14,16 @@ from orchestrator.balancer import Balancer
 from orchestrator.channel import Beat, Desk, Pulse
 from orchestrator.events import WorkerLeft
 from orchestrator.journal import Journal
-from orchestrator.recovery import FIRST_STEP_S, Member, Roster, silence_limit_s, stall_limit_s
+from orchestrator.recovery import FIRST_STEP_S, Member, Roster
 from orchestrator.replicas import must_share
 from orchestrator.reporter import REPORT_EVERY_S
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
-from orchestrator.suspicion import SILENT_DEATHS, Suspicion
-from orchestrator.timekeeper import LEADS_S, STILL_S, Stillness, Timekeeper, judge
+from orchestrator.suspicion import SILENT_DEATHS, Suspicion, Unreachable
+from orchestrator.timekeeper import LEADS_S, STILL_S, Stillness, Timekeeper, judge, limits_s
 
 REPORTS_LATE_S = REPORT_EVERY_S + 0.3  # what rank 0 and a heartbeat may be behind
 CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
-FRUITLESS_GENERATIONS = 5  # joins in a row, by the same step, of workers that lost a connection
 
 
 class Membership:
@@ -48,7 +47,8 @@ class Membership:
         self._pausing = ""  # the kind of incident that it will be
         self.changed = asyncio.Condition()
         self._last = ""  # who leads the end of a stop
-        self._failures, self._fruitless, self._stillness = 0, list[int](), Stillness()
+        self._failures, self._unreachable, self._stillness = 0, Unreachable(), Stillness()
+        self._newcomers = set[str]()  # in a generation whose others have the state
         self.broken_s = time.time()
         self.start = Background(journal.error).start
 
@@ -77,7 +77,7 @@ class Membership:
             first = self.roster.training  # the others were told to come, and could not stay if they would
             self._end_generation(CONNECTION_LOST, f"rank {member.rank} lost a connection: {why}", 0.0)
             if why and first:
-                self._note_fruitless(member, why)
+                self._note_fruitless(member.id, why)
             if self.excluded(member.id):
                 return Order("excluded")
         now = time.time()
@@ -105,15 +105,12 @@ class Membership:
         self.roster.training, self.broken_s = False, time.time()
         self.notify()  # who waits for the others to finish has to come back
 
-    def _note_fruitless(self, member: Member, why: str) -> None:
-        """Workers that cannot reach each other, though all reach the coordinator: the newest one is given up."""
-        step = self._journal.recorded
-        self._fruitless = [at for at in self._fruitless if at == step] + [step]
-        if len(self._fruitless) > FRUITLESS_GENERATIONS:
-            self._fruitless = []
-            newest = max(self.roster.seated.values(), key=lambda m: m.rank, default=member)
-            self.lose(newest.id, "worker_unreachable", why)
-            self.kill(newest)
+    def _note_fruitless(self, voter: str, why: str) -> None:
+        """Workers cannot reach each other, though all reach the coordinator; one of them is given up in the end."""
+        there = {m.id: m.host for m in self.roster.by_rank}
+        if found := self.roster.seated.get(self._unreachable.note(self._journal.recorded, there, voter, why)):
+            self.lose(found.id, "worker_unreachable", why)
+            self.kill(found)
 
     def _tell_seated(self, word: str) -> None:
         for member in self.roster.seated:
@@ -146,6 +143,7 @@ class Membership:
             self._answers[member.id] = Seat(*where, frozenset(self._journal.fired), self._journal.unsaved_s())
             self.roster.seated[member.id] = dataclasses.replace(member, rank=rank, step=max(0, first.step))
             self._pulses[member.id] = Pulse(now, now, Beat(generation, member.step, -1, True))
+        self._newcomers = {m.id for m in order if m.step < 0 <= first.step}
         self._pausing, self.begun = "", False
         self._suspicion.can_train(now)
         self.notify()
@@ -211,7 +209,7 @@ class Membership:
         silent_s, said = now - pulse.heard_s if pulse else 0.0, f"rank {member.rank} (process {member.pid}): {detail}"
         self._end_generation(kind, said, silent_s)
         self.roster.lose(member_id)
-        self.roster.lost_on(member.home, now)
+        self.roster.lost_on(member.home, now, self.roster.generation)
         self._journal.blame(member.node)
         self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail, member.home))
         if kind in ("worker_frozen", "worker_stuck"):
@@ -229,7 +227,8 @@ class Membership:
 
     def failed(self, member_id: str, step: int, error: str) -> None:
         """A worker raised and ends; one that fails as another did before it is no accident."""
-        seated = member_id in self.roster.seated
+        # Before it has the state a newcomer is in no step; what it lacks is its machine's.
+        seated = member_id in self.roster.seated and (self.begun or member_id not in self._newcomers)
         reason = self._suspicion.raised(step, error, self.roster.generation) if seated else ""
         self.lose(member_id, "worker_failed", error)
         self._end_if(reason)
@@ -277,8 +276,8 @@ class Membership:
             self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:
-        steps = self._journal.step_seconds()
-        silence, stall = silence_limit_s(self._stall_s, steps), stall_limit_s(self._stall_s, steps, self.begun)
+        heard = [self._pulses[name].heard_s for name in self.roster.seated if name in self._pulses]
+        silence, stall = limits_s(self._stall_s, self._journal.step_seconds(), self.begun, heard, now)
         for member_id in [member.id for member in self.roster.everyone]:
             if pulse := self._pulses.get(member_id):
                 limit_s = self._stall_s or max(stall, self.read_s if pulse.beat.reading else 0.0)
@@ -288,12 +287,13 @@ class Membership:
                     self.desk.tell(member_id, "dump", self.roster.generation)
                 if lost:
                     self.lose(member_id, *lost)
-        self._check_connections(now, 2 * stall)
+        self._check_connections(now, max(self.still_s, 2 * stall if self.begun else 0.0))
 
     def _check_connections(self, now: float, limit_s: float) -> None:
         """Packets between two workers may be lost without a word, while both reach the coordinator."""
         beats = [self._pulses[m.id].beat for m in self.roster.by_rank if m.id in self._pulses]
         still_s = self._stillness.seconds(now, beats)
-        if self.roster.training and self.begun and still_s > max(self.still_s, limit_s):
-            self._pausing = ""
-            self._end_generation(CONNECTION_LOST, f"all workers wait for each other for {still_s:.0f} s", still_s)
+        if self.roster.training and still_s > limit_s:
+            self._pausing, why = "", f"all workers wait for each other for {still_s:.0f} s"
+            self._end_generation(CONNECTION_LOST, why, still_s)
+            self._note_fruitless("", why)

@@ -91,12 +91,16 @@ def interface_of(address: str) -> str:
 def _end(pid: int) -> str:
     """The stack of process `pid` of this node, as far as it can be had; then SIGKILL."""
     text = "py-spy is not installed"
-    if spy := shutil.which("py-spy") or _beside_python("py-spy"):
-        command = [spy, "dump", "--nonblocking", "--pid", str(pid)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_S, check=False)
-        text = (done.stdout or done.stderr).strip()
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    try:
+        if spy := shutil.which("py-spy") or _beside_python("py-spy"):
+            command = [spy, "dump", "--nonblocking", "--pid", str(pid)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_S, check=False)
+            text = (done.stdout or done.stderr).strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        text = f"py-spy: {error}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     return text
 
 

@@ -3,14 +3,13 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestrator.seats import Status
 
 LINE_EVERY_S = 5.0
-T = TypeVar("T")
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # tqdm's own rate counts waiting, and steps of before
 
 
@@ -94,24 +93,6 @@ class Progress:
             return ""
         seconds = (self._total - status.step) / status.steps_per_s
         return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
-
-
-def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The items, and every few seconds a word on how many of them are done: a bar on a terminal, elsewhere a line."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, what, total, dynamic_ncols=True, leave=False)
-        return
-    began_s = told_s = time.monotonic()
-    for done, item in enumerate(items):
-        now_s = time.monotonic()
-        if done and now_s - told_s >= LINE_EVERY_S:
-            left_s = (now_s - began_s) * (total - done) / done
-            clock = f"{int(left_s // 60)}:{int(left_s % 60):02d}"
-            print(f"{what} {done:,} of {total:,}  {clock} left", file=sys.stderr, flush=True)
-            told_s = now_s
-        yield item
 
 
 def _figures(status: Status) -> str:

@@ -102,6 +102,7 @@ class Roster:
     _joined_s: float = 0.0
     _losses: dict[str, deque[float]] = field(default_factory=dict)
     _out_s: dict[str, float] = field(default_factory=dict)
+    _lost_in: dict[str, int] = field(default_factory=dict)
 
     @property
     def drained(self) -> bool:
@@ -138,11 +139,17 @@ class Roster:
             self.training = False
         return member
 
-    def lost_on(self, home: str, now: float) -> None:
+    def lost_on(self, home: str, now: float, generation: int = -1) -> None:
         """A machine lost workers: one that keeps doing so is left out for a while, each time for longer.
 
         The window in which losses are counted stands still while it is left out: it cannot fail then.
+
+        Args:
+            generation: in which it lost them, all of them once; -1: not known.
         """
+        if generation >= 0 and self._lost_in.get(home) == generation:
+            return
+        self._lost_in[home] = generation
         until, out_s = self.left_out.get(home, 0.0), self._out_s.get(home, 0.0)
         used_s = now - out_s + max(0.0, until - now)
         losses = self._losses.setdefault(home, deque(maxlen=64))

@@ -19,12 +19,14 @@ from ray.util.tpu import SlicePlacementGroup
 from orchestrator.cluster_fit import Node
 from orchestrator.halting import wait
 from orchestrator.leader import ElasticController
+from orchestrator.openings import Filled, Opening
 from orchestrator.seats import OVER
 from orchestrator.slices import SLICE_NAME, SliceShape, idle, shape_of, whole_slices
-from orchestrator.worker_group import RAY_NODE_ID_KEY, ElasticWorkerGroup, Filled, Opening
+from orchestrator.worker_group import RAY_NODE_ID_KEY, ElasticWorkerGroup
 
 CLAIM_S = 10.0  # after which a slice that was not to be had after all, for somebody was quicker, is let go
 LOOK_S = 1.0
+START_S = 60.0  # for all processes of a slice whose chips are ours
 log = logging.getLogger("ray.train")
 
 
@@ -93,6 +95,7 @@ class SliceWorkerGroup(ElasticWorkerGroup):
         self._claim: SliceRooms | None = None
         self._asked_ready: list[Any] = []
         self._starting: list[Opening] = []
+        self._start_by_s = 0.0
         self._looked_s = 0.0
         super()._start_impl(builder)
 
@@ -157,12 +160,20 @@ class SliceWorkerGroup(ElasticWorkerGroup):
         self._starting = due[: len(nodes)]
         for opening, node in zip(self._starting, nodes, strict=True):
             opening.actor = self._actor({RAY_NODE_ID_KEY: node}, "DEFAULT")
-            opening.asked = opening.actor.get_metadata.remote()
+            opening.asked, opening.asked_s = opening.actor.get_metadata.remote(), time.time()
+        self._start_by_s = now + START_S
 
     def _look_at_start(self) -> None:
         """The slice's processes all start, or none."""
         asked = [opening.asked for opening in self._starting]
-        if len(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) < len(asked):
+        there = ray.wait(asked, num_returns=len(asked), timeout=0)[0]
+        if len(there) < len(asked):
+            if time.monotonic() > self._start_by_s:  # a host is gone, or another run has taken the chips
+                log.warning("%d of %d workers of a slice have not started", len(asked) - len(there), len(asked))
+                for opening in self._starting:
+                    ray.kill(opening.actor)
+                    opening.actor = None
+                self._starting = []
             return
         starting, self._starting = self._starting, []
         for opening in starting:

@@ -152,8 +152,9 @@ class SplitWorker(Worker):
             self._whole = state.tensors()
             return
         recorder.checkpoint_now(state, recorder.leads)
-        self._sha256 = state.sha256()
-        group.broadcast_object(None)  # rank 0 has it written
+        sha256 = state.sha256()
+        group.broadcast_object(None)  # rank 0 has it written; not before that is anything saved
+        self._sha256 = sha256
 
     def _save_parts(self, workload: Any, group: Any) -> None:
         """Put the model together, which rank 0 saves."""

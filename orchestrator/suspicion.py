@@ -1,9 +1,11 @@
 """When workers that are lost are no accident: facts and times come in, a reason to stop comes out."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SILENT_DEATHS = 4  # that many, one after the other: of holders of one shard of one step, or of who never had a seat
+FRUITLESS_GENERATIONS = 5  # in a row, by the same step, of workers that lost a connection
 
 
 @dataclass
@@ -52,6 +54,46 @@ class Suspicion:
     def can_train(self, now_s: float) -> None:
         """Somebody has a seat, or waits for one: ends of those that came before tell nothing about the run."""
         self._early, self._early_s = 0, now_s
+
+
+@dataclass
+class Unreachable:
+    """Workers that cannot reach each other, though all of them reach the coordinator.
+
+    Whose fault it is is told by the errors of the others, which name its address; where they do not, it is the worker
+    of the highest rank among those that were there when the trouble began.
+    """
+
+    _step: int = -1
+    _times: int = 0
+    _there: frozenset[str] = frozenset()
+    _errors: dict[str, set[str]] = field(default_factory=dict)
+
+    def note(self, step: int, there: Mapping[str, str], voter: str, error: str) -> str:
+        """A generation ended because a connection was lost; returns who is to be given up, or "".
+
+        Args:
+            step: how many steps are committed.
+            there: who sat in it, in the order of ranks, and their addresses.
+            voter: who has lost a connection; "": nobody says so.
+            error: as it saw it.
+        """
+        if step != self._step:
+            self._step, self._times, self._there, self._errors = step, 0, frozenset(there), {}
+        self._times += 1
+        self._errors.setdefault(voter, set()).add(error)
+        if self._times <= FRUITLESS_GENERATIONS:
+            return ""
+        self._times = 0
+        suspects = [member for member in there if member in self._there] or list(there)
+        votes = {member: self._votes(member, there[member]) for member in suspects}
+        most = max(votes.values(), default=0)
+        return next((member for member in reversed(suspects) if votes[member] == most or most < 2), "")
+
+    def _votes(self, member: str, address: str) -> int:
+        """How many of the others have named it."""
+        named = [voter for voter, errors in self._errors.items() if any(f"[{address}]" in e for e in errors)]
+        return len([voter for voter in named if voter not in ("", member)]) if address else 0
 
 
 @dataclass

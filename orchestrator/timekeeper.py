@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.channel import PING_S, Beat, Pulse
+from orchestrator.channel import DESK_SILENT_S, PING_S, Beat, Pulse
+from orchestrator.recovery import silence_limit_s, stall_limit_s
 
 TICK_S = 0.1
 COME_BACK_S = 10.0
@@ -71,6 +72,23 @@ def judge(pulse: Pulse, now: float, silence_s: float, stall_s: float, back_s: fl
     if back_s is not None and back_s > max(stall_s, COME_BACK_S):
         return "worker_stuck", f"did not come back for {back_s:.1f} s"
     return None
+
+
+def limits_s(
+    given_s: float, steps_s: Sequence[float], begun: bool, heard_s: Sequence[float], now: float
+) -> tuple[float, float]:
+    """Seconds without a heartbeat, and without progress, after which a worker is given up.
+
+    Where nobody at all is heard, it is the coordinator's own line: workers take that for lost after DESK_SILENT_S.
+
+    Args:
+        given_s, steps_s, begun: see recovery.stall_limit_s.
+        heard_s: when each worker of the generation was last heard.
+    """
+    silence_s = silence_limit_s(given_s, steps_s)
+    if not given_s and len(heard_s) > 1 and now - max(heard_s) > silence_s / 2:
+        silence_s = max(silence_s, DESK_SILENT_S)
+    return silence_s, stall_limit_s(given_s, steps_s, begun)
 
 
 @dataclass

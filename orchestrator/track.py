@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -218,6 +219,7 @@ def alone(uri: str, wait: bool) -> Iterator[None]:
 def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> None:
     """Follow the run of the command that started this, until that has ended: its end of our stdin is closed."""
     os.nice(BEHIND)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `ray job stop` sends it to the command and all that it started
     ended = threading.Event()
 
     def listen() -> None:

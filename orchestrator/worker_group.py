@@ -13,7 +13,6 @@ can be placed again (https://github.com/ray-project/ray/pull/65007), which may b
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -27,42 +26,16 @@ from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import PlacementGroup
 
 from orchestrator.halting import wait
+from orchestrator.openings import Filled, Opening, last_line
 from orchestrator.seats import NAMESPACE, OVER
 from orchestrator.strict import allows, node_wanted, waits_in_vain
 
 LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
 BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
+UNHEARD_S = 300.0  # a process that does not answer for so long is stopped, or its machine cannot be reached
 ANSWER_S = 0.02  # a coordinator with nothing else to do answers sooner
 END_S = 5.0  # workers still there so long after the run's end are shut down
 log = logging.getLogger("ray.train")
-
-
-@dataclass
-class Opening:
-    """A worker that is missing.
-
-    Attributes:
-        failures: workers in a row that ended here soon.
-        not_before_s: monotonic time before which nobody is asked for.
-        actor, asked: the one that is awaited.
-        node: what was asked of the id of its node.
-    """
-
-    failures: int = 0
-    not_before_s: float = 0.0
-    actor: Any = None
-    asked: Any = None
-    node: str = ""
-
-
-@dataclass
-class Filled:
-    """A worker that was started, when, and how often others ended soon in its place."""
-
-    worker: Worker
-    failures: int = 0
-    since_s: float = field(default_factory=time.monotonic)
-    poll: Any = None
 
 
 class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
@@ -107,7 +80,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         Workers report to the coordinator, so there are no reports to hand on to Ray Train's callbacks.
         """
         for filled in self._filled:
-            filled.poll = filled.poll or filled.worker.actor.poll_status.remote()
+            filled.ask()
         polls = [filled.poll for filled in self._filled]
         if polls:
             ray.wait(polls, num_returns=len(polls), timeout=timeout)
@@ -146,7 +119,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _lives(self, filled: Filled) -> bool:
         """Whether a worker goes on; one that does not leaves an opening behind."""
         if not ray.wait([filled.poll], timeout=0)[0]:
-            return True
+            if time.monotonic() - filled.asked_s < UNHEARD_S:
+                return True
+            self._vacate(filled, WorkerStatus(running=False, error=TimeoutError(f"no answer for {UNHEARD_S:.0f} s")))
+            return False
         poll, filled.poll = filled.poll, None
         try:
             status: WorkerStatus = ray.get(poll)
@@ -165,7 +141,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         if status.return_value == OVER:
             return
         if status.error:
-            self._coordinator.process_ended.remote(time.time() - lived_s, _last_line(status.error))
+            self._coordinator.process_ended.remote(time.time() - lived_s, last_line(status.error))
         self._open(filled.failures + 1 if status.error and lived_s < LIVED_S else 0)
 
     def _open(self, failures: int) -> None:
@@ -199,7 +175,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             self._fill(opening)
         except Exception as error:
             log.warning("a new worker did not start", exc_info=True)
-            self._coordinator.process_ended.remote(time.time(), _last_line(error))
+            self._coordinator.process_ended.remote(opening.asked_s, last_line(error))
             ray.kill(opening.actor)
             self._open(opening.failures + 1)
 
@@ -210,7 +186,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         opening.node = node_wanted(context.placement_strategy, self._nodes)
         labels = {**labels, **({RAY_NODE_ID_KEY: opening.node} if opening.node else {})}
         opening.actor = self._actor(labels, "SPREAD" if "SPREAD" in context.placement_strategy else "DEFAULT")
-        opening.asked = opening.actor.get_metadata.remote()
+        opening.asked, opening.asked_s = opening.actor.get_metadata.remote(), time.time()
 
     def _actor(self, labels: dict[str, str], strategy: str) -> Any:
         """A worker's actor, on a node with these labels."""
@@ -292,8 +268,3 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         """See WorkerGroup."""
         self._cancel_openings()
         super().shutdown()
-
-
-def _last_line(error: Exception) -> str:
-    """Of its text, which may be a traceback."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

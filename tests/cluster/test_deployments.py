@@ -1,6 +1,7 @@
 """The files of cluster/: valid by Ray's own schema and by KubeRay's definitions, and with what the README promises."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,16 @@ def test_the_versions_are_those_of_the_project() -> None:
     import ray
 
     assert cluster_of("raycluster")["rayVersion"] == ray.__version__
+
+
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_a_spot_machine_listens_for_its_notice(name: str) -> None:
+    """After Ray has started, and without holding up `ray up`; of an earlier start one is not left beside it."""
+    stop, start, listen = load(name)["worker_start_ray_commands"]
+    assert "ray start" in start
+    assert listen.endswith("&")
+    assert f"-m cluster.notice {name}" in listen
+    assert ">" in listen
+    pattern = stop.split("'")[1]
+    assert re.search(pattern, listen)
+    assert not re.search(pattern, stop), "it would end its own shell"

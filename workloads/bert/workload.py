@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ from workloads.bert.masking import Masking, document_numbers, heldout_seeds, tra
 from workloads.bert.windows import window
 from workloads.bert.wordpiece import MASK, PAD, SEP
 from workloads.workload import Batch, Piece, Split, Sums
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A file that is an array."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def open(self) -> NDArray[Any]:
+        """The array, read as it is used."""
+        return np.memmap(self.file, self.dtype, "r", shape=self.shape)
 
 
 class BertSamples:
@@ -44,6 +58,19 @@ class BertSamples:
         self._sep_id = sep_id
         self._short = short
         self.modules = ("workloads.bert.workload",)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process maps the file too; numpy would send it what is in it."""
+        mapped = self._sequences
+        if not isinstance(mapped, np.memmap):
+            return self.__dict__
+        return self.__dict__ | {"_sequences": Mapped(str(mapped.filename), str(mapped.dtype), mapped.shape)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See `__getstate__`."""
+        self.__dict__.update(state)
+        if isinstance(self._sequences, Mapped):
+            self._sequences = self._sequences.open()
 
     def __len__(self) -> int:
         return len(self._sequences)
