@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from orchestrator.layout import Layout, group_placement, layout_of, room_for_whole, unit_placement, units_of, usable
 from orchestrator.recovery import Holding, Member
 from orchestrator.replicas import ReplicaRoster, must_share
+from orchestrator.split_worker import SplitWorker
+from orchestrator.stores import PeerLostError
 from orchestrator.values import Parallel
 
 KINDS = st.one_of(
@@ -251,3 +253,39 @@ def test_a_group_of_those_who_have_the_newer_state_is_preferred_to_an_older_chec
     r.saved = 3
     come_back(r, 7)
     assert [(m.id, m.step) for m in r.form(2 * LATER)] == [("a", 7), ("b", 7)]
+
+
+class Leaving:
+    """The state of one group, its recorder, and its line to a rank 0 that is lost while it writes."""
+
+    layout = seating = None
+
+    def __init__(self, stops: bool) -> None:
+        self.stopping, self.leads, self.written = stops, False, 0
+        self.seating, self.carries = self, 1
+
+    def pieces(self) -> dict:
+        return {}
+
+    def gather_objects(self, told: object) -> list:
+        return [told]
+
+    def checkpoint_now(self, state: object, lead: bool) -> None:
+        self.written += 1
+
+    def sha256(self) -> str:
+        return "ab" * 32
+
+    def broadcast_object(self, word: object) -> None:
+        raise PeerLostError("Connection closed by peer")
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_not_held_for_one():
+    """A stop, two groups: while rank 0's writes, it is lost. The other group has the state, and no checkpoint."""
+    worker = object.__new__(SplitWorker)
+    worker._state = worker._recorder = group = Leaving(stops=True)
+    worker._sha256, worker._whole, worker._host = "", {}, "10.0.0.1"
+    with pytest.raises(PeerLostError):
+        worker._leave(group)
+    assert group.written == 1
+    assert worker._sha256 == ""
