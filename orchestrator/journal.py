@@ -16,6 +16,7 @@ from orchestrator.events import (
     CheckpointRejected,
     CheckpointSaved,
     CoordinatorRestarted,
+    Evaluated,
     Event,
     GenerationStarted,
     Incident,
@@ -28,7 +29,7 @@ from orchestrator.failure import Failure
 from orchestrator.incident import KILLED, PAUSES, OpenIncident
 from orchestrator.pace import Pace
 from orchestrator.plan import Plan
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder, dumps, loads
 from orchestrator.storage import Folder
 from orchestrator.values import Parallel
 
@@ -115,13 +116,20 @@ class Journal:
         self.break_off("coordinator_lost", "its process ended and was started anew", self.workers, silent_s)
 
     def log(self, *events: Event) -> None:
-        """Append events, unless another command owns the run by now."""
+        """Append events, unless another command owns the run by now; an evaluation that is told of twice once."""
+        events = tuple(event for event in events if not self._told(event))
         if events and not self.check_owner():
             self._folder.events(events)
             for event in events:
                 self._listener.event(record(event, time.time()))
                 if isinstance(event, CheckpointSaved | CheckpointLoaded):
                     self.saved, self._saved_s = event.step, time.monotonic()
+
+    def _told(self, event: Event) -> bool:
+        if not isinstance(event, Evaluated):
+            return False
+        told = dumps([event.step, event.metrics])
+        return any(dumps([e["step"], e["metrics"]]) == told for e in self._folder.every("evaluated"))
 
     @property
     def problem(self) -> str:

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from orchestrator.events import Event
+from orchestrator.events import Evaluated, Event
 
 REPORT_EVERY_S = 0.5  # a call takes the coordinator's process a millisecond
 KEPT = 8192  # steps; more than what a lost coordinator has not put into storage yet
@@ -22,6 +22,7 @@ class Reporter:
         self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._records: list[dict[str, Any]] = []
         self._events: list[Event] = []
+        self._evaluated: list[Event] = []  # the newest evaluation, if any
         self._closing = False
         self._hurry = threading.Event()
         self._speaks = False
@@ -39,13 +40,14 @@ class Reporter:
         with self._lock:
             self._speaks, self._turns = speaks, self._turns + 1
             self._records = [r for r in self._kept if r["step"] > recorded] if speaks else []
-            if not speaks:
-                self._events = []
+            # The one before may have been lost before it told of the evaluation that all had done.
+            self._events = [*self._events, *self._evaluated] if speaks else []
 
     def forget(self) -> None:
         """The steps that were taken are void: the run goes on from a checkpoint."""
         with self._lock:
             self._kept.clear()
+            self._evaluated = []
             self._records, self._turns = [], self._turns + 1
 
     def step(self, record: dict[str, Any], hurry: bool) -> None:
@@ -59,6 +61,8 @@ class Reporter:
 
     def event(self, event: Event) -> None:
         with self._lock:
+            if isinstance(event, Evaluated):
+                self._evaluated = [event]
             if self._speaks:
                 self._events.append(event)
 

@@ -9,7 +9,7 @@ import pytest
 import ray
 from toys import toy_plan
 
-from orchestrator.events import CheckpointLoaded, Event
+from orchestrator.events import CheckpointLoaded, Evaluated, Event
 from orchestrator.journal import Journal
 from orchestrator.reporter import Reporter
 
@@ -68,3 +68,40 @@ def test_steps_under_way_to_a_lost_coordinator_are_written_down_once(tmp_path, m
     assert [record["step"] for record in read] == [1, 2, 3, 4]
     told = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in told if event["event"] == "checkpoint_loaded"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("accuracy", [0.75, float("nan")])
+@pytest.mark.parametrize("sent", [True, False])
+def test_an_evaluation_outlives_the_rank_0_that_would_have_told_of_it(tmp_path, monkeypatch, accuracy, sent):
+    """All ranks have done it; it is written down once, whoever of them is lost."""
+    monkeypatch.setattr(ray, "get", lambda call: call())
+    coordinator = Coordinator(tmp_path)
+    first, second = Reporter(coordinator), Reporter(coordinator)
+    first.take_over(speaks=True, recorded=0)
+    second.take_over(speaks=False, recorded=0)
+    for step in (10, 20):
+        for reporter in (first, second):
+            reporter.event(Evaluated(step, {"accuracy": accuracy}))
+        if sent or step == 10:
+            first.flush()
+    first._events = []  # it is lost
+    second.take_over(speaks=True, recorded=20)
+    second.flush()
+    second.take_over(speaks=True, recorded=20)
+    second.flush()
+    first.close()
+    second.close()
+    records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "evaluated"] == [10, 20]
+
+
+def test_an_evaluation_of_steps_that_are_void_is_not_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda call: call())
+    coordinator = Coordinator(tmp_path)
+    reporter = Reporter(coordinator)
+    reporter.take_over(speaks=False, recorded=0)
+    reporter.event(Evaluated(10, {"accuracy": 0.5}))
+    reporter.forget()
+    reporter.take_over(speaks=True, recorded=0)
+    reporter.close()
+    assert "evaluated" not in (tmp_path / "events.jsonl").read_text()
