@@ -19,7 +19,7 @@ from orchestrator.sharedmemory import share
 from orchestrator.tree import Bucket, Transport, fold
 
 PIECE_FLOATS = 3 * 2**17  # of one message at most: it is added while the next is on its way, and fits into a cache
-WINDOW = 8  # pieces that there is room for before they are added
+WINDOW = 4  # pieces that there is room for before they are added; more would not stay in a cache
 LINE_FLOATS = 16  # of a cache line: no two workers write to the same
 HERE_TAG = 0  # of a word within a team: all blocks of a bucket are there; all totals are there and nothing is sent
 
