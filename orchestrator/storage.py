@@ -268,6 +268,8 @@ def local_path(uri: str, flag: str) -> str:
         raise UserError(f"{flag} {uri}: names no folder; {ALLOWED}")
     if "://" in uri and not uri.startswith("file://"):
         return ""
+    if uri.startswith("file://") and uri[7] not in "/~":
+        raise UserError(f"{flag} {uri}: names a host; a folder of this machine has three slashes, such as file:///data")
     try:
         return str(Path(uri.removeprefix("file://")).expanduser().absolute())
     except RuntimeError as error:  # ~name/..., and there is no such user

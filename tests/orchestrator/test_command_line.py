@@ -91,6 +91,7 @@ BAD = {
     "stages of resnet": (["resnet", "--parallel", "pipeline=6", "--workers", "6"], "5 stages at most"),
     "heads": (["bert", "--parallel", "tensor=4"], "use N of 2"),
     "layers": (["bert", "--parallel", "pipeline=5", "--workers", "5"], "4 stages at most"),
+    "a host": (["resnet", "--storage", "file://data/runs"], "--storage file://data/runs: names a host"),
     "no folder": (["resnet", "--storage", "file://"], "--storage file://: names no folder"),
     "no bucket": (["resnet", "--storage", "s3://"], "--storage s3://: names no bucket"),
     "heads first": (["bert", "--parallel", "tensor=3", "--workers", "2"], "use N of 2"),
