@@ -79,7 +79,8 @@ def limits_s(
 ) -> tuple[float, float]:
     """Seconds without a heartbeat, and without progress, after which a worker is given up.
 
-    Where nobody at all is heard, it is the coordinator's own line: workers take that for lost after DESK_SILENT_S.
+    Where nobody at all is heard, it is the coordinator's own line: workers take that for lost after DESK_SILENT_S, and
+    get as long again to come back. Nodes that are really gone are missed by Ray.
 
     Args:
         given_s, steps_s, begun: see recovery.stall_limit_s.
@@ -87,7 +88,7 @@ def limits_s(
     """
     silence_s = silence_limit_s(given_s, steps_s)
     if not given_s and len(heard_s) > 1 and now - max(heard_s) > silence_s / 2:
-        silence_s = max(silence_s, DESK_SILENT_S)
+        silence_s = max(silence_s, 2 * DESK_SILENT_S)
     return silence_s, stall_limit_s(given_s, steps_s, begun)
 
 
