@@ -64,7 +64,7 @@ def wait_for_notice(cloud: str, base: str) -> float:
         try:
             left_s = CLOUDS[cloud][0](base, time.time())
             silent = False
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever an answer that is none leads to
             if not silent:
                 print(f"{base}: no answer ({error}); asking on", file=sys.stderr, flush=True)
             left_s, silent = None, True

@@ -30,6 +30,7 @@ class Dispatcher(Keeper):
         self._ripe, self._finisher = False, ""  # whether the run may be finished, and by whom
         self._halting = False  # a stop is being written down
         self._turns: dict[str, int] = {}  # how often a worker has asked
+        self._trained = False  # whether there were enough workers, when somebody came or left the last time
         self._recorded_s, self._draining = time.monotonic(), frozenset[str]()
         self._members.left, self._members.looked = self._left, self._look
         self._members.held = self._held_shards
@@ -66,8 +67,8 @@ class Dispatcher(Keeper):
     def _regroup(self) -> None:
         """Who trains has changed: a new generation begins, with no barrier."""
         roster = self._members.roster
-        waited = not roster.training
         roster.training = self._handout is not None and len(roster.seated) >= roster.minimum
+        waited, self._trained = roster.training and not self._trained, roster.training
         if not roster.training or self._handout is None or self._outcome:
             return
         if waited:  # which is no part of a step

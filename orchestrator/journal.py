@@ -1,16 +1,17 @@
 """What a run writes down: steps, events, incidents with their phases, and the result. The coordinator's memory."""
 
+import contextlib
 import dataclasses
 import io
 import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from orchestrator.accelerators import SeenDevices
+from orchestrator.errors import StorageError
 from orchestrator.events import (
     CheckpointLoaded,
     CheckpointRejected,
@@ -70,7 +71,7 @@ class Journal:
         self.open: OpenIncident | None = None
         self._unsettled: list[tuple[Incident, set[str]]] = []
         self.pace = Pace()
-        self._seconds: deque[float] = deque(maxlen=50)
+        self._told: set[str] | None = None  # evaluations that are written down; None: not looked up yet
         # An earlier coordinator may have been lost after the end.
         self.result: dict[str, Any] | None = self._folder.result() if again else None
         self.figures: dict[str, Any] = {}  # more for the result
@@ -117,7 +118,7 @@ class Journal:
 
     def log(self, *events: Event) -> None:
         """Append events, unless another command owns the run by now; an evaluation that is told of twice once."""
-        events = tuple(event for event in events if not self._told(event))
+        events = tuple(event for event in events if not self._told_before(event))
         if events and not self.check_owner():
             self._folder.events(events)
             for event in events:
@@ -125,11 +126,14 @@ class Journal:
                 if isinstance(event, CheckpointSaved | CheckpointLoaded):
                     self.saved, self._saved_s = event.step, time.monotonic()
 
-    def _told(self, event: Event) -> bool:
+    def _told_before(self, event: Event) -> bool:
         if not isinstance(event, Evaluated):
             return False
-        told = dumps([event.step, event.metrics])
-        return any(dumps([e["step"], e["metrics"]]) == told for e in self._folder.every("evaluated"))
+        if self._told is None:
+            self._told = {dumps([e["step"], e["metrics"]]) for e in self._folder.every("evaluated")}
+        known = len(self._told)
+        self._told.add(dumps([event.step, event.metrics]))
+        return len(self._told) == known
 
     @property
     def problem(self) -> str:
@@ -149,8 +153,9 @@ class Journal:
         """Whether another command has taken the run over (the driver of this one may have been killed)."""
         if not self.superseded and time.monotonic() >= self._check_at_s:
             self._check_at_s = time.monotonic() + OWNER_EVERY_S
-            owner = self._folder.owner()
-            self.superseded = owner is not None and owner != self._token
+            with contextlib.suppress(OSError, StorageError):  # a storage that is away; asked again in a second
+                owner = self._folder.owner()
+                self.superseded = owner is not None and owner != self._token
         return self.superseded
 
     def unsaved_s(self) -> float:
@@ -163,7 +168,7 @@ class Journal:
 
     def step_seconds(self) -> list[float]:
         """Seconds of the newest steps."""
-        return list(self._seconds)
+        return self.pace.newest(50)
 
     def break_off(self, kind: str, detail: str, workers: int, detect_s: float) -> None:
         """A generation of `workers` has ended; a fault during recovery belongs to the incident that is open."""
@@ -219,7 +224,6 @@ class Journal:
         self.recorded, self.loss = new[-1]["step"], new[-1]["loss"]
         self.best = max(self.best, self.recorded)
         self.pace.take(new)
-        self._seconds.extend(r["step_s"] for r in new)
         if self.open is not None and self.open.begun_s and new[-1]["generation"] >= self.open.generation:
             self.close_incident()
 

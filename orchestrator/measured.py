@@ -116,9 +116,12 @@ def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
-    """torch computes on all cores that this process may use within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
+    """torch computes on all cores that this process may use within: those of its container, where that has fewer."""
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no control groups of version 2, or no limit: "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    torch.set_num_threads(max(before, cores))
     try:
         yield
     finally:

@@ -276,7 +276,7 @@ class Membership:
             self.pause("rebalanced")
 
     def _check_pulses(self, now: float) -> None:
-        heard = [self._pulses[name].heard_s for name in self.roster.seated if name in self._pulses]
+        heard = [self._pulses[m.id].heard_s for m in self.roster.everyone if m.id in self._pulses]
         silence, stall = limits_s(self._stall_s, self._journal.step_seconds(), self.begun, heard, now)
         for member_id in [member.id for member in self.roster.everyone]:
             if pulse := self._pulses.get(member_id):

@@ -23,6 +23,10 @@ class Pace:
         self._recent.extend((r["time_s"], r["samples"]) for r in records)
         self._step_s.extend(r["step_s"] for r in records)
 
+    def newest(self, count: int) -> list[float]:
+        """Seconds of the last `count` steps, or of fewer."""
+        return self._step_s[-count:].tolist()
+
     def cut(self, step: int) -> None:
         """Steps after `step` are void."""
         del self._step_s[max(0, step + 1 - self._first) :]

@@ -52,6 +52,8 @@ class Recorder(Observer):
         if self._seat is None or (seat.rank == 0 and not self.leads):
             self._checkpointed_s = time.monotonic() - seat.unsaved_s
         self._seat, self.pause, self.stopping = seat, False, False
+        if seat.step < 0:
+            self.reporter.forget()  # steps after the checkpoint are taken anew
         self.reporter.take_over(seat.rank == 0, seat.recorded)
 
     def settle_precision(self, workload: Workload, state: TrainingState, group: Group) -> Plan:

@@ -177,7 +177,8 @@ def time_section(history: History) -> dict[str, Any]:
     useful_s = float(history.column("step_s").sum())
     goodput = (history.result or {}).get("goodput", useful_s / wall_s if wall_s else 0.0)
     told = f"Parts of a step, over the run. In all: {shares_told(history)}."
-    note = f"Goodput{of_last(history)}, the share of wall time that went into steps that count: {goodput:.1%}."
+    of = of_last(history) if history.result else " so far"
+    note = f"Goodput{of}, the share of wall time that went into steps that count: {goodput:.1%}."
     drawn = chart("shares", told, spoken.shares(history), shares_chart(history))
     return section("Where the time goes", charts=[drawn], note=note)
 

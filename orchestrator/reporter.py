@@ -48,6 +48,7 @@ class Reporter:
         with self._lock:
             self._kept.clear()
             self._evaluated = []
+            self._events = [event for event in self._events if not isinstance(event, Evaluated)]
             self._records, self._turns = [], self._turns + 1
 
     def step(self, record: dict[str, Any], hurry: bool) -> None:

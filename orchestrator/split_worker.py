@@ -83,8 +83,6 @@ class SplitWorker(Worker):
         from orchestrator.split_build import build_part
 
         kept = self._kept if seat.step >= 0 else None
-        if seat.step < 0:
-            self._recorder.reporter.forget()  # steps after the checkpoint are taken anew
         layout = layout_of(self._plan.config.parallel, group.world)
         self._state = None
         whole = build_state(self._plan, self._workload, group.device) if layout.size == 1 else None

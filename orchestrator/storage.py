@@ -264,15 +264,14 @@ class Folder:
 
 def local_path(uri: str, flag: str) -> str:
     """The absolute path of a local folder, given as it is or as file://; "": the URI is of another kind."""
-    if uri == "file://":
-        raise UserError(f"{flag} {uri}: names no folder; {ALLOWED}")
-    if "://" in uri and not uri.startswith("file://"):
+    if not uri.startswith("file://") and "://" in uri:
         return ""
-    if uri.startswith("file://") and uri[7] not in "/~":
-        raise UserError(f"{flag} {uri}: names a host; a folder of this machine has three slashes, such as file:///data")
+    if uri.startswith("file://") and uri[7:8] not in ("/", "~"):
+        wrong = "names a host, not a folder such as file:///data" if uri[7:] else "names no folder"
+        raise UserError(f"{flag} {uri}: {wrong}; {ALLOWED}")
     try:
         return str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    except RuntimeError as error:  # ~name/..., and there is no such user
+    except RuntimeError as error:  # ~somebody unknown
         raise UserError(f"{flag} {uri}: {_line(error)}; {ALLOWED}") from None
 
 

@@ -84,7 +84,7 @@ def limits_s(
 
     Args:
         given_s, steps_s, begun: see recovery.stall_limit_s.
-        heard_s: when each worker of the generation was last heard.
+        heard_s: when each worker was last heard, those that wait for a seat too.
     """
     silence_s = silence_limit_s(given_s, steps_s)
     if not given_s and len(heard_s) > 1 and now - max(heard_s) > silence_s / 2:

@@ -109,15 +109,17 @@ def test_a_machine_that_stays_is_waited_with(cloud: Cloud, name: str) -> None:
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_a_server_that_fails_is_asked_again(cloud: Cloud, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With no answer, an error, or rubbish; said once."""
-    cloud.pages["PUT", "/latest/api/token"] = ({}, 500, "")
+    for path in ("/latest/api/token", "/latest/meta-data/spot/instance-action"):
+        cloud.pages["PUT" if path.endswith("token") else "GET", path] = ({}, 500, "")
     cloud.pages["GET", "/computeMetadata/v1/instance/preempted"] = ({}, 503, "")
     found: list[float] = []
     waits = threading.Thread(target=lambda: found.append(notice.wait_for_notice(name, cloud.url)), daemon=True)
     waits.start()
     until(lambda: cloud.asked > 10)
-    on_aws(cloud, "<html>not JSON</html>")
-    asked = cloud.asked
-    until(lambda: cloud.asked > asked + 10)
+    for rubbish in ("<html>not JSON</html>", "null", "[]", '{"time": 7}'):
+        on_aws(cloud, rubbish)
+        asked = cloud.asked
+        until(lambda before=asked: cloud.asked > before + 10)
     on_aws(cloud, json.dumps({"action": "terminate", "time": in_seconds(60)}))
     on_gcp(cloud, "TRUE\n")
     waits.join(20)

@@ -65,6 +65,25 @@ def test_a_hiccup_of_the_coordinators_line_costs_nothing(tmp_path) -> None:
     play(story, tmp_path, workers=3)
 
 
+def test_two_of_one_machine_fall_silent_while_others_have_come_back(tmp_path) -> None:
+    """Who waits for a seat is heard as well: it is not the coordinator's line."""
+
+    async def story(run: Run) -> None:
+        a, b, *_ = workers = await run.enlist("abcd")
+        run.steps(*range(1, 11), by=workers)
+        back = [asyncio.create_task(worker.join("Connection closed by peer")) for worker in (a, b)]
+        await asyncio.wait(back, timeout=0)
+        assert set(run.members.roster.ready) == {"a", "b"}
+        pulses = run.members._pulses
+        for name, ago_s in (("a", 0.0), ("b", 0.2), ("c", 5.2), ("d", 5.1)):
+            pulses[name].heard_s = 1e9 - ago_s
+        run.members._check_pulses(1e9)
+        assert set(run.members.roster.seated) <= {"a", "b"}
+        await asyncio.gather(*back)
+
+    play(story, tmp_path, workers=4)
+
+
 def test_packets_that_are_lost_while_state_is_handed_over(tmp_path) -> None:
     """All wait for each other before training has begun: they connect anew, and in the end one of them is replaced."""
 

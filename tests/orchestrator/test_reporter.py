@@ -89,10 +89,13 @@ def test_an_evaluation_outlives_the_rank_0_that_would_have_told_of_it(tmp_path, 
     second.flush()
     second.take_over(speaks=True, recorded=20)
     second.flush()
+    second.event(Evaluated(30, {"accuracy": accuracy}))
+    second.take_over(speaks=True, recorded=30)  # before it was sent
+    second.flush()
     first.close()
     second.close()
     records = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["event"] == "evaluated"] == [10, 20]
+    assert [r["step"] for r in records if r["event"] == "evaluated"] == [10, 20, 30]
 
 
 def test_an_evaluation_of_steps_that_are_void_is_not_told_of(tmp_path, monkeypatch):
