@@ -47,7 +47,8 @@ def main(workload: str, storage: str, name: str, pid: str) -> None:
 
     folder = RunFolder(Folder(storage).child(name))
     found = kept(Failure("command_lost", GONE), folder, resume_command(workload, storage, name))
-    print("\n".join(["", *story(found, folder.uri)]), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # its terminal may be gone too
+        print("\n".join(["", *story(found, folder.uri)]), file=sys.stderr, flush=True)
     for left in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(int(pid))}*"):
         shutil.rmtree(left, ignore_errors=True)  # Ray's last processes may be in it still
 

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import gc
 import io
 import os
@@ -90,21 +91,26 @@ def _reader_gone(stream: TextIO) -> bool:
 
 
 class Lasting(io.TextIOWrapper):
-    """A stream of a command that outlives its reader: what is written when that has gone is lost, and no more."""
+    """A stream of a command that outlives its reader, and a full disk: what cannot be written is lost, and no more."""
 
     def write(self, text: str) -> int:
         """See io.TextIOBase."""
         try:
             return super().write(text)
-        except BrokenPipeError:
-            _to_nobody(self.fileno())
+        except OSError as error:
+            self._lose(error)
             return len(text)
 
     def flush(self) -> None:
         """See io.IOBase."""
         try:
             super().flush()
-        except BrokenPipeError:
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """A pipe without a reader and a terminal that is gone do not come back; room on a disk may."""
+        if error.errno in (errno.EPIPE, errno.EIO):
             _to_nobody(self.fileno())
 
 

@@ -40,7 +40,7 @@ def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None 
     _quiet_ray(log_file)
     import ray
 
-    named = address or os.environ.get("RAY_ADDRESS", "")
+    named, here = address or os.environ.get("RAY_ADDRESS", ""), ""
     if named in ("", "auto"):
         here = _known_here()
         named = here if _answers(here) else named
@@ -52,7 +52,7 @@ def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None 
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         arguments |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
-        _check_named(named)
+        _check_named(named, found=named == here)
         arguments |= {"address": named}
     # Importing Ray Train takes as long as starting a cluster: side by side.
     ahead = threading.Thread(target=importlib.import_module, args=("orchestrator.ray_backend",), daemon=True)
@@ -77,8 +77,12 @@ def _no_cluster(address: str, reason: str) -> UserError:
     )
 
 
-def _check_named(address: str) -> None:
-    """Say at once what ray.init would say after 20 s, and use this machine's token for a cluster on this machine."""
+def _check_named(address: str, found: bool) -> None:
+    """Say at once what ray.init would say after 20 s, and use this machine's token for a cluster on this machine.
+
+    Args:
+        found: whether `ray start` was given it on this machine, which is of that cluster then.
+    """
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.util import get_node_ip_address
 
@@ -94,7 +98,7 @@ def _check_named(address: str) -> None:
     if not _answers(address):
         raise _no_cluster(address, "nothing listens there")
     # ray.init does this for addresses it finds itself; a token is not sent to other machines unasked.
-    if host in ("127.0.0.1", "localhost", get_node_ip_address()):
+    if found or host in ("127.0.0.1", "localhost", get_node_ip_address()):
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
@@ -117,7 +121,7 @@ def _answers(address: str) -> bool:
     """Whether somebody listens at host:port."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError):
         return False
     return True

@@ -106,10 +106,14 @@ class Crew:
         parts = [handle.snapshot.remote() for handle in self.handles]
         self._asked = self.handles[0].write.remote(step, *parts)
 
-    async def written(self) -> None:
-        """Until the last checkpoint is whole; raises why it is not: a server may be lost before it gave its part."""
+    async def taken(self) -> None:
+        """Until all servers have given their parts of the last checkpoint; raises RayError where one has not."""
         if self._asked is not None:
             await self._asked
+
+    async def written(self) -> None:
+        """Until the last checkpoint is whole; raises why it is not: a server may be lost before it gave its part."""
+        await self.taken()
         while not await self.handles[0].written.remote():
             await asyncio.sleep(WRITTEN_S)
 

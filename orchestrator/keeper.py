@@ -68,8 +68,22 @@ class Keeper(Coordinator):
         """Ask for one, unless one is being written or there is nothing new."""
         if self._saving or self._handout is None or self._handout.oldest <= self._saved_step:
             return
+        before = self._saved_step
         self._saving, self._saved_s, self._saved_step = True, time.monotonic(), self._handout.oldest
         self._crew.checkpoint(self._saved_step)
+        self._members.start(self._taken(self._crew.era, before))
+
+    async def _taken(self, era: int, before: int) -> None:
+        """The servers have handed their parts over; where one could not, and lives, the next checkpoint may be one."""
+        import ray
+
+        try:
+            await self._crew.taken()
+        except ray.exceptions.RayError as error:
+            if era == self._crew.era and not self._outcome:
+                self._journal.error(f"a checkpoint was not written: {error}")
+                self._saving, self._saved_step = False, before
+                await self._check_servers(era)
 
     async def saved(self, saved: dict[str, Any]) -> None:
         """The first server has written a checkpoint."""

@@ -92,7 +92,14 @@ def launch(
         plan, folder.uri, uuid.uuid4().hex, description, started_s, workers, maximum, own_cluster, faults
     )
     coordinator = _start_coordinator(assignment)
-    trainer = Training(assignment, coordinator, accelerator, offered)
+
+    def again() -> int:
+        try:
+            return choose(config, accelerator, nodes(), offered)
+        except UserError:  # a node has gone without which the least do not fit: it may come back
+            return workers
+
+    trainer = Training(assignment, coordinator, accelerator, offered, again)
     try:
         trainer.start()
         with clerk(str(plan.config.log), folder, assignment.token), _signals(coordinator) as interrupted:
@@ -139,7 +146,7 @@ def _start_coordinator(assignment: Assignment) -> Any:
 
 @contextlib.contextmanager
 def _signals(coordinator: Any) -> Iterator[list[int]]:
-    """First SIGINT or SIGTERM: ask for a checkpoint and a stop. Second: KeyboardInterrupt."""
+    """First SIGINT, SIGTERM or SIGHUP (a terminal that is gone): ask for a checkpoint and a stop. Second: at once."""
     taken: list[int] = []
 
     def take(number: int, _: object) -> None:
@@ -148,7 +155,10 @@ def _signals(coordinator: Any) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         coordinator.request_stop.remote()
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, take) for number in numbers}
     try:
         yield taken
     finally:

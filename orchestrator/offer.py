@@ -27,7 +27,18 @@ def offer() -> Offer | None:
     report = json.loads(status).get("autoscaler_report") if status else None
     # Without a configuration the monitor reports each node as a kind of its own, node_ID.
     kinds = [kind for kind in (report or {}).get("active_nodes", {}) if not kind.startswith(("node_", "local.cluster"))]
-    return Offer(known=False) if kinds else None
+    return Offer(known=False) if kinds or _grouped() else None
+
+
+def _grouped() -> bool:
+    """Whether a node is of a kind of the autoscaler's second version, which Ray keeps as a label.
+
+    KubeRay's runs beside the head, and tells nobody what it could add.
+    """
+    import ray
+    from ray._raylet import RAY_NODE_GROUP_KEY  # type: ignore[attr-defined]
+
+    return any(node["Alive"] and (node.get("Labels") or {}).get(RAY_NODE_GROUP_KEY) for node in ray.nodes())
 
 
 def _nodes(groups: list[tuple[dict[str, float], dict[str, str], int]]) -> Iterator[Node]:

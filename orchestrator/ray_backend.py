@@ -7,6 +7,7 @@ version is pinned).
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ray.train.torch import TorchTrainer
@@ -28,10 +29,11 @@ class Trainer(TorchTrainer):
 
     Args:
         asked_for: workers that the autoscaler is asked for; 0: there is none.
+        choose: how many workers there is room for, asked where the first ones could not start.
     """
 
-    def __init__(self, *arguments: Any, asked_for: int, **named: Any) -> None:
-        self._asked_for = asked_for
+    def __init__(self, *arguments: Any, asked_for: int, choose: Callable[[], int], **named: Any) -> None:
+        self._asked_for, self._choose = asked_for, choose
         super().__init__(*arguments, **named)
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
@@ -42,6 +44,7 @@ class Trainer(TorchTrainer):
             controller["scaling_policy"].maximum = self._asked_for
         else:
             controller["scaling_policy"] = StaticPolicy(self.scaling_config)
+        controller["scaling_policy"].choose = self._choose
         kind: Any = ElasticController
         if self.scaling_config.use_tpu:
             from orchestrator.slice_rooms import SliceController as kind

@@ -1,8 +1,11 @@
 """What Ray Train is given of ours, and hands on to its workers."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 
@@ -33,7 +36,26 @@ class OwnGroupConfig(BackendConfig):
         return OwnGroupBackend
 
 
-class GrowingPolicy(FixedScalingPolicy):
+class ChoosingPolicy(FixedScalingPolicy):
+    """A group whose number is chosen anew where it could not start: others have taken the room, or a node has gone.
+
+    Attributes:
+        choose: the number of workers there is room for now.
+    """
+
+    choose: Callable[[], int]
+    _asked = False
+
+    def make_decision_for_non_running_worker_group(self) -> ResizeDecision:
+        """See ScalingPolicy."""
+        decision: ResizeDecision = super().make_decision_for_non_running_worker_group()
+        if self._asked:
+            decision = dataclasses.replace(decision, num_workers=self.choose())
+        self._asked = True
+        return decision
+
+
+class GrowingPolicy(ChoosingPolicy):
     """A group that starts with a fixed number of workers and asks the autoscaler for the most it may have."""
 
     maximum = 1
@@ -42,7 +64,7 @@ class GrowingPolicy(FixedScalingPolicy):
         return self.maximum
 
 
-class StaticPolicy(FixedScalingPolicy):
+class StaticPolicy(ChoosingPolicy):
     """A fixed number of workers on a cluster without an autoscaler: nobody is asked for nodes."""
 
     def after_controller_start(self, train_run_context: object) -> None:

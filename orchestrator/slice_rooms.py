@@ -108,8 +108,16 @@ class SliceWorkerGroup(ElasticWorkerGroup):
         """See WorkerGroup; Ray Train comes back while there are too few slices, which an autoscaler is asked for."""
         workers = worker_group_context.num_workers
         shape = shape_of(scaling_config.accelerator_type, scaling_config.topology)
-        labels = free_slices(shape)[: workers // shape.chips]
-        if len(labels) * shape.chips < workers:
+        labels: list[dict[str, str]] = []
+
+        def found(rest_s: float) -> bool:
+            labels[:] = free_slices(shape)[: workers // shape.chips]
+            enough = bool(len(labels) * shape.chips >= workers)
+            if not enough:
+                time.sleep(rest_s)
+            return enough
+
+        if not wait(found, self._worker_group_start_timeout_s):
             raise WorkerGroupStartupTimeoutError(num_workers=workers)
         try:
             return SliceRooms(shape, worker_group_context.resources_per_worker, labels)

@@ -14,6 +14,11 @@ import torch.distributed as dist
 Address = tuple[str, int]
 
 
+def family_of(host: str) -> socket.AddressFamily:
+    """Of an address, as Ray tells it."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 @dataclass(frozen=True)
 class Connection:
     """A TCP socket: `peer` is None for a listening one."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from orchestrator.sockets import Address
+from orchestrator.sockets import Address, family_of
 
 REACH_S = 5.0  # it listens before anyone is sent to it
 CONNECT_TIMEOUT_S = 20.0
@@ -34,7 +34,7 @@ class OwnStore:
     """
 
     def __init__(self, host: str) -> None:
-        listener = socket.create_server((host, 0))
+        listener = socket.create_server((host, 0), family=family_of(host))
         self.address: Address = (host, listener.getsockname()[1])
         listening: Any = listener.detach()
         self.store = dist.TCPStore(*self.address, is_master=True, wait_for_workers=False, master_listen_fd=listening)

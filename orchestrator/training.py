@@ -5,6 +5,7 @@ import contextlib
 import os
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from orchestrator.accelerators import Accelerator
@@ -28,11 +29,19 @@ class Training(threading.Thread):
     """Ray Train's part of a run; what it fails with is told to the coordinator."""
 
     def __init__(
-        self, assignment: Assignment, coordinator: Any, accelerator: Accelerator, offered: Offer | None
+        self,
+        assignment: Assignment,
+        coordinator: Any,
+        accelerator: Accelerator,
+        offered: Offer | None,
+        choose: Callable[[], int],
     ) -> None:
+        """Args:
+        choose: how many workers there is room for now.
+        """
         super().__init__(name="ray-train", daemon=True)
         self._assignment, self._coordinator = assignment, coordinator
-        self._accelerator, self._offered = accelerator, offered
+        self._accelerator, self._offered, self._choose = accelerator, offered, choose
         halted.clear()
 
     def run(self) -> None:
@@ -84,6 +93,7 @@ class Training(threading.Thread):
         return Trainer(
             self._train_function(),
             asked_for=assignment.maximum if self._offered else 0,
+            choose=self._choose,
             train_loop_config=task,
             torch_config=OwnGroupConfig(coordinator=name, maximum=assignment.maximum, inherits=assignment.loopback),
             scaling_config=scaling,

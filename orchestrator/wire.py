@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.errors import TrainingError
+from orchestrator.sockets import family_of
 
 Flat = NDArray[np.float32]
 ASKED = struct.Struct("<IIIqIQQ")  # era, step, shard, version, samples; numbers of the gradient, of statistics
@@ -75,7 +76,7 @@ class Hatch:
 
     def __init__(self, host: str, answer: Callable[[Asked], Answer | None]) -> None:
         self._answer, self._secret = answer, secrets.token_bytes(SECRET_BYTES)
-        self._socket = socket.create_server((host, 0), backlog=1024)
+        self._socket = socket.create_server((host, 0), family=family_of(host), backlog=1024)
         self.address: tuple[str, int, bytes] = (host, self._socket.getsockname()[1], self._secret)
         threading.Thread(target=self._listen, name="hatch", daemon=True).start()
 

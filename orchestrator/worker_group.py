@@ -68,7 +68,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             )
             for number, worker in enumerate(workers)
         ]
-        ray.get(asked)
+        ray.get(asked, timeout=UNHEARD_S)  # one may have stopped, and all others wait for this thread
 
     def __bool__(self) -> bool:
         """A group that has lost all its workers is one all the same: Ray Train asks by truth whether there is any."""
