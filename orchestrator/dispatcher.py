@@ -212,8 +212,8 @@ class Dispatcher(Keeper):
             self._checkpoint()
             self._members.notify()
         # Servers that are put back, perhaps on nodes that never come, have nothing newer than the last checkpoint.
-        back = self._recovering and handout is not None
-        busy = self._outcome or self._committing or back or self._ripe or self._halting
+        busy = self._outcome or self._committing or (self._recovering and handout is not None)
+        busy = busy or self._ripe or self._halting
         if self._members.stopping and not busy and (handout is None or self._may_stop(handout)):
             self._halting = True
             self._members.start(self._stop())
