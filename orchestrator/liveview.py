@@ -11,6 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.pace import clock
+
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth to eight eighths of a block
 SILENT_S = 15.0
 WORKERS_SHOWN, INCIDENTS_SHOWN = 12, 6
@@ -111,7 +113,7 @@ def _left(sight: Sight) -> str:
     recent = sight.steps[-50:]
     pace = sum(record["step_s"] for record in recent) / len(recent)
     seconds = pace * (started["total_steps"] - recent[-1]["step"])
-    return f", {int(seconds // 60)}:{int(seconds % 60):02d} left" if seconds > 0 else ""
+    return f", {clock(seconds)} left" if seconds > 0 else ""
 
 
 def _figures(sight: Sight) -> RenderableType:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from orchestrator.evaluate import evaluate
 from orchestrator.exported import open_session
 from orchestrator.group import Group
+from orchestrator.pace import clock
 from orchestrator.precision import Precision
 from workloads.workload import Samples, Workload
 
@@ -108,8 +109,7 @@ def counted(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         now_s = time.monotonic()
         if done and now_s - told_s >= TOLD_EVERY_S:
             left_s = (now_s - began_s) * (total - done) / done
-            clock = f"{int(left_s // 60)}:{int(left_s % 60):02d}"
-            print(f"{what} {done:,} of {total:,}  {clock} left", file=sys.stderr, flush=True)
+            print(f"{what} {done:,} of {total:,}  {clock(left_s)} left", file=sys.stderr, flush=True)
             told_s = now_s
         yield item
 

@@ -8,6 +8,11 @@ from typing import Any
 WINDOW_S = 10.0
 
 
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as 41:09."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
 class Pace:
     """Of committed steps, in order."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from orchestrator.pace import clock
 from orchestrator.seats import Status
 
 LINE_EVERY_S = 5.0
@@ -91,8 +92,7 @@ class Progress:
     def _left(self, status: Status) -> str:
         if not status.steps_per_s or status.step >= self._total:
             return ""
-        seconds = (self._total - status.step) / status.steps_per_s
-        return f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
+        return f"  {clock((self._total - status.step) / status.steps_per_s)} left"
 
 
 def _figures(status: Status) -> str:
