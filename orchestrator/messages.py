@@ -1,8 +1,7 @@
 """Messages between two workers of a process group, each from where it lies to where it belongs."""
 
-import contextlib
 import datetime
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -31,30 +30,30 @@ class Messages:
 
     def start_send(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         """Begin to send a message; `complete` ends it."""
-        with _lost():
-            return self._joined().send([tensor], rank, tag)
+        group = self._joined()
+        try:
+            return group.send([tensor], rank, tag)
+        except RuntimeError as error:
+            raise PeerLostError(str(error)) from error
 
     def start_receive(self, tensor: Tensor, rank: int, tag: int) -> dist.Work:
         """Begin to overwrite `tensor` with a message of that tag; those of one tag come in the order they were sent."""
-        with _lost():
-            return self._joined().recv([tensor], rank, tag)
+        group = self._joined()
+        try:
+            return group.recv([tensor], rank, tag)
+        except RuntimeError as error:
+            raise PeerLostError(str(error)) from error
 
     def complete(self, works: Iterable[dist.Work]) -> None:
         """Until messages are there or sent."""
-        with _lost():
+        try:
             for work in works:
                 work.wait(self._timeout)
+        except RuntimeError as error:
+            raise PeerLostError(str(error)) from error
         if self._closed:
             raise PeerLostError("what has come is too late")
 
     def close(self) -> None:
         """From now on whoever waits for messages gets an error, at the latest when they are there."""
         self._closed = True
-
-
-@contextlib.contextmanager
-def _lost() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLostError(str(error)) from error

@@ -13,76 +13,14 @@ from torch import Tensor
 
 from orchestrator.collectives import Exchange, HalvesSum
 from orchestrator.group import Group
-from orchestrator.routes import Own, Routes
+from orchestrator.lots import Lot, Piece, gather, padded_numel
+from orchestrator.routes import Routes
 from orchestrator.shards import Placement
 from orchestrator.sharedmemory import share
 from orchestrator.tree import Bucket, Transport, fold
 
-PIECE_FLOATS = 3 * 2**17  # of one message at most: it is added while the next is on its way, and fits into a cache
 WINDOW = 4  # pieces that there is room for before they are added; more would not stay in a cache
-LINE_FLOATS = 16  # of a cache line: no two workers write to the same
-HERE_TAG = 0  # of a word within a team: all blocks of a bucket are there; all totals are there and nothing is sent
-
-
-class _Lot:
-    """A bucket and its memory.
-
-    Attributes:
-        rows: fp32 [numel], the blocks of the team, by rank and place.
-        cuts: the chunk of each worker, as pieces of one message each.
-        lone: whether nobody else sees its memory and it is one gradient: then the sum takes its place.
-        early: fp32 [this worker's chunk], parts that come before they can be added, by number.
-        arrivals: messages with parts, by piece.
-        totals: messages with totals.
-    """
-
-    def __init__(self, bucket: Bucket, routes: Routes) -> None:
-        self.bucket = bucket
-        self.rows: dict[Own, Tensor] = {}
-        n = bucket.numel
-        chunk = -(-n // (routes.world * LINE_FLOATS)) * LINE_FLOATS
-        ends = [(min(n, rank * chunk), min(n, (rank + 1) * chunk)) for rank in range(routes.world)]
-        self.cuts = [_pieces(start, end) for start, end in ends]
-        self.lone = bucket.alone and len(routes.team) == 1
-        self.start, end = ends[routes.rank]
-        self.early = {number: torch.empty(end - self.start) for number in routes.early}
-        self.arrivals: list[list[dist.Work]] = []
-        self.totals: list[dist.Work] = []
-
-    def lay(self, memory: dict[int, Tensor], start: int, routes: Routes) -> None:
-        """Take the stretch from `start` of what each worker of the team gives for its blocks and the total."""
-        if self.lone:
-            return
-        n, padded = self.bucket.numel, padded_numel(self.bucket)
-        for rank, floats in memory.items():
-            count = len(routes.placement.blocks_of(rank))
-            laid = floats[start * (count + 1) :][: padded * (count + 1)].view(count + 1, padded)[:, :n]
-            if rank == routes.team[0]:
-                self.bucket.total = laid[count]
-            self.rows.update({(rank, place): laid[place] for place in range(count)})
-            if rank == routes.rank:
-                self.bucket.blocks = laid[:count]
-
-    def forget(self) -> None:
-        """The last step."""
-        self.arrivals, self.totals = [], []
-        if self.lone:
-            self.rows.clear()
-            self.bucket.row = self.bucket.total = torch.empty(0)
-
-
-def _pieces(start: int, end: int) -> list[slice]:
-    """A stretch in pieces of about one size, as few as can be."""
-    if start == end:
-        return []
-    count = -(-(end - start) // PIECE_FLOATS)
-    size = min(PIECE_FLOATS, -(-(end - start) // (count * LINE_FLOATS)) * LINE_FLOATS)
-    return [slice(at, min(at + size, end)) for at in range(start, end, size)]
-
-
-def padded_numel(bucket: Bucket) -> int:
-    """To the end of a cache line."""
-    return -(-bucket.numel // LINE_FLOATS) * LINE_FLOATS
+HERE_TAG = 0  # of a word within a team: all blocks of a lot are there; all totals are there and nothing is sent
 
 
 class TreeSums:
@@ -90,19 +28,23 @@ class TreeSums:
 
     def __init__(self, group: Group, placement: Placement, buckets: list[Bucket]) -> None:
         self._group, self._messages = group, group.messages()
-        starts = list(accumulate(map(padded_numel, buckets), initial=0))
+        starts = list(accumulate((padded_numel(bucket.numel) for bucket in buckets), initial=0))
         floats = [(len(placement.blocks_of(rank)) + 1) * starts[-1] for rank in range(group.world)]
         teams, memory = share(group, floats)
         self._routes = routes = Routes(placement, teams, group.rank)
         self._beside = [rank for rank in routes.team if rank != group.rank]
         self.common = bool(self._beside)
-        self._lots = [_Lot(bucket, routes) for bucket in buckets]
-        for lot, start in zip(self._lots, starts, strict=False):
-            lot.lay(memory, start, routes)
-        self._cuts_before = list(accumulate((len(lot.cuts[0]) for lot in self._lots), initial=0))
+        gathered = gather(buckets)
+        self._lots = [Lot(each, routes) for each in gathered]
+        ends = list(accumulate(map(len, gathered), initial=0))
+        for lot, first, end in zip(self._lots, ends, ends[1:], strict=False):
+            lot.lay(memory, starts[first:end], routes)
+        self._completed_by = {end - 1: number for number, end in enumerate(ends[1:])}  # the lot's last bucket
+        self._cuts_before = list(accumulate((max(map(len, lot.cuts)) for lot in self._lots), initial=0))
         own = [(number, n) for number, lot in enumerate(self._lots) for n in range(len(lot.cuts[group.rank]))]
         self._own_pieces, self._place = own, {piece: at for at, piece in enumerate(own)}
-        self._window = torch.empty(WINDOW, len(routes.late), PIECE_FLOATS)
+        room = max((p.floats.stop - p.floats.start for lot in self._lots for p in lot.cuts[group.rank]), default=0)
+        self._window = torch.empty(WINDOW, len(routes.late), room)
         self._last_place = len(placement.blocks_of(group.rank)) - 1
         self._words = torch.zeros(group.world)
         self._sent: list[dist.Work] = []
@@ -116,21 +58,21 @@ class TreeSums:
         if self._routes.outside:
             self._helper.start(self._expect)
 
-    def launch(self, number: int, place: int) -> None:
-        lot, routes = self._lots[number], self._routes
+    def launch(self, bucket: int, place: int) -> None:
+        number = self._completed_by.get(bucket)
+        if number is None:
+            return  # it travels with those that follow
+        lot, routes, last = self._lots[number], self._routes, place == self._last_place
         if lot.lone:
-            lot.rows[routes.rank, place] = lot.bucket.row
-            if place == self._last_place:
-                # Of each chunk the total comes when who adds it has all of this block: nobody needs it here any more.
-                lot.bucket.total = lot.bucket.row
+            lot.take((routes.rank, place), last)
+            if last:
                 self._expect_totals(number)
         part = routes.sent_alone.get(place)
         if part is not None:
-            row = lot.rows[routes.rank, place]
             for chunk in routes.outside:
                 for n, piece in enumerate(lot.cuts[chunk]):
-                    self._send(row[piece], chunk, self._tag(number, n, part))
-        if place == self._last_place:
+                    self._send(lot.row((routes.rank, place), piece), chunk, self._tag(number, n, part))
+        if last:
             if routes.outside:
                 self._tell_team()
                 self._helper.start(self._carry, number)
@@ -175,7 +117,7 @@ class TreeSums:
         self._settle_sent()
 
     def _tag(self, number: int, piece: int, part: int = -1) -> int:
-        """Of a message about a piece of a chunk of a bucket: with a part, or with the total."""
+        """Of a message about a piece of a chunk of a lot: with a part, or with the total."""
         before = self._cuts_before[number] + piece
         return HERE_TAG + 2 + before * (len(self._routes.parts) + 1) + part
 
@@ -215,7 +157,7 @@ class TreeSums:
     def _expect_totals(self, number: int) -> None:
         lot, receive = self._lots[number], self._messages.start_receive
         lot.totals = [
-            receive(lot.bucket.total[piece], chunk, self._tag(number, n))
+            receive(lot.total(piece), chunk, self._tag(number, n))
             for chunk in self._routes.totals_from
             for n, piece in enumerate(lot.cuts[chunk])
         ]
@@ -231,10 +173,10 @@ class TreeSums:
                 self._messages.start_receive(room, routes.incoming[part], self._tag(number, n, part))
             )
 
-    def _received(self, lot: _Lot, part: int, piece: slice, at: int) -> Tensor:
+    def _received(self, lot: Lot, part: int, piece: Piece, at: int) -> Tensor:
         if part in lot.early:
-            return lot.early[part][piece.start - lot.start : piece.stop - lot.start]
-        return self._window[at % WINDOW, self._routes.late.index(part), : piece.stop - piece.start]
+            return lot.early_part(part, piece)
+        return self._window[at % WINDOW, self._routes.late.index(part), : piece.floats.stop - piece.floats.start]
 
     def _carry(self, number: int) -> None:
         """Send what the team has to add first; add what comes for the own chunk, and send the total."""
@@ -243,7 +185,7 @@ class TreeSums:
         for part, chunk in routes.sent_together:
             of = routes.parts[part].of
             for n, piece in enumerate(lot.cuts[chunk]):
-                rows = [lot.rows[own][piece] for own in of]
+                rows = [lot.row(own, piece) for own in of]
                 fold([routes.block(own) for own in of], rows, rows[0])
                 self._send(rows[0], chunk, self._tag(number, n, part))
         for n, piece in enumerate(lot.cuts[routes.rank]):
@@ -255,11 +197,11 @@ class TreeSums:
             if at + WINDOW < len(self._own_pieces):
                 self._make_room(at + WINDOW)
 
-    def _add(self, lot: _Lot, piece: slice, at: int) -> Tensor:
+    def _add(self, lot: Lot, piece: Piece, at: int) -> Tensor:
         """The total of a piece of the own chunk."""
-        total = lot.bucket.total[piece]
+        total = lot.total(piece)
         rows = [
-            self._received(lot, source, piece, at) if isinstance(source, int) else lot.rows[source][piece]
+            self._received(lot, source, piece, at) if isinstance(source, int) else lot.row(source, piece)
             for _, source in self._routes.addends
         ]
         fold([block for block, _ in self._routes.addends], rows, total)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from orchestrator.shards import Block, push_block
 
+CACHED_FLOATS = 2**16  # of each of several rows: what was added is added to while it is still in a core's cache
+
 
 @dataclass
 class Bucket:
@@ -60,14 +62,32 @@ class Transport(Protocol):
 
 
 def fold(order: list[Block], rows: list[Tensor], total: Tensor) -> None:
-    """Leave the sum of `rows`, one for each block of `order`, in `total`; rows are overwritten."""
-    blocks: list[Block] = []
-    stack: list[Tensor] = []
-    for place, (block, row) in enumerate(zip(order, rows, strict=True)):
-        stack.append(row)
-        for merge in range(push_block(blocks, block), 0, -1):
-            right, left = stack.pop(), stack.pop()
-            last = place == len(rows) - 1 and merge == 1
-            stack.append(torch.add(left, right, out=total if last else left))
+    """Leave the sum of `rows`, one for each block of `order`, in `total`; rows are overwritten.
+
+    Args:
+        rows: [numel] each, as `total`.
+    """
     if len(rows) == 1:
         total.copy_(rows[0])
+        return
+    pairs = _pairs(order)
+    whole = [*rows, total]
+    in_cache = len(pairs) > 1 and total.is_cpu
+    for *parts, into in zip(*(tensor.split(CACHED_FLOATS) for tensor in whole), strict=True) if in_cache else [whole]:
+        for left, right in pairs[:-1]:
+            torch.add(parts[left], parts[right], out=parts[left])
+        left, right = pairs[-1]
+        torch.add(parts[left], parts[right], out=into)
+
+
+def _pairs(order: list[Block]) -> list[tuple[int, int]]:
+    """Which rows are added, one pair after the other, each into the first of it."""
+    blocks: list[Block] = []
+    stack: list[int] = []
+    found: list[tuple[int, int]] = []
+    for row, block in enumerate(order):
+        stack.append(row)
+        for _ in range(push_block(blocks, block)):
+            right = stack.pop()
+            found.append((stack[-1], right))
+    return found

@@ -13,7 +13,7 @@ from stage import CPU, on_machine
 from torch import nn
 from toys import Recorder, ToyWorkload, toy_plan, toy_state
 
-from orchestrator import reduce, transport
+from orchestrator import lots, reduce, transport
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.group import Group, PeerLostError
 from orchestrator.loop import train
@@ -147,7 +147,8 @@ def on(machine: int) -> Iterator[None]:
     with on_machine(machine), pytest.MonkeyPatch.context() as patch:
         patch.setattr(reduce, "ALONE_BYTES", 5_000)
         patch.setattr(reduce, "BUCKET_BYTES", 3_000)
-        patch.setattr(transport, "PIECE_FLOATS", 1_000)
+        patch.setattr(lots, "PIECE_FLOATS", 1_000)
+        patch.setattr(lots, "LOT_FLOATS", 3_000)
         patch.setattr(transport, "WINDOW", 3)
         yield
 
