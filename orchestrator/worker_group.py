@@ -26,7 +26,7 @@ from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import PlacementGroup
 
 from orchestrator.halting import wait
-from orchestrator.openings import Filled, Opening, last_line
+from orchestrator.openings import Filled, Opening, first_workers, last_line
 from orchestrator.seats import NAMESPACE, OVER
 from orchestrator.strict import allows, node_wanted, waits_in_vain
 
@@ -44,7 +44,12 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     _worker_group_state: Any
 
     def _start_impl(self, builder: Any) -> None:
-        super()._start_impl(builder)
+        try:
+            with first_workers():
+                super()._start_impl(builder)
+        except WorkerGroupStartupFailedError:
+            self._worker_group_state = None  # as of a group that did not start, so that those who did are ended
+            raise
         config = self._train_run_context.backend_config
         workers = self._worker_group_state.workers
         self._filled = [Filled(worker) for worker in workers]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 from commands import (
+    REPOSITORY,
     Done,
+    begin,
     events,
     finish,
     kept_in,
@@ -73,6 +76,17 @@ def assert_as_undisturbed(done: Done, storage: Path, undisturbed: str) -> dict[s
 
 def generations(storage: Path) -> list[dict[str, Any]]:
     return events(storage / "run", "generation_started")
+
+
+def test_a_worker_is_lost_when_it_is_given_what_to_do(
+    nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path
+) -> None:
+    """Before there is a group that it could be replaced in: the group is started once more."""
+    mark, driver = tmp_path / "lost", REPOSITORY / "tests/ray/late_loss_driver.py"
+    arguments = command(tmp_path, "--address", nodes.address, "--workers", "2")
+    done = finish(begin([sys.executable, str(driver), str(mark), *arguments], PYTHONPATH=str(REPOSITORY)))
+    assert mark.exists(), "nobody was lost"
+    assert_as_undisturbed(done, tmp_path, undisturbed)
 
 
 def test_all_workers_lost_at_once(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:
