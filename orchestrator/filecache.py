@@ -2,6 +2,8 @@
 
     FOLDER/SHA256.arrow    what a Parquet file holds, uncompressed: any row is a few bytes in a map, and not unpacked;
                            behind it the SHA-256 of that, 32 bytes: disks forget too
+    FOLDER-checked/SHA256  which of it was read and found whole since this machine was started: of many processes that
+                           open a file the first one reads all of it, and again who finds it changed
 
 All processes of a machine share the folder, and the kernel's page cache with it.
 """
@@ -21,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import DataError, MachineError
+from orchestrator.sealed import DIGEST, seal, whole_since_boot
 
 MEND = "prepare the data again with --verify, which mends this file alone"
 LEFT_BEHIND_S = 3600.0  # age at which an unfinished file belongs to no living process
 ATTEMPTS = 5  # to keep a fetched file until it is mapped
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UNPACKED = 4  # times as large as a Parquet file its table may be
-DIGEST = 32  # bytes
-PIECE = 2**20  # is read at a time
 log = logging.getLogger("orchestrator.filecache")
 
 
@@ -106,8 +107,7 @@ class FileCache:
             needed: whether others are thrown away for it where the disk is full.
         """
         path = self._folder / f"{file.sha256}.arrow"
-        with contextlib.suppress(OSError):  # it is not there; or it is somebody else's, and found so below
-            os.utime(path)
+        if _touched(path):
             return path
         try:
             with self._alone(file.sha256):
@@ -138,10 +138,10 @@ class FileCache:
     def _map(path: Path, file: TableFile) -> Any:
         import pyarrow as pa
 
-        content = path.stat().st_size - DIGEST
-        if _digest(path, content) != _digest_of(path, content):  # read, not mapped: it would count as this process's
+        if not whole_since_boot(path, _mark(path)):
             raise pa.ArrowInvalid("not what was written")
         whole = pa.memory_map(str(path)).read_buffer()
+        content = len(whole) - DIGEST
         table = pa.ipc.open_file(pa.BufferReader(whole.slice(0, content))).read_all()
         if table.num_rows != file.samples:
             raise DataError(
@@ -177,11 +177,7 @@ class FileCache:
         try:
             with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table, max_chunksize=max(1, table.num_rows))
-            digest = _digest(beside, beside.stat().st_size)
-            with beside.open("ab") as written:
-                written.write(digest)
-                written.flush()
-                os.fsync(written.fileno())
+            seal(beside)
             beside.replace(path)
         except BaseException:
             beside.unlink(missing_ok=True)
@@ -193,7 +189,7 @@ class FileCache:
         for path in self._folder.glob("*.arrow"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, path))
+                found.append((status.st_atime_ns, status.st_size, path))
         return found
 
     def _make_room(self, newest: Path, limit_bytes: int | None = None) -> None:
@@ -209,8 +205,10 @@ class FileCache:
             if total <= limit_bytes:
                 return
             if path != newest:
-                path.unlink(missing_ok=True)
-                total -= size
+                with contextlib.suppress(PermissionError):  # another user's
+                    path.unlink(missing_ok=True)
+                    _mark(path).unlink(missing_ok=True)
+                    total -= size
 
 
 def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
@@ -230,26 +228,25 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
     raise DataError(f"{file.name} is damaged: {problem}; {MEND}")
 
 
-def _digest(path: Path, count: int) -> bytes:
-    """SHA-256 of a file's first `count` bytes; of as many as there are."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while count > 0 and (piece := file.read(min(PIECE, count))):
-            found.update(piece)
-            count -= len(piece)
-    return found.digest()
-
-
-def _digest_of(path: Path, at: int) -> bytes:
-    """What is written behind a file's first `at` bytes."""
-    with path.open("rb") as file:
-        file.seek(max(0, at))
-        return file.read()
-
-
 def _is(descriptor: int, path: Path) -> bool:
     """Whether what is open is still what goes by this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def _touched(path: Path) -> bool:
+    """Whether a file is there; it counts as used now, and as written when it was."""
+    try:
+        written_ns = path.stat().st_mtime_ns
+    except OSError:  # it is not there; or what is there cannot be used, and is found so when it is to be written
+        return False
+    with contextlib.suppress(OSError):  # thrown away since then, and found so when it is opened; or another user's
+        os.utime(path, ns=(time.time_ns(), written_ns))
+    return True
+
+
+def _mark(path: Path) -> Path:
+    """Where it is noted that a file was found whole."""
+    return path.parent.with_name(f"{path.parent.name}-checked") / path.stem

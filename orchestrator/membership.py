@@ -280,7 +280,7 @@ class Membership:
         silence, stall = limits_s(self._stall_s, self._journal.step_seconds(), self.begun, heard, now)
         for member_id in [member.id for member in self.roster.everyone]:
             if pulse := self._pulses.get(member_id):
-                limit_s = self._stall_s or max(stall, self.read_s if pulse.beat.reading else 0.0)
+                limit_s = max(self._stall_s or stall, self.read_s if pulse.beat.reading else 0.0)
                 called = not self.roster.training and member_id in self.roster.seated
                 lost = judge(pulse, now, silence, limit_s, now - self.broken_s if called else None)
                 if lost and lost[0] == "worker_stuck":

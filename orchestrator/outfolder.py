@@ -5,6 +5,7 @@ OUT/parts/00000.json   what a part has become
 """
 
 import json
+import logging
 import re
 from collections.abc import Container
 from typing import Any
@@ -13,6 +14,7 @@ from orchestrator.errors import UserError
 from orchestrator.storage import Folder
 from orchestrator.tables import MANIFEST, SPLITS, parse_manifest, table_file
 
+log = logging.getLogger("orchestrator.outfolder")
 PARTS, JOB = "parts", "prepare.json"
 OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
 OWN_RECORD = re.compile(r"\d{5,}\.json")
@@ -32,6 +34,11 @@ def read_record(folder: Folder, number: int) -> dict[str, Any] | None:
         types = {"spec": str, "broken": list, "schema": dict, "notes": dict}
         good = record["number"] == number and all(isinstance(record[name], kind) for name, kind in types.items())
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except OSError:
+        if not folder.is_local:
+            raise
+        log.warning("%s cannot be read; the part is made again", record_name(number), exc_info=True)
         return None
     return record if good and set(record["files"]) <= set(SPLITS) else None
 

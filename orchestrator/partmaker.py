@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
 from orchestrator.outfolder import record_name
 from orchestrator.storage import PATIENCE_S, Folder
@@ -55,12 +55,12 @@ def make_parts(out: str, preparation: Preparation, asked: Sequence[tuple[int, st
         try:
             record = write_part(out, row["number"], row["spec"], preparation, json.loads(row["part"]))
         except OrchestratorError as error:  # its one line, not a task's traceback
-            record = {"error": str(error)}
+            record = {"error": str(error), "exit_status": error.exit_status}
         return {"record": json.dumps(record)}
 
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(make)
     for row in made.iter_rows():
         record = json.loads(row["record"])
         if "error" in record:
-            raise UserError(record["error"])
+            raise (UserError if record["exit_status"] == UserError.exit_status else DataError)(record["error"])
         yield record

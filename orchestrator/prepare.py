@@ -72,6 +72,11 @@ class Job:
             return bool(hashlib.sha256(self.folder.read(file["name"])).hexdigest() == file["sha256"])
         except FileNotFoundError:
             return False
+        except OSError:
+            if not self.folder.is_local:
+                raise
+            log.warning("%s cannot be read; it is made again", file["name"], exc_info=True)
+            return False
 
     def missing(self) -> list[int]:
         return [number for number in range(len(self.parts)) if number not in self.records]
@@ -114,10 +119,21 @@ class Job:
             digest([sums, about]), schema, self.given.origin,
         )  # fmt: skip
 
+    def _check_there(self, found: Manifest) -> None:
+        """Raises DataError where this machine does not see all files: nodes may have disks of their own."""
+        sizes, files = self.folder.sizes(), [file for split in SPLITS for file in found.files[split]]
+        missing = [file.name for file in files if sizes.get(file.name) != file.bytes]
+        if missing:
+            raise DataError(
+                f"--out {self.folder.uri}: {len(missing)} of {len(files)} files are not in it as this machine sees it "
+                f"({missing[0]}); give a folder that all nodes share, or s3://..."
+            )
+
     def finish(self) -> Manifest:
         """Write the manifest, which makes the data usable, and delete what an earlier job left over."""
         self.check_broken()  # an earlier job may have allowed more
         found = self.manifest()
+        self._check_there(found)
         if self.folder.read_text(MANIFEST) != found.to_json():
             self.folder.write(MANIFEST, found.to_json().encode())
         files = {file.name for files in found.files.values() for file in files}
@@ -224,10 +240,14 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
             check_text(flag(name), value)
     entry = WORKLOADS[workload]
     own = {name: value for name in OWN_FLAGS.get(workload, ()) if (value := getattr(given, name)) is not None}
-    if not 0 < given.file_mb < math.inf or not 0 <= given.max_broken <= 1:
+    if not 0 < given.file_mb * MB < math.inf or not 0 <= given.max_broken <= 1:
         raise UserError("--file-mb has to be above 0, and --max-broken from 0 to 1")
     if not given.out.strip():
         raise UserError("--out: is empty; give a folder or a URI such as s3://bucket/data")
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in given.out and given.out[0] not in "/~":
+        raise UserError(
+            f"--out {given.out}: a submitted job's folder is deleted after it; give an absolute path or s3://bucket/data"
+        )
     check(Folder(given.out, "--out"), workload)
     config = entry.absolute_paths(assemble(entry.config_type(), {"data": given.source, **own}))
     job = Job(workload, entry.prepare(config), given)

@@ -5,6 +5,7 @@ FOLDER/train-00000.parquet ...   samples of the training split; heldout-00000.pa
 """
 
 import json
+import os
 import re
 import sys
 import threading
@@ -203,6 +204,9 @@ class Table:
             return
         wanted = self.order.ahead(seed, epoch, number)
         self._ahead = set(wanted[: self._window])
+        # Each process of a machine begins with another one: they fetch side by side, and none of them twice.
+        turn = os.getpid() % self._window
+        wanted = [n for at in range(0, len(wanted), self._window) for n in _turned(wanted[at:][: self._window], turn)]
         self._fetching = threading.Thread(target=self._fetch, args=(wanted,), name="fetch-ahead", daemon=True)
         self._fetching.start()
 
@@ -217,3 +221,8 @@ class Table:
             except (OrchestratorError, OSError):
                 self._ahead = set()  # not there, or not yet: tried again with the next samples
                 return
+
+
+def _turned(numbers: Sequence[int], by: int) -> list[int]:
+    """Those from place `by` on, and then the others."""
+    return [*numbers[by:], *numbers[:by]]

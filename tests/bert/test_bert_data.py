@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.bert import corpus, data
+from workloads.bert import corpus, data, wordpiece
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer, train_vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,31 @@ def test_packing_loses_and_doubles_nothing(documents, length, at_once):
     assert (packed[:, 0] == CLS).all()
     assert (packed[:, -1] == SEP).all()
     assert packed.dtype == np.int32
+
+
+class Letters:
+    """A tokenizer whose tokens are letters; notes how much text it is given at once."""
+
+    def __init__(self) -> None:
+        self.given: list[list[str]] = []
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[SimpleNamespace]:
+        assert not add_special_tokens
+        self.given.append(texts)
+        return [SimpleNamespace(ids=[ord(letter) for letter in text]) for text in texts]
+
+
+@given(st.lists(st.text(max_size=30), max_size=40))
+def test_no_more_text_is_cut_into_tokens_at_once_than_memory_is_for(texts):
+    tokenizer = Letters()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wordpiece, "DOCUMENTS_AT_ONCE", 7)
+        patch.setattr(wordpiece, "LETTERS_AT_ONCE", 50)
+        found = list(wordpiece.token_ids(tokenizer, texts))
+    assert found == [[ord(letter) for letter in text] for text in texts]
+    for batch in tokenizer.given:
+        assert 0 < len(batch) <= 7
+        assert sum(map(len, batch)) <= 50
 
 
 def test_held_out_documents_are_not_trained_on(text):

@@ -121,6 +121,13 @@ def test_mistakes_name_the_flag_that_was_given(text, tmp_path, capsys, workload,
     assert error.count("\n") == 1
 
 
+def test_a_folder_that_goes_with_the_job_is_refused(text, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert main(["bert", "--source", text, "--out", "here"]) == 2
+    line = "--out here: a submitted job's folder is deleted after it; give an absolute path or s3://bucket/data"
+    assert line in capsys.readouterr().err
+
+
 def test_too_little_text_says_what_to_give(tmp_path):
     (tmp_path / "small.txt").write_text("hello world\n" * 20)
     words = r"gives no heldout samples; give more documents \(blank lines .*--sequence-length, or a larger --file-mb$"

@@ -94,6 +94,21 @@ def test_any_byte_of_a_copy_is_checked(tmp_path_factory, data):
     assert store.fetched == 2
 
 
+def test_a_copy_that_cannot_be_touched_is_used_all_the_same(tmp_path, monkeypatch):
+    """Another user's."""
+    data = encoded([1, 2])
+    store, file = Store(data), described(data, 2)
+    FileCache(tmp_path / "c", 10**9, 4).ensure(file, store)
+
+    def not_ours(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "utime", not_ours)
+    monkeypatch.setattr(FileCache, "_alone", not_ours)
+    assert FileCache(tmp_path / "c", 10**9, 4).table(file, store).num_rows == 2
+    assert store.fetched == 1
+
+
 def test_a_copy_that_another_process_threw_away_is_fetched_again(tmp_path, monkeypatch):
     data, ensure = encoded([1, 2]), FileCache.ensure
     store, file = Store(data), described(data, 2)

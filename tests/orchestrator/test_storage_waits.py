@@ -35,6 +35,21 @@ def test_who_reads_is_given_more_time_to_get_on(tmp_path, reading, still_s, lost
     play(story, tmp_path)
 
 
+@pytest.mark.parametrize(("reading", "still_s", "lost"), [(False, 3, True), (True, 100, False), (True, 400, True)])
+def test_a_short_stall_limit_is_one_of_computing(tmp_path, reading, still_s, lost):
+    """Storage that is away for as long as --storage-patience says is waited for all the same."""
+
+    async def story(run: Run) -> None:
+        a, b = await run.enlist("ab")
+        run.steps(*range(1, 21), by=[a, b])
+        now = time.time()
+        run.members._pulses["b"] = Pulse(now, now - still_s, Beat(1, 20, 5, False, 0, 0, reading))
+        run.members._check_pulses(now)
+        assert ("b" not in run.members.roster.seated) == lost
+
+    play(story, tmp_path, stall_s=2.0)
+
+
 def test_who_writes_a_checkpoint_when_another_is_lost_may_finish_it(tmp_path):
     """It waits, for storage: coming back late is not its fault. Who waits for others alone has to come."""
 

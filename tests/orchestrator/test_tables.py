@@ -1,6 +1,7 @@
 """Prepared data as it is read: rows by number, files fetched ahead, and one line for what is wrong."""
 
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from table_files import write_all
 
+from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
 from orchestrator.errors import DataError, StorageError, UserError
 from orchestrator.storage import Folder
@@ -118,6 +120,21 @@ def test_what_was_thrown_away_while_it_was_open_can_still_be_read(tmp_path):
     found = table(tmp_path / "d", manifest, cache_gb=1e-6)
     order = np.random.default_rng(0).permutation(6000)
     assert found.rows(order, ["x"])["x"].to_pylist() == list(order)
+
+
+@pytest.mark.parametrize(("process", "order"), [(100, [0, 1, 2, 3]), (101, [1, 0, 3, 2])])
+def test_processes_of_a_machine_do_not_begin_with_the_same_file(tmp_path, monkeypatch, process, order):
+    """Of a window: what the next one needs comes after it for all of them."""
+    manifest = write_all(tmp_path / "d", [3, 3, 3, 3])
+    monkeypatch.setattr(os, "getpid", lambda: process)
+    found, asked = table(tmp_path / "d", manifest), []
+    monkeypatch.setattr(BlockOrder, "ahead", lambda *_: [0, 1, 2, 3])
+    monkeypatch.setattr(
+        found._cache, "ensure", lambda file, *_, **__: asked.append(manifest.files["train"].index(file))
+    )
+    found.fetch_ahead(0, 0, 0)
+    cached(tmp_path, manifest)
+    assert asked == order
 
 
 WAIT_S = 30

@@ -187,6 +187,30 @@ def test_a_damaged_record_is_a_part_that_is_not_done(tmp_path, text):
         assert do(again) == found
 
 
+@pytest.mark.parametrize("name", ["train-00001.parquet", "parts/00001.json"])
+def test_what_cannot_be_read_is_made_again(tmp_path, name):
+    """A bad sector, or another user's file: here a folder is in its place."""
+    out = tmp_path / "out"
+    found = do(job("resnet", "digits", out, "--file-mb", "0.02"))
+    (out / name).unlink()
+    (out / name).mkdir()
+    again = job("resnet", "digits", out, "--file-mb", "0.02", "--verify")
+    assert again.missing() == [1]
+    (out / name).rmdir()
+    assert do(again) == found
+
+
+def test_files_that_this_machine_does_not_see_are_not_said_to_be_there(tmp_path):
+    """Nodes with disks of their own: what one has written there is not in the folder of the others."""
+    made = job("resnet", "digits", tmp_path / "out", "--file-mb", "0.02")
+    do(made)
+    (tmp_path / "out" / "train-00001.parquet").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        DataError, match=r"1 of \d+ files are not in it.*\(train-00001.parquet\); give a folder that all"
+    ):
+        made.finish()
+
+
 def test_a_missing_file_is_found_before_a_run(tmp_path):
     do(job("resnet", "digits", tmp_path / "out"))
     (tmp_path / "out" / "heldout-00001.parquet").unlink()

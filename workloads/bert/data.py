@@ -28,17 +28,18 @@ from workloads.bert.config import BertConfig
 from workloads.bert.corpus import Corpus, find_corpus, fingerprint, is_heldout
 from workloads.bert.wordpiece import (
     CLS,
+    DOCUMENTS_AT_ONCE,
     SEP,
     Vocabulary,
     build_tokenizer,
     read_tokenizer,
+    token_ids,
     tokenizer_file,
     train_vocabulary,
 )
 from workloads.summary import DataSummary
 
 FORMAT = 1  # of the cached files and of every rule that decides their contents
-DOCUMENTS_AT_ONCE = 512  # bounds the memory of tokenization
 PREFIX = "parquet:"
 MORE_TEXT = "give more documents (blank lines separate them) or a smaller --sequence-length"
 
@@ -260,14 +261,6 @@ def entropy(counts: NDArray[np.int64]) -> float:
 def folder_fingerprint(folder: Path, vocabulary: Vocabulary) -> str:
     """What the run trains on, hashed: the sequences and the vocabulary, not where they came from."""
     return digest([vocabulary.tokens, *(cache.file_sha256(folder / f"{split}.int32") for split in SPLITS)])
-
-
-def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The tokens of each text, without special ones."""
-    texts = iter(texts)
-    while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
-        for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
-            yield encoding.ids
 
 
 def _check_enough(config: BertConfig, sequences: dict[str, int], ordinary: int) -> None:

@@ -21,8 +21,8 @@ from orchestrator.tables import SPLITS
 from workloads.bert.cache import build_entry
 from workloads.bert.config import BertConfig
 from workloads.bert.corpus import Corpus, find_corpus, is_heldout, paragraphs
-from workloads.bert.data import MORE_TEXT, check_settings, entropy, pack, token_ids, tokenizer_of
-from workloads.bert.wordpiece import CLS, SEP, Vocabulary, build_tokenizer, load_tokenizer
+from workloads.bert.data import MORE_TEXT, check_settings, entropy, pack, tokenizer_of
+from workloads.bert.wordpiece import CLS, SEP, Vocabulary, build_tokenizer, load_tokenizer, token_ids
 from workloads.preparation import Made, Part, changed
 
 Counts = NDArray[np.int64]

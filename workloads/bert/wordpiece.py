@@ -7,7 +7,7 @@ single-character piece in a fixed order removes the one source of chance.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from orchestrator.errors import UserError
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PREFIX = "##"  # of a piece that continues a word (Wu et al. 2016, as in Devlin et al. 2019)
+DOCUMENTS_AT_ONCE = 512  # bounds the memory of tokenization
+LETTERS_AT_ONCE = 2**20  # likewise: what is known of a text while it is cut takes up to 200 times its bytes
 ALPHABET_LIMIT = 1000  # characters; bert-base-uncased has 997
 
 
@@ -168,3 +170,24 @@ def _repeated(words: Counter[str], chunk: int = 1000) -> Iterable[str]:
         while count > 0:
             yield " ".join([word] * min(count, chunk))
             count -= chunk
+
+
+def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of each text, without special ones."""
+    for batch in _batches(texts):
+        for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
+            yield encoding.ids
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Some texts at a time, in their order: no more than may be cut into tokens at once, or one."""
+    batch: list[str] = []
+    letters = 0
+    for text in texts:
+        if batch and (len(batch) == DOCUMENTS_AT_ONCE or letters + len(text) > LETTERS_AT_ONCE):
+            yield batch
+            batch, letters = [], 0
+        batch.append(text)
+        letters += len(text)
+    if batch:
+        yield batch

@@ -1,0 +1,64 @@
+"""Files that end with the SHA-256 of what is before it, and notes of which were found whole since this machine started.
+
+Many processes open a file: the first one reads all of it, the others trust its note, until the file is another one or
+the machine has been started anew, for it is power cuts that leave a name without its content.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+DIGEST = 32  # bytes
+PIECE = 2**20  # is read at a time
+
+
+def seal(path: Path) -> None:
+    """Add the SHA-256 of a file to its end, and wait until the disk has it."""
+    digest = _digest(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_since_boot(path: Path, note: Path) -> bool:
+    """Whether a sealed file is what was written; raises OSError where it cannot be read.
+
+    Args:
+        note: a file of this file's own, of which nothing is lost when it is.
+    """
+    status = path.stat()
+    content = status.st_size - DIGEST
+    what = f"{_boot()} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    with contextlib.suppress(OSError, ValueError):
+        if _boot() and note.read_text() == what:
+            return True
+    with path.open("rb") as file:
+        file.seek(max(0, content))
+        if file.read() != _digest(path, content):  # read, not mapped: it would count as this process's memory
+            return False
+    with contextlib.suppress(OSError):  # it will be read once more, then
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(what)
+    return True
+
+
+def _digest(path: Path, count: int) -> bytes:
+    """SHA-256 of a file's first `count` bytes; of as many as there are."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while count > 0 and (piece := file.read(min(PIECE, count))):
+            found.update(piece)
+            count -= len(piece)
+    return found.digest()
+
+
+@functools.cache
+def _boot() -> str:
+    """Another one after each start of this machine; "": it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
