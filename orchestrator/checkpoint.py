@@ -8,6 +8,7 @@ for the one before it. Runs that hold the model whole, and in whatever parts, re
 
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, StorageError
 from orchestrator.storage import Folder, Pieces
 
+log = logging.getLogger("orchestrator.checkpoint")
 FORMAT = 1
 STATE, MANIFEST, PARTS = "state.safetensors", "manifest.json", "parts-"
 Entries = dict[str, dict[str, Any]]  # of the manifest: bytes and sha256 of files by name
@@ -122,6 +124,14 @@ class CheckpointStore:
         """Make checkpoint `step` of files that are written, drop those beyond `keep`; returns its bytes."""
         manifest = {"format": FORMAT, "step": step, "identity": self.identity, "files": entries}
         self._folder.write(f"step-{step}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+        try:
+            self._prune(step, entries)
+        except (OSError, StorageError):  # the checkpoint is whole; the next one tries again
+            log.warning("what is not needed any more could not be deleted", exc_info=True)
+        return sum(int(entry["bytes"]) for entry in entries.values())
+
+    def _prune(self, step: int, entries: Entries) -> None:
+        """Delete checkpoints beyond `keep`, and what is left of other attempts at this one."""
         whole = [s for s in self.steps() if self._folder.read_text(f"step-{s}/{MANIFEST}") is not None]
         for old in [s for s in self.steps() if s < step and s not in whole[-self._keep :]]:
             self._folder.delete(f"step-{old}/{MANIFEST}")
@@ -130,7 +140,6 @@ class CheckpointStore:
         for name in self._folder.child(f"step-{step}").names():
             if name.startswith(PARTS) and name not in named:  # an earlier attempt, or another split
                 self._folder.delete(f"step-{step}/{name}")
-        return sum(int(entry["bytes"]) for entry in entries.values())
 
     def load(self, step: int, room: Callable[[Described], dict[str, Tensor]] = whole) -> Loaded:
         """Read checkpoint `step`; raises CheckpointError naming what is wrong with it.

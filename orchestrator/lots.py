@@ -94,13 +94,20 @@ class Lot:
         """Where a piece of this worker's chunk is kept until it can be added."""
         return self.early[part][piece.at : piece.at + _length(piece.floats)]
 
-    def forget(self) -> None:
-        """The last step."""
-        self.arrivals, self.totals = [], []
+    def let_go(self) -> None:
+        """Of blocks that are added up: the sum is in the place of the last one."""
         if self.lone:
             self.rows.clear()
             for bucket in self.buckets:
-                bucket.row = bucket.total = torch.empty(0)
+                bucket.row = torch.empty(0)
+
+    def forget(self) -> None:
+        """The last step."""
+        self.arrivals, self.totals = [], []
+        self.let_go()
+        if self.lone:
+            for bucket in self.buckets:
+                bucket.total = torch.empty(0)
 
 
 def gather(buckets: list[Bucket]) -> list[list[Bucket]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.group import Group
+from orchestrator.lots import padded_numel
 from orchestrator.shards import Block, Placement, push_block
 from orchestrator.slice_sums import SliceSums
 from orchestrator.transport import transport
@@ -34,7 +35,7 @@ class TreeReducer:
         self._group = group
         device = group.device
         # The extra vector rides as one more parameter.
-        self._extra_slot = nn.Parameter(torch.zeros(extra_numel, device=device), requires_grad=False)
+        self._extra_slot = nn.Parameter(torch.empty(extra_numel, device=device), requires_grad=False)
         self._slots = [*parameters, self._extra_slot]
         self._stacks: list[list[Tensor]] = [[] for _ in self._slots]
         self._pushed = [0] * len(self._slots)
@@ -216,5 +217,6 @@ def _pack(slots: list[nn.Parameter], alone_bytes: int) -> list[Bucket]:
             open_one = Bucket([], [], 0)
         open_one.members.append(i)
         open_one.offsets.append(open_one.numel)
-        open_one.numel += numel
+        # From a cache line on, as where it is alone: GPUs add a norm in another order where memory is not aligned.
+        open_one.numel += padded_numel(numel)
     return [*full, open_one] if open_one.members else full

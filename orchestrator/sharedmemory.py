@@ -42,7 +42,7 @@ def share(group: Group, floats: list[int]) -> tuple[list[list[int]], dict[int, T
     team = next(team for team in teams if group.rank in team)
     found = {rank: vector for rank, vector in enumerate(opened) if vector is not None and rank in team}
     if len(team) == 1:  # ordinary memory comes in larger pages
-        found = {group.rank: torch.zeros(floats[group.rank])}
+        found = {group.rank: torch.empty(floats[group.rank])}
     return teams, found
 
 

@@ -92,6 +92,8 @@ class TreeSums:
                     self._add(lot, piece, -1)
         with self._group.others_wait():
             self._helper.run(self._conclude)
+        for lot in self._lots:
+            lot.let_go()
         self._open = False
 
     def close(self) -> None:

@@ -6,9 +6,11 @@
 resnet8 from prepared JPEG files, more of them than the cache on disk may hold, and BERT from prepared tokens; two
 workers, neither of which is sent home where other load slows it down. Every two seconds the memory of each worker and
 of its loader processes is read, and that of the command with its coordinator (USS: pages that no other process
-shares). The first --warm-up share of the time is left out; a line is laid through the rest by least squares. A worker
-keeps the records of its last 8,192 steps (reporter.KEPT), 0.8 kB each: with small batches those are there before the
-line begins. Target: the line rises by less than 1 % of its mean an hour, or by less than its standard error.
+shares; `held` are those of them that the kernel cannot drop, for the others are pages of prepared files that are mapped
+and on disk as well, counted here whenever no other loader has the same file open). The first --warm-up share of the
+time is left out; a line is laid through the rest by least squares. A worker keeps the records of its last 8,192 steps
+(reporter.KEPT), 0.8 kB each: with small batches those are there before the line begins. Target: the line rises by less
+than 1 % of its mean an hour, or by less than its standard error.
 """
 
 import statistics
@@ -21,10 +23,12 @@ from typing import Any
 import commands
 import numpy as np
 import paired
+from numpy.typing import NDArray
 
 EVERY_S = 2.0
 NEVER = "1000000"
 TARGET_SHARE = 0.01
+Samples = list[tuple[float, list[NDArray[np.float64]]]]
 JOBS = {
     "resnet": ["--model", "resnet8", "--image-size", "32", "--data-cache", "0.1"],
     "bert": ["--hidden-size", "32", "--layers", "1", "--sequence-length", "16", "--lr", "0.0003"],
@@ -42,7 +46,7 @@ def prepare(workload: str, images: int, folder: Path) -> str:
     return f"parquet:{folder / 'prepared'}"
 
 
-def train(settings: Namespace, workload: str) -> tuple[list[tuple[float, list[float]]], int]:
+def train(settings: Namespace, workload: str) -> tuple[Samples, int]:
     """Memory in MB, by seconds since the first step, of each worker with its loaders and of the command; and steps."""
     with commands.visit(alone=False) as folder:
         data = prepare(workload, settings.images, folder)
@@ -61,7 +65,7 @@ def train(settings: Namespace, workload: str) -> tuple[list[tuple[float, list[fl
             process.wait()
 
 
-def watch(settings: Namespace, folder: Path, command: int) -> list[tuple[float, list[float]]]:
+def watch(settings: Namespace, folder: Path, command: int) -> Samples:
     metrics = folder / "run" / "metrics.jsonl"
     assert commands.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, 300), "no step in 300 s"
     events = commands.records(folder / "run" / "events.jsonl")
@@ -93,10 +97,11 @@ def family(pid: int, below: dict[int, list[int]]) -> list[int]:
     return [pid, *(other for child in below.get(pid, []) for other in family(child, below))]
 
 
-def own_mb(pid: int) -> float:
-    """Pages that no other process shares."""
+def own_mb(pid: int) -> NDArray[np.float64]:
+    """Pages that no other process shares: all, and those that the kernel cannot drop."""
     words = [text.split() for text in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return sum(int(kb) for name, kb, *_ in words if name in ("Private_Clean:", "Private_Dirty:")) / 1e3
+    clean, dirty = (int(kb) / 1e3 for name, kb, *_ in words if name in ("Private_Clean:", "Private_Dirty:"))
+    return np.array([clean + dirty, dirty])
 
 
 def line(at_s: list[float], mb: list[float]) -> dict[str, Any]:
@@ -114,6 +119,11 @@ def line(at_s: list[float], mb: list[float]) -> dict[str, Any]:
     }
 
 
+def tenths(mb: list[float]) -> list[float]:
+    """The medians of ten stretches of time."""
+    return [round(statistics.median(part), 1) for part in np.array_split(mb, 10)]
+
+
 def main() -> None:
     parser = paired.parser(__doc__ or "", visits=None)
     parser.add_argument("--workloads", type=paired.words(list(JOBS)), default=list(JOBS))
@@ -128,14 +138,15 @@ def main() -> None:
         paired.say(f"{workload}: {settings.minutes:g} minutes")
         samples, steps = train(settings, workload)
         kept = [(at_s, mb) for at_s, mb in samples if at_s >= settings.warm_up * settings.minutes * 60]
-        *lines, command = [line([at_s for at_s, _ in kept], [mb[i] for _, mb in kept]) for i in range(3)]
-        tenth = max(1, len(samples) // 10)
-        course = [
-            round(statistics.median(mb[0] for _, mb in samples[i : i + tenth]), 1)
-            for i in range(0, len(samples), tenth)
+        at_s = [at_s for at_s, _ in kept]
+        *workers, command = [
+            {**line(at_s, [mb[i][0] for _, mb in kept]), "held": line(at_s, [mb[i][1] for _, mb in kept])}
+            for i in range(3)
         ]
-        found = {"workload": workload, "steps": steps, "workers": lines, "command": command}
-        report["runs"].append({**found, "first_workers_mb_by_tenths": course})
+        found = {"workload": workload, "steps": steps, "workers": workers, "command": command}
+        courses = {"workers_mb_by_tenths": 0, "workers_held_mb_by_tenths": 1}
+        found |= {name: [tenths([mb[i][kind] for _, mb in samples]) for i in (0, 1)] for name, kind in courses.items()}
+        report["runs"].append(found)
     paired.emit(report, settings.out)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over with a reason, whatever happened to the bytes or to the writer."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -94,6 +95,25 @@ def test_a_snapshot_is_not_touched_by_later_steps():
     for snapshot, copy in kept.values():
         assert all(snapshot[name].equal(copy[name]) for name in copy)
     assert not kept[1][0]["model.conv.weight"].equal(kept[6][0]["model.conv.weight"])
+
+
+def test_an_old_one_that_cannot_be_deleted_stops_nobody(tmp_path, monkeypatch):
+    """NFS keeps a name for what somebody has open, and the folder with it; the next one tries again."""
+    store, delete = CheckpointStore(Folder(str(tmp_path)), "id", keep=1), Folder.delete
+    store.save(1, {"x": torch.ones(2)})
+
+    def busy(folder, name):
+        if name == "step-1":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        delete(folder, name)
+
+    monkeypatch.setattr(Folder, "delete", busy)
+    assert store.save(2, {"x": torch.ones(2)}) > 0
+    assert store.load(2).step == 2
+    assert store.steps() == [1, 2]
+    monkeypatch.undo()
+    store.save(3, {"x": torch.ones(2)})
+    assert store.steps() == [3]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from unittest.mock import Mock
@@ -226,6 +227,16 @@ def test_collectives_have_the_same_bits(world):
     for found in run_distributed(sums_by_collectives, world, COUNTS[world]):
         for counts, sums in zip(COUNTS[world], found, strict=True):
             assert sums == known_sums(ALONE, (sum(counts),)), counts
+
+
+def test_gradients_that_share_a_bucket_begin_where_memory_is_aligned():
+    """GPUs add a norm in another order where it is not, and one worker's gradients always are."""
+    shapes = [(7,), (3, 5), (10,), (16,), (33,)]
+    buckets = reduce._pack([nn.Parameter(torch.zeros(shape)) for shape in shapes], 2**20)
+    (bucket,) = buckets
+    assert all(offset % lots.LINE_FLOATS == 0 for offset in bucket.offsets)
+    ends = [start + math.prod(shapes[i]) for i, start in zip(bucket.members, bucket.offsets, strict=True)]
+    assert all(end <= start for end, start in zip(ends, [*bucket.offsets[1:], bucket.numel], strict=True))
 
 
 def join_sums(group: Group, apart: bool) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from workloads.bert.attention import attend
 from workloads.bert.config import Architecture, BertConfig
 from workloads.workload import Batch, Piece
 
@@ -61,9 +62,7 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if dropout and self.part[1] > 1:
             return self._drop_as_a_whole(query_BHTd, key_BHTd, value_BHTd, allowed_B1TT)
-        mixed_BHTd = F.scaled_dot_product_attention(
-            query_BHTd, key_BHTd, value_BHTd, attn_mask=allowed_B1TT, dropout_p=dropout
-        )
+        mixed_BHTd = attend(query_BHTd, key_BHTd, value_BHTd, allowed_B1TT, dropout)
         return mixed_BHTd.transpose(1, 2).flatten(2)
 
     def _drop_as_a_whole(
