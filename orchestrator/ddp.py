@@ -16,7 +16,7 @@ from orchestrator.group import Group
 from orchestrator.plan import Plan, Request
 from orchestrator.shards import derive_seed
 from orchestrator.state import TrainingState
-from orchestrator.step import ROW, StepTotals, ledger_of, seal
+from orchestrator.step import ROW, StepTotals, ledger_of, of_the_slowest, seal
 from workloads.workload import Batch, Sums, Workload
 
 
@@ -117,6 +117,7 @@ class DdpGradients:
         rows[self._group.rank, 2] = float(stop)
         rows[self._group.rank, 3] = len(fed) * weight
         rows[self._group.rank, 4] = ledger_of(fed)
+        rows[self._group.rank, 5] = fed_s - waiting_since
         with self._group.others_wait():
             self._state.precision.scaler.scale(loss * (weight * self._factor / nominal)).backward()
             self._sums.finish()
@@ -124,14 +125,24 @@ class DdpGradients:
         self._group.sum(rows)
         # Before the optimizer's step: between that and its count nobody can be missed.
         self._share([b for b in self._state.model.buffers() if b.is_floating_point()])
-        seconds = (fed_s - waiting_since, computed_s - fed_s, time.perf_counter() - computed_s)
+        summed_s = time.perf_counter() - computed_s
+        data_s, reduce_s = of_the_slowest(fed_s - waiting_since, rows[:, 5].tolist(), summed_s)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
         total = rows[:, 1].sum().item() or 1.0
         stopping, ledger = bool(rows[:, 2].sum() > 0), seal(rows.cpu(), samples, step)
-        return StepTotals(rows[:, 0].sum().item() / total, samples, nominal / total, stopping, ledger, *seconds)
+        return StepTotals(
+            rows[:, 0].sum().item() / total,
+            samples,
+            nominal / total,
+            stopping,
+            ledger,
+            data_s,
+            computed_s - fed_s,
+            reduce_s,
+        )
 
     def committed(self, step: int) -> None:
         """See GradientSource."""

@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from orchestrator.shards import Placement, derive_seed
 from orchestrator.state import TrainingState
 from workloads.workload import Sums, Workload
 
-ROW = ("loss", "count", "stop", "samples", "ledger")  # what each shard reports beside its gradients
+ROW = ("loss", "count", "stop", "samples", "ledger", "data_s")  # what each shard reports beside its gradients
 EXACT = 2**24  # whole numbers below it are exact in fp32
 
 
@@ -36,9 +36,10 @@ class StepTotals:
         gradient_scale: what the summed gradients have to be multiplied by to be those of `loss`.
         stop: whether some worker asked to stop after this step.
         ledger: 8 hex digits that depend on which samples every shard was computed from.
-        data_s: seconds in which this worker had no samples to compute on.
+        data_s: seconds in which the worker that waited longest for samples had none to compute on.
         compute_s: seconds of forward and backward on this worker.
-        reduce_s: seconds in which it waited for sums of gradients, those within backward (--reduce ddp) left out.
+        reduce_s: seconds in which it waited for sums of gradients, those within backward (--reduce ddp) left out, and
+            those in which others waited for samples.
     """
 
     loss: float
@@ -54,6 +55,18 @@ class StepTotals:
 def ledger_of(indices: NDArray[np.int64]) -> int:
     """A number below EXACT that tells sets of sample indices apart, whatever their order."""
     return zlib.crc32(np.sort(indices).tobytes()) % EXACT
+
+
+def of_the_slowest(own_s: float, waits_s: Sequence[float], reduce_s: float) -> tuple[float, float]:
+    """Seconds of a step that go to data, and to reduction: the others wait there for who waits for samples.
+
+    Args:
+        own_s: this worker waited for samples.
+        waits_s: each worker did.
+        reduce_s: this worker waited for sums.
+    """
+    longest_s = max(own_s, *waits_s)
+    return longest_s, max(0.0, reduce_s - (longest_s - own_s))
 
 
 def seal(rows: Tensor, expected: int, step: int) -> str:
@@ -89,13 +102,14 @@ class ShardedGradients:
         loader_processes: int,
     ) -> None:
         self._plan, self._workload, self._state, self._group = plan, workload, state, group
-        self._own = placement.range_of(group.rank)
+        self._own, self._placement = placement.range_of(group.rank), placement
         self._statistics = RunningStatistics(state.own)
         self._rows = plan.config.shards * len(ROW)
         self._reducer = TreeReducer(state.parameters, self._rows + self._statistics.numel, group)
         samples = workload.samples("train")
         self._feed = batches(samples, self._requests(state.step), loader_processes, group.device, group.clock)
         self._samples, self._data_s = 0, 0.0
+        self._waits: dict[int, float] = {}  # seconds, for the samples of shards that are not told yet
         try:
             self._reducer.place(placement)
         except BaseException:  # a peer is lost already; hooks and momenta of 1 would stay with the model
@@ -131,8 +145,10 @@ class ShardedGradients:
         stopping = bool(rows[:, 2].sum() > 0)
         ledger = seal(rows, self._samples, step)
         loss = rows[:, 0].sum().item() / count
-        seconds = (self._data_s, compute_s, reduce_s)
-        return StepTotals(loss, self._samples, nominal / count, stopping, ledger, *seconds)
+        ranks = map(self._placement.range_of, range(self._placement.workers))
+        waits = [rows[own.start : own.stop, 5].sum().item() for own in ranks]
+        seconds = of_the_slowest(self._data_s, waits, reduce_s)
+        return StepTotals(loss, self._samples, nominal / count, stopping, ledger, seconds[0], compute_s, seconds[1])
 
     def _pass(self, step: int, nominal: float, stop: bool) -> None:
         """Forward and backward of all own shards."""
@@ -163,7 +179,8 @@ class ShardedGradients:
         """The next samples; torch is seeded for them afterwards, for reading them here may have seeded it."""
         waiting_since = time.perf_counter()
         fed = next(self._feed)
-        self._data_s += time.perf_counter() - waiting_since
+        self._waits[shard] = time.perf_counter() - waiting_since
+        self._data_s += self._waits[shard]
         seed(self._group.device, derive_seed("step", self._plan.config.seed, step, shard))
         return fed
 
@@ -174,6 +191,7 @@ class ShardedGradients:
         if sums is not None:
             row[0], row[1] = sums.loss.detach(), sums.count
         row[2], row[3], row[4] = float(stop), len(indices), ledger_of(indices)
+        row[5] = self._waits.pop(shard, 0.0)
         if self._statistics.numel:
             extra[self._rows :] = self._statistics.of_last_forward(samples)
         return extra
