@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from orchestrator.errors import UserError
 from orchestrator.prepare import main
 from orchestrator.tables import Manifest
 from workloads.bert import data, prepared
+from workloads.bert import preparing as bert_preparing
 from workloads.bert.config import BertConfig
 from workloads.bert.preparing import TextPreparation
 from workloads.bert.wordpiece import SPECIAL, build_tokenizer
@@ -84,6 +86,15 @@ def test_the_vocabulary_is_trained_once(text, tmp_path, capsys):
     with (tmp_path / "part2.txt").open("a") as file:
         file.write("\n\nOne more document.")
     assert made("longer", 300)[0] == 1
+
+
+def test_reading_a_large_text_for_its_vocabulary_is_told(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bert_preparing, "TOLD_EVERY_S", 0.0)
+    job("bert", text, tmp_path / "out", vocab_size=300, sequence_length=16)
+    first, *told = capsys.readouterr().out.splitlines()
+    assert first.startswith("training a vocabulary of up to")
+    assert len(told) > 1
+    assert all(re.fullmatch(r"read [\d,]+ of [\d,]+ MB for the vocabulary", line) for line in told)
 
 
 def test_all_done_says_so_without_a_cluster(text, tmp_path, capsys):

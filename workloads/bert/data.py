@@ -9,7 +9,7 @@ incomplete piece at the end of a split is dropped.
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -213,11 +213,17 @@ def _tokenizer_identity(config: BertConfig) -> list[Any]:
         ) from None
 
 
-def tokenizer_of(config: BertConfig, corpus: Corpus) -> tuple[Any, Vocabulary]:
-    """The tokenizer of --tokenizer, or one trained on the training documents; and its vocabulary."""
+def tokenizer_of(
+    config: BertConfig, corpus: Corpus, watched: Callable[[Iterator[str]], Iterator[str]] = iter
+) -> tuple[Any, Vocabulary]:
+    """The tokenizer of --tokenizer, or one trained on the training documents; and its vocabulary.
+
+    Args:
+        watched: is handed the documents that are trained on, and hands them on.
+    """
     if config.tokenizer:
         return read_tokenizer(Path(config.tokenizer).expanduser())
-    training_text = (text for text in corpus.documents() if not is_heldout(text))
+    training_text = (text for text in watched(corpus.documents()) if not is_heldout(text))
     vocabulary = Vocabulary(train_vocabulary(training_text, config.vocab_size))
     return build_tokenizer(vocabulary.tokens), vocabulary
 

@@ -6,6 +6,7 @@ Each part packs its own documents by the rule of data.py, so that a part loses a
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from workloads.preparation import Made, Part, changed
 
 Counts = NDArray[np.int64]
 TRAINED = "vocabulary.json"
+TOLD_EVERY_S = 5.0
 RULES = 1  # by which a vocabulary is trained
 
 
@@ -143,8 +145,20 @@ def _trained(config: BertConfig, corpus: Corpus) -> tuple[Any, Vocabulary]:
     def train(folder: Path) -> None:
         size = sum(bytes for _, bytes, _ in facts) / 1e6
         print(f"training a vocabulary of up to {config.vocab_size:,} WordPieces on {size:,.0f} MB", flush=True)
-        (folder / TRAINED).write_text(json.dumps(tokenizer_of(config, corpus)[1].tokens), encoding="utf-8")
+        vocabulary = tokenizer_of(config, corpus, lambda texts: _told(texts, size))[1]
+        (folder / TRAINED).write_text(json.dumps(vocabulary.tokens), encoding="utf-8")
 
     folder = build_entry(digest(["vocabulary", RULES, version("tokenizers"), config.vocab_size, facts]), train)
     vocabulary = Vocabulary(tuple(json.loads((folder / TRAINED).read_text(encoding="utf-8"))))
     return build_tokenizer(vocabulary.tokens), vocabulary
+
+
+def _told(texts: Iterator[str], size_mb: float) -> Iterator[str]:
+    """The texts, with a line every few seconds about how much of them was read."""
+    read, said_s = 0, time.monotonic()
+    for text in texts:
+        yield text
+        read += len(text.encode())
+        if time.monotonic() - said_s > TOLD_EVERY_S:
+            said_s = time.monotonic()
+            print(f"read {read / 1e6:,.0f} of {size_mb:,.0f} MB for the vocabulary", flush=True)
