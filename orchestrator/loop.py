@@ -82,7 +82,7 @@ def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: fl
         norm = state.gradient_norm()
         factor = clip_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
         if factor < 1.0:
-            multiply_gradients(state, factor)
+            multiply_gradients(state, factor, own=gradient_scale != 1.0)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     scaler.step(state.optimizer)
@@ -90,9 +90,16 @@ def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: fl
     compute_now(state.parameters[0].device)
 
 
-def multiply_gradients(state: TrainingState, factor: Tensor | float) -> None:
-    """Give the parameters new gradients, multiplied by `factor`."""
+def multiply_gradients(state: TrainingState, factor: Tensor | float, own: bool = False) -> None:
+    """Give the parameters new gradients, multiplied by `factor`.
+
+    Args:
+        own: whether nobody else has those that they have: then they are changed where they are.
+    """
     held = [(p, p.grad) for p in state.parameters if p.grad is not None]
+    if own:
+        torch._foreach_mul_([gradient for _, gradient in held], factor)  # type: ignore[arg-type]
+        return
     products = torch._foreach_mul([gradient for _, gradient in held], factor)  # type: ignore[arg-type]
     for (parameter, _), product in zip(held, products, strict=True):
         parameter.grad = product
