@@ -125,8 +125,8 @@ class DdpGradients:
         self._group.sum(rows)
         # Before the optimizer's step: between that and its count nobody can be missed.
         self._share([b for b in self._state.model.buffers() if b.is_floating_point()])
-        summed_s = time.perf_counter() - computed_s
-        data_s, reduce_s = of_the_slowest(fed_s - waiting_since, rows[:, 5].tolist(), summed_s)
+        reduce_s = time.perf_counter() - computed_s
+        data_s, compute_s = of_the_slowest(fed_s - waiting_since, rows[:, 5].tolist(), computed_s - fed_s)
         bad = torch.nonzero(~torch.isfinite(rows[:, 0])).flatten().tolist()
         if bad:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
@@ -140,7 +140,7 @@ class DdpGradients:
             stopping,
             ledger,
             data_s,
-            computed_s - fed_s,
+            compute_s,
             reduce_s,
         )
 

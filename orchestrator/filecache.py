@@ -207,8 +207,8 @@ class FileCache:
             if path != newest:
                 with contextlib.suppress(PermissionError):  # another user's
                     path.unlink(missing_ok=True)
-                    _mark(path).unlink(missing_ok=True)
                     total -= size
+                    _mark(path).unlink(missing_ok=True)
 
 
 def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:

@@ -72,7 +72,7 @@ def train(
 def update(state: TrainingState, lr: float, gradient_scale: float, clip_norm: float) -> None:
     """One optimizer step with the reduced gradients in p.grad; fp16 steps with an overflow are skipped.
 
-    What p.grad holds is not written to, except by fp16's scaler: workers of one machine may share it.
+    What p.grad holds at first is not written to, except by fp16's scaler: workers of one machine may share it.
     """
     scaler = state.precision.scaler
     scaler.unscale_(state.optimizer)

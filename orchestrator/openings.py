@@ -1,13 +1,9 @@
 """Places for workers in Ray Train's worker group: those that are filled, and those that wait for a process."""
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 
 
@@ -49,18 +45,3 @@ class Filled:
 def last_line(error: Exception) -> str:
     """Of its text, which may be a traceback."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def first_workers() -> Iterator[None]:
-    """They start within; where one is lost, Ray Train asks for them again if it is told so in its own way.
-
-    Its own start does not tell of one that is lost when it is given the train function, or that does not answer.
-
-    Raises:
-        WorkerGroupStartupFailedError: a worker, or its machine, is lost.
-    """
-    try:
-        yield
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-        raise WorkerGroupStartupFailedError(f"a worker did not start: {last_line(error)}") from error

@@ -7,14 +7,18 @@ OUT/parts/00000.json   what a part has become
 import json
 import logging
 import re
-from collections.abc import Container
+import time
+from collections.abc import Container, Sequence
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import DataError, UserError
+from orchestrator.filecache import TableFile
 from orchestrator.storage import Folder
 from orchestrator.tables import MANIFEST, SPLITS, parse_manifest, table_file
 
 log = logging.getLogger("orchestrator.outfolder")
+SEEN_WITHIN_S = 90.0  # NFS may answer from what it knew of a folder for a minute (man nfs, acdirmax)
+LOOK_EVERY_S = 5.0
 PARTS, JOB = "parts", "prepare.json"
 OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
 OWN_RECORD = re.compile(r"\d{5,}\.json")
@@ -88,3 +92,21 @@ def clear(folder: Folder, files: Container[str], records: Container[str]) -> Non
     for name in folder.child(PARTS).names():
         if (OWN_RECORD.fullmatch(name) and f"{PARTS}/{name}" not in records) or UNFINISHED.fullmatch(name):
             folder.delete(f"{PARTS}/{name}")
+
+
+def wait_until_seen(folder: Folder, files: Sequence[TableFile]) -> None:
+    """Until this machine sees what others have written; raises DataError where nodes write to disks of their own."""
+    until_s = time.monotonic() + (SEEN_WITHIN_S if folder.is_local else 0.0)
+    while missing := [file.name for file, size in _sizes(folder, files) if size != file.bytes]:
+        if time.monotonic() >= until_s:
+            raise DataError(
+                f"--out {folder.uri}: {len(missing)} of {len(files)} files are not in it as this machine sees it "
+                f"({missing[0]}); give a folder that all nodes share, or s3://..."
+            )
+        print(f"waiting until this machine sees {len(missing)} files, the first is {missing[0]}", flush=True)
+        time.sleep(min(LOOK_EVERY_S, SEEN_WITHIN_S))
+
+
+def _sizes(folder: Folder, files: Sequence[TableFile]) -> list[tuple[TableFile, int | None]]:
+    there = folder.sizes()
+    return [(file, there.get(file.name)) for file in files]

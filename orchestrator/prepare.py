@@ -25,7 +25,7 @@ from orchestrator.command import Parser, check_text, leave, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import DataError, OrchestratorError, UserError
 from orchestrator.filecache import TableFile
-from orchestrator.outfolder import check, claim, clear, read_record, record_name
+from orchestrator.outfolder import check, claim, clear, read_record, record_name, wait_until_seen
 from orchestrator.partmaker import Record, make_parts
 from orchestrator.settings import flag
 from orchestrator.storage import PATIENCE_S, Folder
@@ -119,21 +119,11 @@ class Job:
             digest([sums, about]), schema, self.given.origin,
         )  # fmt: skip
 
-    def _check_there(self, found: Manifest) -> None:
-        """Raises DataError where this machine does not see all files: nodes may have disks of their own."""
-        sizes, files = self.folder.sizes(), [file for split in SPLITS for file in found.files[split]]
-        missing = [file.name for file in files if sizes.get(file.name) != file.bytes]
-        if missing:
-            raise DataError(
-                f"--out {self.folder.uri}: {len(missing)} of {len(files)} files are not in it as this machine sees it "
-                f"({missing[0]}); give a folder that all nodes share, or s3://..."
-            )
-
     def finish(self) -> Manifest:
         """Write the manifest, which makes the data usable, and delete what an earlier job left over."""
         self.check_broken()  # an earlier job may have allowed more
         found = self.manifest()
-        self._check_there(found)
+        wait_until_seen(self.folder, [file for split in SPLITS for file in found.files[split]])
         if self.folder.read_text(MANIFEST) != found.to_json():
             self.folder.write(MANIFEST, found.to_json().encode())
         files = {file.name for files in found.files.values() for file in files}

@@ -35,6 +35,10 @@ class TogetherGradients(ShardedGradients):
         self._part.seating.inside.sum(asked)  # no part takes a step whose gradient another one may not get
         return totals
 
+    def _waits_of_all(self, rows: torch.Tensor) -> list[float]:
+        """Not told: the parts of a group wait for each other within the passes."""
+        return [0.0]
+
     def _one_fed(self, shard: int, fed: Fed, samples: int, nominal: float, stop: bool) -> None:
         with self._group.others_wait():
             super()._one_fed(shard, fed, samples, nominal, stop)

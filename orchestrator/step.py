@@ -36,10 +36,10 @@ class StepTotals:
         gradient_scale: what the summed gradients have to be multiplied by to be those of `loss`.
         stop: whether some worker asked to stop after this step.
         ledger: 8 hex digits that depend on which samples every shard was computed from.
-        data_s: seconds in which the worker that waited longest for samples had none to compute on.
+        data_s: seconds in which this worker had no samples to compute on, or, as far as it is known of others who hold
+            the model whole, waited for one that had none.
         compute_s: seconds of forward and backward on this worker.
-        reduce_s: seconds in which it waited for sums of gradients, those within backward (--reduce ddp) left out, and
-            those in which others waited for samples.
+        reduce_s: seconds in which it waited for sums of gradients, those within backward (--reduce ddp) left out.
     """
 
     loss: float
@@ -57,16 +57,16 @@ def ledger_of(indices: NDArray[np.int64]) -> int:
     return zlib.crc32(np.sort(indices).tobytes()) % EXACT
 
 
-def of_the_slowest(own_s: float, waits_s: Sequence[float], reduce_s: float) -> tuple[float, float]:
-    """Seconds of a step that go to data, and to reduction: the others wait there for who waits for samples.
+def of_the_slowest(own_s: float, waits_s: Sequence[float], among_s: float) -> tuple[float, float]:
+    """Seconds of a step that go to data, and what is left of those among which others are waited for.
 
     Args:
         own_s: this worker waited for samples.
         waits_s: each worker did.
-        reduce_s: this worker waited for sums.
+        among_s: this worker waited for others, for whatever reason.
     """
-    longest_s = max(own_s, *waits_s)
-    return longest_s, max(0.0, reduce_s - (longest_s - own_s))
+    for_others_s = min(max(own_s, *waits_s) - own_s, among_s)
+    return own_s + for_others_s, among_s - for_others_s
 
 
 def seal(rows: Tensor, expected: int, step: int) -> str:
@@ -145,10 +145,13 @@ class ShardedGradients:
         stopping = bool(rows[:, 2].sum() > 0)
         ledger = seal(rows, self._samples, step)
         loss = rows[:, 0].sum().item() / count
-        ranks = map(self._placement.range_of, range(self._placement.workers))
-        waits = [rows[own.start : own.stop, 5].sum().item() for own in ranks]
-        seconds = of_the_slowest(self._data_s, waits, reduce_s)
+        seconds = of_the_slowest(self._data_s, self._waits_of_all(rows), reduce_s)
         return StepTotals(loss, self._samples, nominal / count, stopping, ledger, seconds[0], compute_s, seconds[1])
+
+    def _waits_of_all(self, rows: Tensor) -> list[float]:
+        """Seconds in which each worker waited for samples, as far as it is told; rows [shards, ROW]."""
+        ranks = map(self._placement.range_of, range(self._placement.workers))
+        return [rows[own.start : own.stop, 5].sum().item() for own in ranks]
 
     def _pass(self, step: int, nominal: float, stop: bool) -> None:
         """Forward and backward of all own shards."""

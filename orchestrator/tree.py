@@ -17,10 +17,10 @@ class Bucket:
 
     Attributes:
         members, offsets: the parameters in it, and where each begins.
-        numel: of all members.
+        numel: of all members, and of gaps that nobody reads, for each begins at a cache line.
         alone: whether there is one member, without gaps in its memory.
         missing: parameters whose gradients are not yet in the block that is being filled.
-        blocks: fp32 [own blocks, numel], where each block's gradients are laid end to end; None: it is in `row`.
+        blocks: fp32 [own blocks, numel], where each block's gradients are laid; None: it is in `row`.
         row: fp32 [numel], the gradient of the member that is alone, in the block that is being filled.
         total: fp32 [numel], the sum over all blocks.
     """

@@ -26,7 +26,7 @@ from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import PlacementGroup
 
 from orchestrator.halting import wait
-from orchestrator.openings import Filled, Opening, first_workers, last_line
+from orchestrator.openings import Filled, Opening, last_line
 from orchestrator.seats import NAMESPACE, OVER
 from orchestrator.strict import allows, node_wanted, waits_in_vain
 
@@ -42,14 +42,10 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """See the module."""
 
     _worker_group_state: Any
+    _lost_starts = 0  # groups of the run that lost a worker when it was given the train function
 
     def _start_impl(self, builder: Any) -> None:
-        try:
-            with first_workers():
-                super()._start_impl(builder)
-        except WorkerGroupStartupFailedError:
-            self._worker_group_state = None  # as of a group that did not start, so that those who did are ended
-            raise
+        self._start_first(builder)
         config = self._train_run_context.backend_config
         workers = self._worker_group_state.workers
         self._filled = [Filled(worker) for worker in workers]
@@ -58,6 +54,24 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._asked_over: Any = None
         self._over_s = 0.0
         self._next_rank = len(workers)
+
+    def _start_first(self, builder: Any) -> None:
+        """The first workers start; where one is lost, Ray Train asks for all of them again, if told in its own way.
+
+        Its own start does not tell of one that is lost when it is given the train function, or does not answer. Who is
+        lost each time is no accident: as many are excused as the run may lose workers.
+        """
+        try:
+            super()._start_impl(builder)
+        except WorkerGroupStartupFailedError:
+            self._worker_group_state = None  # as of a group that did not start, so that those who did are ended
+            raise
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            self._worker_group_state = None
+            ElasticWorkerGroup._lost_starts += 1
+            if ElasticWorkerGroup._lost_starts > self._train_run_context.run_config.failure_config.max_failures:
+                raise
+            raise WorkerGroupStartupFailedError(f"a worker did not start: {last_line(error)}") from error
 
     def _init_train_context_on_workers(self, workers: list[Worker], sync_actor: Any, arguments: dict[str, Any]) -> None:
         """The controller, which workers only ask for Ray Train's checkpoints, is no actor."""

@@ -121,7 +121,7 @@ def line(at_s: list[float], mb: list[float]) -> dict[str, Any]:
 
 def tenths(mb: list[float]) -> list[float]:
     """The medians of ten stretches of time."""
-    return [round(statistics.median(part), 1) for part in np.array_split(mb, 10)]
+    return [round(statistics.median(part), 1) for part in np.array_split(mb, 10) if len(part)]
 
 
 def main() -> None:

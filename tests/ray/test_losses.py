@@ -82,11 +82,24 @@ def test_a_worker_is_lost_when_it_is_given_what_to_do(
     nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path
 ) -> None:
     """Before there is a group that it could be replaced in: the group is started once more."""
-    mark, driver = tmp_path / "lost", REPOSITORY / "tests/ray/late_loss_driver.py"
-    arguments = command(tmp_path, "--address", nodes.address, "--workers", "2")
-    done = finish(begin([sys.executable, str(driver), str(mark), *arguments], PYTHONPATH=str(REPOSITORY)))
-    assert mark.exists(), "nobody was lost"
+    done = with_late_losses(nodes, tmp_path, 1)
+    assert (tmp_path / "lost").read_text() == ".", "nobody was lost"
     assert_as_undisturbed(done, tmp_path, undisturbed)
+
+
+def test_workers_that_are_lost_each_time_end_the_run(nodes: Any, node_pair: Any, tmp_path: Path) -> None:
+    done = with_late_losses(nodes, tmp_path, 99, "--max-incidents", "1")
+    assert done.status == 1, done.err
+    assert len((tmp_path / "lost").read_text()) >= 2
+    assert result(tmp_path / "run")["status"] == "failed"
+
+
+def with_late_losses(nodes: Any, tmp_path: Path, times: int, *extra: str) -> Done:
+    """The run, with so many processes lost when they are given the train function."""
+    driver = str(REPOSITORY / "tests/ray/late_loss_driver.py")
+    arguments = command(tmp_path, "--address", nodes.address, "--workers", "2", *extra)
+    words = [sys.executable, driver, str(tmp_path / "lost"), str(times), *arguments]
+    return finish(begin(words, PYTHONPATH=str(REPOSITORY)))
 
 
 def test_all_workers_lost_at_once(nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from PIL import Image
 from preparing import do, job
 from pyarrow import parquet
 
+from orchestrator import outfolder
 from orchestrator.errors import DataError, UserError
+from orchestrator.storage import Folder
 from orchestrator.tables import Manifest, read_manifest
 from workloads.resnet import data, prepared, preparing
 from workloads.resnet.config import ResnetConfig
@@ -200,15 +202,30 @@ def test_what_cannot_be_read_is_made_again(tmp_path, name):
     assert do(again) == found
 
 
-def test_files_that_this_machine_does_not_see_are_not_said_to_be_there(tmp_path):
+def test_files_that_this_machine_does_not_see_are_not_said_to_be_there(tmp_path, monkeypatch, capsys):
     """Nodes with disks of their own: what one has written there is not in the folder of the others."""
     made = job("resnet", "digits", tmp_path / "out", "--file-mb", "0.02")
     do(made)
+    monkeypatch.setattr(outfolder, "SEEN_WITHIN_S", 0.05)
     (tmp_path / "out" / "train-00001.parquet").rename(tmp_path / "elsewhere")
     with pytest.raises(
         DataError, match=r"1 of \d+ files are not in it.*\(train-00001.parquet\); give a folder that all"
     ):
         made.finish()
+    assert "waiting until this machine sees 1 files, the first is train-00001.parquet" in capsys.readouterr().out
+    monkeypatch.setattr(outfolder, "SEEN_WITHIN_S", 30.0)
+    monkeypatch.setattr(outfolder, "LOOK_EVERY_S", 0.0)
+    looks, sizes = [], Folder.sizes
+
+    def late(folder):
+        if looks:
+            (tmp_path / "elsewhere").rename(tmp_path / "out" / "train-00001.parquet")
+        looks.append(1)
+        return sizes(folder)
+
+    monkeypatch.setattr(Folder, "sizes", late)
+    assert made.finish() == made.manifest()
+    assert len(looks) == 2, "an NFS client that knew the folder of before"
 
 
 def test_a_missing_file_is_found_before_a_run(tmp_path):

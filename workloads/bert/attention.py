@@ -24,7 +24,9 @@ def attend(
 
     if not (query_BHTd.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return plain()
-    if torch.compiler.is_compiling():  # its backward pass is not called from here
+    # A compiled backward pass is not called from here; heads of other sizes are padded, and the last node is not the
+    # kernel's.
+    if torch.compiler.is_compiling() or query_BHTd.shape[-1] % 8:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.MATH):
@@ -34,20 +36,18 @@ def attend(
 
 def strictly(compute: Callable[[], Tensor]) -> Tensor:
     """What `compute` gives, by kernels that are deterministic there and in the last operation's backward pass."""
-    warn_only = torch._C._get_deterministic_algorithms_warn_only()
     with _strict():
         found = compute()
     if found.grad_fn is not None:
         found.grad_fn.register_prehook(lambda *_: torch._C._set_deterministic_algorithms(True, warn_only=False))
-        found.grad_fn.register_hook(lambda *_: torch._C._set_deterministic_algorithms(True, warn_only=warn_only))
+        found.grad_fn.register_hook(lambda *_: torch._C._set_deterministic_algorithms(True, warn_only=True))
     return found
 
 
 @contextmanager
 def _strict() -> Iterator[None]:
-    before = torch._C._get_deterministic_algorithms_warn_only()
     torch._C._set_deterministic_algorithms(True, warn_only=False)
     try:
         yield
     finally:
-        torch._C._set_deterministic_algorithms(True, warn_only=before)
+        torch._C._set_deterministic_algorithms(True, warn_only=True)  # as build.prepare_torch has it
