@@ -4,12 +4,14 @@ Loader processes are forks of multiprocessing's fork server, not of the worker. 
 connections, so that others would not see them closed when it is killed, and the locks that its threads had taken.
 """
 
+import ctypes
 import itertools
 import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
+import sys
 import threading
 from collections.abc import Generator, Iterable
 from multiprocessing.connection import wait
@@ -29,6 +31,7 @@ Fed = tuple[NDArray[np.int64], Batch]  # the sample indices as the data set was 
 AHEAD = 4  # microbatches a process, as many as bridge a step that takes longer than others
 MEMORY_SHARE = 0.125  # of this worker's part of the machine's memory, for what lies ready; as much for an evaluation
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
+TRIM_EVERY_S = 20.0  # a few milliseconds each time, in a thread of its own
 SHARED, MB = Path("/dev/shm"), 10**6  # where torch lays what loader processes hand over
 log = logging.getLogger("orchestrator.feed")
 LOST = re.compile(r"DataLoader worker \(pid")  # torch's words where one has ended by itself
@@ -127,7 +130,7 @@ def _ahead(
         num_workers=used,
         prefetch_factor=each,
         multiprocessing_context="forkserver",
-        worker_init_fn=_end_with_worker,
+        worker_init_fn=_look_after,
     )
     made = iter(loader)
     try:
@@ -158,16 +161,25 @@ def _is_loss(error: BaseException) -> bool:
     return away or (isinstance(error, RuntimeError) and bool(LOST.match(str(error))))
 
 
-def _end_with_worker(_: int) -> None:
+def _look_after(_: int) -> None:
     """In a loader process, whose own parent is the fork server: end when the worker has, however that ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        wait([parent.sentinel])
+        while not wait([parent.sentinel], TRIM_EVERY_S):
+            _trim()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _trim() -> None:
+    """Give back to the kernel what Arrow's and C's allocators keep of what is free: over hours that grows."""
+    if pool := getattr(sys.modules.get("pyarrow"), "default_memory_pool", None):
+        pool().release_unused()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
+        trim(0)
 
 
 def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
