@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -255,7 +256,8 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
     print(f"{'prepared' if todo else 'prepared already'}: {counts} samples, {found.broken_count} broken")
     for name in found.broken:
         print(f"broken: {name}")
-    print(f"next: python -m orchestrator.run {workload} --data parquet:{job.folder.uri}")
+    flags = ["--data", f"parquet:{job.folder.uri}", *job.preparation.run_flags()]
+    print(f"next: python -m orchestrator.run {workload} {shlex.join(flags)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -64,3 +64,7 @@ class Preparation(Protocol):
     def about(self, folded: Any) -> dict[str, Any]:
         """What goes into the manifest for the workload, from the notes of all parts."""
         ...
+
+    def run_flags(self) -> Sequence[str]:
+        """What a run on this data has to be given besides --data, each flag and value a word."""
+        ...

@@ -106,7 +106,7 @@ def test_all_done_says_so_without_a_cluster(text, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"bert from {text}: 0 of 1 parts to do, to {tmp_path / 'out'}",
         f"prepared already: {counts} samples, 0 broken",
-        f"next: python -m orchestrator.run bert --data parquet:{tmp_path / 'out'}",
+        f"next: python -m orchestrator.run bert --data parquet:{tmp_path / 'out'} --sequence-length 16",
     ]
 
 

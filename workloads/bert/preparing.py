@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from orchestrator.digest import digest
 from orchestrator.errors import UserError
+from orchestrator.settings import settings
 from orchestrator.tables import SPLITS
 from workloads.bert.cache import build_entry
 from workloads.bert.config import BertConfig
@@ -123,6 +124,11 @@ class TextPreparation:
             "unigram_entropy": entropy(counts),
             "ordinary_tokens": int(counts.sum()),
         }
+
+    def run_flags(self) -> list[str]:
+        """See Preparation."""
+        length = self.config.sequence_length
+        return [] if length == settings(BertConfig)["sequence_length"].default else ["--sequence-length", str(length)]
 
 
 def preparation(config: BertConfig) -> TextPreparation:

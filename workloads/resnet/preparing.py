@@ -98,6 +98,10 @@ class ImagePreparation:
             "size": data.image_size(self.config, images),
         }
 
+    def run_flags(self) -> list[str]:
+        """See Preparation: none."""
+        return []
+
 
 def _version(images: ImageSet) -> str:
     """Changes when the images do: by names, sizes and times of files, or by pixels."""
