@@ -7,7 +7,7 @@ from pathlib import Path
 
 from commands import begin, finish, kept_in, result, start, wait_until
 
-SMALL = ["--sequence-length", "16", "--hidden-size", "32", "--steps", "40", "--shards", "4", "--batch-size", "32"]
+SMALL = ["--hidden-size", "32", "--steps", "40", "--shards", "4", "--batch-size", "32"]
 
 
 def write_text(folder: Path) -> None:
@@ -36,7 +36,8 @@ def test_a_job_that_was_broken_off_goes_on_and_is_trained_from(cluster: str, tmp
     assert {name: (out / "parts" / name).stat().st_mtime_ns for name in before} == before
     again = finish(begin(command))
     assert again.out.splitlines()[1].startswith("prepared already")
-    trained = ["bert", *SMALL, "--data", f"parquet:{out}", "--shuffle-window", "3"]
+    told = re.search(r"next: python -m orchestrator.run (.*)", again.out)[1].split()
+    trained = [*told, *SMALL, "--shuffle-window", "3"]
     runs = {n: start([*trained, "--workers", str(n), *kept_in(tmp_path, f"run{n}", cluster)]) for n in (1, 3)}
     for process in runs.values():
         ended = finish(process)
