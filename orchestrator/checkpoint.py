@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.errors import CheckpointError, StorageError
+from orchestrator.errors import CheckpointError, StorageError, UnreadableError
 from orchestrator.storage import Folder, Pieces
 
 log = logging.getLogger("orchestrator.checkpoint")
@@ -131,9 +131,14 @@ class CheckpointStore:
         return sum(int(entry["bytes"]) for entry in entries.values())
 
     def _prune(self, step: int, entries: Entries) -> None:
-        """Delete checkpoints beyond `keep`, and what is left of other attempts at this one."""
+        """Delete checkpoints beyond `keep`, and what is left of other attempts at this one.
+
+        One that has no manifest may still be written, by a worker that led before this one and is about to leave: it
+        stays until two newer ones are whole.
+        """
         whole = [s for s in self.steps() if self._folder.read_text(f"step-{s}/{MANIFEST}") is not None]
-        for old in [s for s in self.steps() if s < step and s not in whole[-self._keep :]]:
+        kept, abandoned = whole[-self._keep :], range(min(whole[-2:]) if len(whole) > 1 else 0)
+        for old in [s for s in self.steps() if s < step and s not in kept and (s in whole or s in abandoned)]:
             self._folder.delete(f"step-{old}/{MANIFEST}")
             self._folder.delete(f"step-{old}")
         named = {name.partition("/")[0] for name in entries}
@@ -165,7 +170,7 @@ class CheckpointStore:
             files = manifest["files"].items()
             entries = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in files}
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{where}: {MANIFEST} unreadable ({error!r})") from None
+            raise _kind(error)(f"{where}: {MANIFEST} unreadable ({error!r})") from None
         if of_step != step:
             raise CheckpointError(f"{where}: is that of step {of_step}, renamed")
         if identity != self.identity:
@@ -180,7 +185,7 @@ class CheckpointStore:
         try:
             content = self._folder.read(f"step-{step}/{name}")
         except OSError as error:
-            raise CheckpointError(f"{where}: {name} unreadable ({error!r})") from None
+            raise _kind(error)(f"{where}: {name} unreadable ({error!r})") from None
         entry = entries[name]
         if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"{where}: corrupted ({name} does not match its checksum)")
@@ -215,13 +220,30 @@ class CheckpointStore:
         return named
 
     def load_newest(self, on_bad: Callable[[str], None]) -> Loaded | None:
-        """The newest whole checkpoint or None; `on_bad` gets a line for each that had to be passed over."""
+        """The newest whole checkpoint or None; `on_bad` gets a line for each that had to be passed over.
+
+        Raises StorageError where there is none, but some that cannot be read: the run would begin anew.
+        """
+        unreadable = ""
         for step in reversed(self.steps()):
             try:
                 return self.load(step)
             except CheckpointError as error:
                 on_bad(str(error))
+                unreadable = unreadable or (str(error) if isinstance(error, UnreadableError) else "")
+        refuse_to_begin_anew(unreadable)
         return None
+
+
+def _kind(error: Exception) -> type[CheckpointError]:
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return UnreadableError if isinstance(error, OSError) and not missing else CheckpointError
+
+
+def refuse_to_begin_anew(unreadable: str) -> None:
+    """Raises StorageError where the newest checkpoint that cannot be read is named."""
+    if unreadable:
+        raise StorageError(f"{unreadable}; no other can be gone on with: look at the folder's rights and its server")
 
 
 class BackgroundWriter:

@@ -151,10 +151,11 @@ class Coordinator:
     ) -> bool:
         """The run cannot go on, which a worker at `place` has found, or the command; answers when that is written.
 
-        False: it does go on, for what a newcomer finds others did not; unless it is one of several that are missing.
+        False: it does go on, for others did not find what one that left did, or a newcomer unless several are missing.
         """
+        gone = place is not None and self._members.excluded(place.member)
         newcomer = place is not None and place.worker < 0 and (self._faults.begun_s or self._journal.workers)
-        if newcomer and self._newcomers.spare(self._members.roster.missing() > 0 or self._members.roster.gather):
+        if gone or (newcomer and self._newcomers.spare(self._members.roster.misses)):
             return False
         self._journal.error(traceback)
         self._told.add(place.worker if place else -1)
@@ -208,8 +209,7 @@ class Coordinator:
 
     async def stopped(self, step: int, sha256: str) -> None:
         """The worker that leads a stop has written its checkpoint."""
-        message = f"on request, after step {step} of {self._plan.total_steps} and a checkpoint"
-        self._end("stopped", message, 130, sha256)
+        self._end("stopped", f"on request, after step {step} of {self._plan.total_steps} and a checkpoint", 130, sha256)
 
     def _end_by_members(self, reason: str, kind: str = "") -> None:
         if reason:

@@ -23,11 +23,12 @@ class Crew:
         handles: of the actors, in the order of their parameters.
     """
 
-    def __init__(self, plan: Plan, uri: str, loopback: bool) -> None:
+    def __init__(self, plan: Plan, uri: str, token: str, loopback: bool) -> None:
         """Args:
+        uri, token: of the run's folder, see check_same_storage.
         loopback: whether all workers are on this machine.
         """
-        self._plan, self._uri, self._loopback = plan, uri, loopback
+        self._plan, self._folder, self._loopback = plan, (uri, token), loopback
         self.era = 0
         self._asked: Any = None  # the newest checkpoint, until it has begun to be written
         self.handles: list[Any] = []
@@ -42,7 +43,7 @@ class Crew:
             max_restarts=0,
         )
         dispatcher = ray.get_runtime_context().current_actor
-        return actor_class.remote(self._plan, self._uri, number, dispatcher, self._loopback)
+        return actor_class.remote(self._plan, *self._folder, number, dispatcher, self._loopback)
 
     async def stand(self) -> Restored:
         """Replace the servers that are missing, and put all to the newest checkpoint.
@@ -59,11 +60,11 @@ class Crew:
                 self.handles[number] = self._start(number)
         self.era, self._asked = self.era + 1, None
         first: Restored = await self.handles[0].restore.remote(self.era, None)
-        if not first.problem:
-            others = [handle.restore.remote(self.era, first.step) for handle in self.handles[1:]]
-            await asyncio.gather(*others)
-            return first
-        raise UserError(first.problem)
+        others = [] if first.problem else [handle.restore.remote(self.era, first.step) for handle in self.handles[1:]]
+        for restored in (first, *await asyncio.gather(*others)):
+            if restored.problem:
+                raise UserError(restored.problem)
+        return first
 
     async def missing(self) -> list[int]:
         """Numbers of the servers that do not answer; raises what one says is wrong with it."""

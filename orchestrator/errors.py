@@ -44,5 +44,9 @@ class CheckpointError(OrchestratorError):
     """A checkpoint is torn, corrupted, or of another run."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint is there and cannot be read, which may be its machine's fault."""
+
+
 class StorageError(OrchestratorError):
     """Storage could not be reached for as long as one waits for it: names it, and how long."""

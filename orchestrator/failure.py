@@ -23,6 +23,7 @@ class Place:
         pid: of the process.
         step: the last committed one.
         shards: at fault, where that is known better than who has found it.
+        member: the worker's id, where it tells this itself.
     """
 
     worker: int
@@ -30,6 +31,7 @@ class Place:
     pid: int
     step: int
     shards: tuple[int, ...] = ()
+    member: str = ""
 
 
 @dataclass(frozen=True)

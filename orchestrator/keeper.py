@@ -28,7 +28,7 @@ class Keeper(Coordinator):
 
     def __init__(self, assignment: Assignment) -> None:
         super().__init__(assignment)
-        self._crew = Crew(self._plan, assignment.uri, assignment.loopback)
+        self._crew = Crew(self._plan, assignment.uri, assignment.token, assignment.loopback)
         self._faults.end_server = self._crew.strike
         self._handout: Handout | None = None  # None: the servers are not ready
         self._saving, self._recovering = False, False

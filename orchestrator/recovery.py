@@ -259,6 +259,11 @@ class Roster:
         wanted = self.expected if not self.generation else self.minimum
         return max(0, wanted - there)
 
+    @property
+    def misses(self) -> bool:
+        """Whether anybody is waited for."""
+        return self.missing() > 0 or self.gather
+
 
 def beside_each_other(members: list[Member]) -> list[Member]:
     """The same order, but those of one node together: neighbouring shards meet before they cross the network."""

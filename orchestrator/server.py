@@ -19,6 +19,7 @@ from orchestrator.errors import UserError
 from orchestrator.handout import Unit
 from orchestrator.microbatch import Flat
 from orchestrator.plan import Plan
+from orchestrator.samefolder import check_same_storage
 from orchestrator.served import Restored
 from orchestrator.server_part import ServerPart
 from orchestrator.storage import Folder
@@ -29,12 +30,13 @@ from workloads.registry import WORKLOADS
 class Server:
     """See the module. What is said of another era than the server's is void: None is answered."""
 
-    def __init__(self, plan: Plan, uri: str, number: int, dispatcher: Any, loopback: bool) -> None:
+    def __init__(self, plan: Plan, uri: str, token: str, number: int, dispatcher: Any, loopback: bool) -> None:
         import ray
 
         prepare_torch(plan.config.threads, same_bits=True)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._plan, self._number = plan, number
+        self._run = (uri, token, ray.util.get_node_ip_address())
         self._workload = WORKLOADS[plan.workload].build(plan.config)
         folder = Folder(uri, patience_s=plan.config.storage_patience).child("checkpoints")
         self._store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints)
@@ -48,6 +50,10 @@ class Server:
         """Begin an era with a checkpoint: of `step`, -1 for the initial state; None: the newest whole one."""
         self._writer.wait()
         rejected: list[str] = []
+        try:
+            check_same_storage(*self._run)
+        except UserError as error:
+            return Restored(-1, (), str(error))
         if step is None:
             loaded = self._store.load_newest(rejected.append)
         else:

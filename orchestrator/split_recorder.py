@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoint import PARTS, Entries
-from orchestrator.errors import CheckpointError
+from orchestrator.checkpoint import PARTS, Entries, refuse_to_begin_anew
+from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.events import CheckpointSaved
 from orchestrator.group import Group
 from orchestrator.injector import Saboteur
@@ -72,23 +72,26 @@ class SplitRecorder(Recorder):
 
         A checkpoint of a run that held the model whole is one file, which every worker reads, and keeps its part of.
         """
-        started, self._saved_step = time.perf_counter(), -1
+        started, self._saved_step, unreadable = time.perf_counter(), -1, ""
         for step in reversed(group.broadcast_object(self.store.steps() if group.rank == 0 else [])):
-            loaded, problem = None, ""
+            loaded, problem, cannot = None, "", False
             try:
                 with group.others_wait(), group.clock.away():
                     loaded = self.store.load(step, state.room)
             except CheckpointError as error:
-                problem = str(error)
+                problem, cannot = str(error), isinstance(error, UnreadableError)
             self.sabotage("restore", step)
-            problems = [told for told in group.gather_objects(problem) if told]
+            problems = sorted((told for told in group.gather_objects((cannot, problem)) if told[1]), reverse=True)
             if problems:
-                on_bad(problems[0])
+                on_bad(problems[0][1])
+                unreadable = unreadable or (problems[0][1] if problems[0][0] else "")
                 continue
             assert loaded is not None
             state.take_checkpoint(loaded)
             self._saved_step = step
             break
+        else:
+            refuse_to_begin_anew(unreadable)
         return time.perf_counter() - started
 
     def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:

@@ -1,6 +1,7 @@
 """A folder in storage: local or any URI that pyarrow.fs knows, with atomic writes."""
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -21,6 +22,8 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
 )
+# And a kernel of a server whose folder is mounted: NFS after a restart of it, or after a soft mount's timeout.
+AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EAGAIN}
 log = logging.getLogger("orchestrator.storage")
 
 
@@ -32,7 +35,7 @@ class Folder:
 
     A server that refuses what it is asked for, or does not answer, raises UserError, and with `patience_s` StorageError
     (when that is over): one line. A file that is not there raises FileNotFoundError. A local folder raises OSError as
-    it does, but with `patience_s` StorageError at once where it cannot be written to.
+    it does, after asking again if it may be mounted, but with `patience_s` StorageError where it cannot be written to.
     """
 
     def __init__(self, uri: str, flag: str = "--storage", patience_s: float | None = None) -> None:
@@ -90,10 +93,11 @@ class Folder:
             try:
                 return do()
             except OSError as error:
-                if self.is_local or isinstance(error, FileNotFoundError | NotADirectoryError):
+                is_away = error.errno in AWAY if self.is_local else PASSING.search(str(error)) is not None
+                given_up = not is_away or self._patience_s is None or time.monotonic() > until
+                if isinstance(error, FileNotFoundError | NotADirectoryError) or (self.is_local and given_up):
                     raise
-                is_away = PASSING.search(str(error)) is not None
-                if not is_away or self._patience_s is None or time.monotonic() > until:
+                if given_up:
                     raise self._given_up(error, is_away) from error
                 log.warning("%s does not answer; asking again: %s", self.uri, _line(error))
                 time.sleep(next(pauses, PAUSES_S[-1]))
@@ -133,26 +137,16 @@ class Folder:
 
     def tail(self, name: str, most: int) -> bytes:
         """The last `most` bytes of a file, or all of it; b"" where there is no such file."""
-
-        def do() -> bytes:
-            with self._fs.open_input_file(self.path(name)) as file:
-                file.seek(max(0, file.size() - most))
-                data: bytes = file.read()
-                return data
-
-        try:
-            return self._patiently(do)
-        except (FileNotFoundError, NotADirectoryError):
-            return b""
+        return self._from(name, lambda size: max(0, size - most), most)
 
     def since(self, name: str, offset: int, most: int) -> bytes:
         """At most `most` bytes of a file from `offset` on; b"" where there are none, or no such file."""
+        return self._from(name, lambda size: min(offset, size), most)
 
+    def _from(self, name: str, start: Callable[[int], int], most: int) -> bytes:
         def do() -> bytes:
             with self._fs.open_input_file(self.path(name)) as file:
-                if offset >= file.size():
-                    return b""
-                file.seek(offset)
+                file.seek(start(file.size()))
                 data: bytes = file.read(most)
                 return data
 

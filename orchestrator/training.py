@@ -75,6 +75,7 @@ class Training(threading.Thread):
         task = {
             "plan": assignment.plan,
             "uri": assignment.uri,
+            "token": assignment.token,
             "coordinator": name,
             "group_timeout_s": GROUP_TIMEOUT_S,
             "loopback": assignment.loopback,

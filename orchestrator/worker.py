@@ -31,7 +31,7 @@ def train_worker(task: dict[str, Any], kind: "type[Worker] | None" = None) -> st
     """The train function given to TorchTrainer; returns OVER or LEFT.
 
     Args:
-        task: "plan", "uri" of the run folder, "coordinator" (actor name), "group_timeout_s", "loopback", "faults".
+        task: "plan", "uri" and "token" of the run folder, "coordinator" name, "group_timeout_s", "loopback", "faults".
 
     Some errors of ours end the run (see tell_failure); others end this worker, and the others go on.
     """
@@ -86,7 +86,7 @@ class Worker:
 
     @property
     def place(self) -> Place:
-        return Place(self.rank, self._node, os.getpid(), self.step)
+        return Place(self.rank, self._node, os.getpid(), self.step, member=self.id)
 
     def close(self) -> None:
         """Hang up."""
@@ -99,6 +99,7 @@ class Worker:
         """From the first line to the last."""
         self._connect_line()
         from orchestrator.build import check_same_data, prepare_torch, settle_loader
+        from orchestrator.samefolder import check_same_storage
         from orchestrator.split_recorder import recorder_for
         from workloads.registry import WORKLOADS
 
@@ -106,16 +107,15 @@ class Worker:
         device, self._spot = take_device(self._plan.config)
         workload = WORKLOADS[self._plan.workload].build(self._plan.config)
         check_same_data(self._plan, workload, self._host)
+        check_same_storage(self._task["uri"], self._task["token"], self._host)
         self._plan = settle_loader(self._plan, workload)
         self._recorder = recorder_for(self._plan, self._task["uri"], self._coordinator, self._saboteur)
         kind, has_state = self._new_state(workload, device), False
-        while True:
-            answer = self._ask_for_seat(kind, self.step if has_state else -1)
-            if isinstance(answer, Order):
-                return self._obey(answer)
+        while not isinstance(answer := self._ask_for_seat(kind, self.step if has_state else -1), Order):
             over, has_state = self._sit(answer, workload, device, has_state)
             if over:
                 return OVER
+        return self._obey(answer)
 
     def _new_state(self, workload: Any, device: Any) -> str:
         """Build what is trained; returns what its bits depend on."""
@@ -162,7 +162,7 @@ class Worker:
             self._recorder.pause, self._recorder.stopping = True, word == "stop"
         elif word == "fault":
             self._saboteur.do(generation)
-        elif word == "checkpoint" and self._recorder:
+        elif word == "checkpoint" and self._recorder and self._recorder.leads:  # not one that leads when it is written
             self._recorder.checkpoint_asked = True
         elif word == "dump":
             self._coordinator.stack.remote(self.rank, all_stacks())
