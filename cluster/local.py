@@ -74,14 +74,15 @@ def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        stop()
+        stop(str(folder))  # not one that runs here already, which may be why
+        shutil.rmtree(folder, ignore_errors=True)
         reason = (done.stderr or done.stdout).strip().splitlines()
         raise SystemExit(f"error: Ray did not start: {reason[-1] if reason else 'no reason given'}")
     return address
 
 
-def stop() -> int:
-    """End all clusters that `start` started here; returns how many processes there were."""
+def stop(mark: str = "") -> int:
+    """End all clusters that `start` started here, or the one of this mark; returns how many processes there were."""
     from orchestrator.nodewatch import psutil_of_ray
 
     psutil = psutil_of_ray()
@@ -89,7 +90,7 @@ def stop() -> int:
     for process in psutil.process_iter():
         try:
             folder = process.environ().get(MARK)
-            if folder and process.pid != os.getpid():
+            if folder and folder == (mark or folder) and process.pid != os.getpid():
                 folders.add(folder)
                 # Children too: Ray's agents write their titles over their environment.
                 found |= {process, *process.children(recursive=True)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -134,6 +135,12 @@ def _check_parallel(config: RunConfig) -> None:
         raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
 
 
+# What Ray takes (ray._private.label_utils), which says no when workers are asked for.
+LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+LABEL_KEY = re.compile(rf"(?:(?:{LABEL})?(?:\.(?:{LABEL})?)*/)?{LABEL}")
+LABEL_RULE = re.compile(rf"!?in\({LABEL}(?:, ?{LABEL})*\)|!?{LABEL}")
+
+
 def _check_pairs(config: RunConfig) -> None:
     given = config.resources_per_worker
     try:
@@ -144,6 +151,9 @@ def _check_pairs(config: RunConfig) -> None:
         raise UserError(f"--resources-per-worker {given}: reserves nothing; write such as CPU=1")
     if parts := given.not_whole():
         raise UserError(f"--resources-per-worker {given}: {parts[0]} above 1 must be a whole number")
+    for key, rule in config.node_labels.items:
+        if not (LABEL_KEY.fullmatch(key) and LABEL_RULE.fullmatch(rule)):
+            raise UserError(f"--node-labels {key}={rule}: write such as zone=a, zone=!a, zone=in(a,b) or zone=!in(a,b)")
 
 
 RESOURCES = {"cuda": "GPU", "tpu": "TPU"}  # of Ray, by --accelerator

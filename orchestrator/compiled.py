@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from orchestrator import toolchain
 from orchestrator.batchnorm import RunningStatistics
-from orchestrator.devices import kind_of
+from orchestrator.devices import cpu, kind_of
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.events import Event, ModelCompiled
 from orchestrator.feed import batches
@@ -31,6 +31,7 @@ from orchestrator.storage import cache_folder
 from workloads.workload import Workload
 
 Report = Callable[[list[dict[str, Any]], list[Event]], object]
+ANY_FLAG = re.compile("")
 LEAST = 2  # torch gives sizes of 0 and 1 graphs of their own, whatever was marked as varying
 
 
@@ -129,7 +130,8 @@ def _machine(device: torch.device) -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{pick_vec_isa()}, {toolchain.version()}"
+    # The compiler's own name of the vector unit leaves out what -march=native may use.
+    return f"{pick_vec_isa()}, {toolchain.version()}, {cpu(ANY_FLAG)}"
 
 
 def _first_microbatches(plan: Plan, workload: Workload, state: TrainingState, device: torch.device) -> nn.Module:

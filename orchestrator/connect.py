@@ -45,7 +45,7 @@ def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None 
         here = _known_here()
         named = here if _answers(here) else named
     arguments: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    own = not named
+    own = named in ("", "local")  # Ray's own word for that would listen to all the network
     if own:
         # Nobody else talks to a cluster that lives as long as this command: no dashboard, loopback only.
         # Ray's workers-in-waiting, one a core, would be of use to few runs.

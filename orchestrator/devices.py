@@ -1,10 +1,20 @@
 """The device that a worker computes on: a CPU, its GPU, or its TPU chip through torch_xla (imported where needed)."""
 
+import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from orchestrator.digest import digest
+
+CPUINFO = Path("/proc/cpuinfo")
+# By these oneDNN, MKL and ATen choose kernels: of CPUs with AVX512, those with AMX have other products in bf16.
+CHOOSING = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features"}
+VECTOR = re.compile(r"sse|ssse|avx|amx|fma|f16c|asimd|sve|sme|bf16|i8mm|fphp")
 
 
 def cuda_index(ids: Sequence[str], visible: str | None) -> int:
@@ -91,14 +101,31 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def machine(device: torch.device) -> str:
-    """What bits depend on beside the kind of device: the model of a GPU or TPU, the vector unit of a CPU."""
+    """What bits depend on beside the kind of device: the model of a GPU or TPU, the vector units of a CPU."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     if device.type == "xla":
         import torch_xla.runtime as xr
 
         return f"{xr.device_type()} {os.environ.get('TPU_ACCELERATOR_TYPE', '')}".strip()
-    return str(torch.backends.cpu.get_cpu_capability())
+    return ", ".join(filter(None, (torch.backends.cpu.get_cpu_capability(), cpu())))
+
+
+@functools.cache
+def cpu(flags: re.Pattern[str] = VECTOR) -> str:
+    """A CPU's name and a digest of what kernels are chosen by; "" where the kernel does not tell.
+
+    Args:
+        flags: those that count.
+    """
+    if not CPUINFO.exists():
+        return ""
+    lines = [line.partition(":") for line in CPUINFO.read_text().split("\n\n")[0].splitlines()]
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    chosen = {name: told[name] for name in sorted(CHOOSING & told.keys())}
+    for name in {"flags", "Features"} & chosen.keys():
+        chosen[name] = " ".join(sorted(flag for flag in chosen[name].split() if flags.search(flag)))
+    return " ".join(filter(None, (told.get("model name", ""), digest(chosen)[:6])))
 
 
 def kind_of(device: torch.device) -> str:

@@ -131,10 +131,11 @@ class Dispatcher(Keeper):
         member = roster.seated.get(member_id)
         if member is None or self._handout is None or era != self._crew.era:
             return Order("attach")
-        staying = sum(m.node not in roster.draining for m in roster.seated.values())
-        if member.node in roster.draining and staying >= roster.minimum:
-            self._members.let_go(member)
-            return Order("leave")
+        if member.node in roster.draining:
+            staying = sum(m.node not in roster.draining for m in roster.seated.values())
+            if staying >= roster.minimum:
+                self._members.let_go(member)
+                return Order("leave")
         if self._committing or not roster.training:
             return None
         stopping = self._members.stopping and not self._handout.complete

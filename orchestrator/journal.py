@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import logging
 import math
 import os
@@ -30,7 +29,7 @@ from orchestrator.failure import Failure
 from orchestrator.incident import KILLED, PAUSES, OpenIncident
 from orchestrator.pace import Pace
 from orchestrator.plan import Plan
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder, dumps, loads
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder, dumps, lines, loads
 from orchestrator.storage import Folder
 from orchestrator.values import Parallel
 
@@ -93,17 +92,19 @@ class Journal:
         """Read back what the earlier coordinator of this command wrote."""
         self._folder.mend_logs()
         newest, mine = dict[str, Any](), list[dict[str, Any]]()
-        for line in io.StringIO(self._folder.text(METRICS) or ""):  # one after the other: there may be millions
+        events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
+        events = [event for event in events if event["time_s"] >= self._started_s]
+        begun = [event["step"] for event in events if event["event"] == "generation_started"]
+        first = min(begun, default=math.inf)  # steps have the clock of another machine
+        for line in lines(self._folder.text(METRICS) or ""):  # one after the other: there may be millions
             newest = loads(line)
-            if newest["time_s"] >= self._started_s:
+            if newest["step"] > first:
                 self.first_step = newest["step"] - 1 if self.first_step < 0 else self.first_step
                 mine = [newest]
                 self.pace.take(mine)
         self.recorded = newest.get("step", 0)
-        self.loss = mine[0]["loss"] if mine else self.loss
+        self.loss = newest.get("loss", self.loss)
         fields = {f.name for f in dataclasses.fields(Incident)}
-        events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
-        events = [event for event in events if event["time_s"] >= self._started_s]
         self._listener.recall(events, mine)
         for event in events:
             if event["event"] == "incident":
@@ -113,7 +114,7 @@ class Journal:
                 self.nodes += event["nodes"]
             elif event["event"] == "fault_fired":
                 self.fired.add(event["fault"])
-        silent_s = time.time() - newest["time_s"] if newest else 0.0
+        silent_s = max(0.0, time.time() - newest["time_s"]) if newest else 0.0
         self.break_off("coordinator_lost", "its process ended and was started anew", self.workers, silent_s)
 
     def log(self, *events: Event) -> None:

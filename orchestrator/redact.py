@@ -9,11 +9,13 @@ GONE = "[redacted]"
 SHORTEST = 8  # characters; anything shorter is a word that other lines have too
 NAMES = r"(?:secret|token|passw(?:or)?d|passphrase|credentials?|api[_-]?key|access[_-]?key|private[_-]?key|signature)"
 PUBLIC = re.compile(r"(?i)_(path|file|dir|mode|uri|url|parallelism)$")
+KEYS = re.compile(r"(?i)(?:^|[?&])(?:sig|[^=&]*(?:secret|signature|token|passw|key)[^=&]*)=")  # of a query
 VARIABLE = re.compile(rf"(?i){NAMES}")
 SHAPES = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), GONE),
     (re.compile(r"(\w://)[^\s/@]+:[^\s/@]+@"), rf"\1{GONE}@"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), rf"\1 {GONE}"),
+    (re.compile(r"([?&]sig=)[^\s&\"']+"), rf"\1{GONE}"),  # Azure's
     # name = value, also as JSON and in a query; a bare number is a count (tokens: 4096), token_ids are no secret.
     (
         re.compile(
@@ -34,6 +36,16 @@ def redact(text: str) -> str:
     for shape, instead in SHAPES:
         text = shape.sub(instead, text)
     return text
+
+
+def uri_has_keys(uri: str) -> bool:
+    """Whether there are keys in a URI: before its host, or in its query."""
+    address, _, query = uri.partition("?")
+    scheme, _, rest = address.partition("://")
+    user, at, _ = rest.split("/")[0].rpartition("@")
+    # Azure has a container there, and Google Cloud a word that there is no key.
+    named = (scheme in ("abfs", "abfss") and ":" not in user) or (scheme in ("gs", "gcs") and user == "anonymous")
+    return bool(at and not named) or "@" in query or KEYS.search(query) is not None
 
 
 def known_secrets() -> Iterator[str]:

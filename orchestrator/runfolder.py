@@ -1,6 +1,5 @@
 """A run's folder: config.toml, events.jsonl, metrics.jsonl, checkpoints/, model/, result.json, logs/."""
 
-import io
 import json
 import math
 import threading
@@ -92,13 +91,16 @@ class RunFolder:
             raise UserError(f"{self.uri}/{RESULT}: not valid JSON; delete it or use another --name") from None
 
     def flush(self) -> None:
-        """Wait until the logs are in storage; raises StorageError where they do not come there."""
+        """Wait until the logs are in storage, as safe as a checkpoint; raises StorageError where they are not."""
         if self._late:
             self._late.flush()
-        elif self._unwritten:
+            return
+        if self._unwritten:
             self._append_local("", "")
             if self._unwritten:
                 raise StorageError(self._broken)
+        for name in (EVENTS, METRICS):
+            self.folder.sync(name)
 
     def write_result(self, result: dict[str, Any]) -> None:
         self.flush()
@@ -192,9 +194,10 @@ class RunFolder:
         if text is None:
             return
         whole = text if not text or text.endswith("\n") else text + "\n"
-        kept = "".join(line for line in io.StringIO(whole) if (r := _record(line)) is not None and keep(r))
-        if kept == text:
+        good = lambda: (line for line in lines(whole) if (r := _record(line)) is not None and keep(r))  # noqa: E731
+        if whole is text and sum(map(len, good())) == len(text):  # of a month's log no copy is made for nothing
             return
+        kept = "".join(good())
         if self._late:
             self._late.put(name, kept)
         else:
@@ -209,6 +212,15 @@ class RunFolder:
         for file in sorted(local.rglob("*")):
             if file.is_file():
                 self.folder.write(f"model/{file.relative_to(local)}", file.read_bytes())
+
+
+def lines(text: str) -> Iterator[str]:
+    """Each with its end, as of a file: io.StringIO would hold four bytes for every letter."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def dumps(content: Any, indent: int | None = None) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import OrchestratorError, StorageError, UserError
+from orchestrator.redact import uri_has_keys
 
 T = TypeVar("T")
 Pieces = Sequence[bytes | memoryview]  # of a file's content, one after the other
@@ -59,7 +60,7 @@ class Folder:
         address, mark, query = uri.partition("?")
         self._scheme, _, rest = address.partition("://")
         self._query = mark + query
-        if "@" in rest.split("/")[0] or "secret" in query.lower():
+        if uri_has_keys(uri):
             # The URI is written to the run folder and to logs.
             raise UserError(f"{flag} {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables")
         if not rest.strip("/"):  # pyarrow takes what is left of it, s3:, for a local folder
@@ -187,7 +188,7 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 beside.unlink()
             raise
-        _sync_folder(target.parent)
+        _sync(target.parent)  # a rename survives a power cut only when the folder itself is flushed
 
     def _put(self, name: str, pieces: Pieces) -> None:
         with self._fs.open_output_stream(self.path(name)) as stream:
@@ -213,6 +214,12 @@ class Folder:
             except OSError:
                 file.truncate(before)
                 raise
+
+    def sync(self, name: str) -> None:
+        """Wait until the disk has a local file, if it is there."""
+        target = Path(self.path(name))
+        if target.exists():
+            self._on_disk(lambda: _sync(target))
 
     def names(self) -> list[str]:
         """Names of what is in the folder, sorted; none where the folder does not exist."""
@@ -284,9 +291,8 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _sync_folder(folder: Path) -> None:
-    # A rename survives a power cut only when the folder itself is flushed.
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

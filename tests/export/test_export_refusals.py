@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from finished_runs import finish
 
 from orchestrator import exported
-from orchestrator.errors import UserError
+from orchestrator.errors import TrainingError, UserError
 from orchestrator.export import main
+from orchestrator.exporter import Exporter
 from orchestrator.measured import Row, compared, table
 from workloads.resnet.config import ResnetConfig
 
@@ -117,3 +120,20 @@ def test_the_table_says_what_int8_misses():
     assert table(compared(rows, "accuracy"), ["accuracy"]).splitlines()[-1] == (
         "int8 with onnxruntime is not: faster at batch 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("real", "filled_up", "passes"),
+    [(1e-5, 1e-3, True), (1e-2, 0.0, False), (0.0, 6000.0, False), (0.0, float("nan"), False)],
+)
+def test_words_that_fill_a_vocabulary_up_hide_no_difference(real, filled_up, passes):
+    """Their logits are some 10,000 below the others, of which the largest here is 2."""
+    logits = torch.tensor([[1.0, -2.0, -10000.0]])
+    other = logits + torch.tensor([[real, 0.0, filled_up]])
+    exporter = SimpleNamespace(_exporting=SimpleNamespace(inputs=["x"]))
+    check = lambda: Exporter._check(exporter, lambda _: logits, lambda _: other, {"x": None})  # noqa: E731
+    if passes:
+        assert check() == pytest.approx(real, rel=0.1)
+    else:
+        with pytest.raises(TrainingError, match="nothing is exported"):
+            check()

@@ -8,6 +8,7 @@ import pytest
 from toys import toy_plan
 from tpu_nodes import hosts_of
 
+from orchestrator import devices
 from orchestrator.accelerators import SeenDevices, decide
 from orchestrator.assembly import build
 from orchestrator.cluster_fit import Node, Offer
@@ -140,3 +141,24 @@ def test_torch_xla_is_missed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch_xla", raising=False)
     assert torch_xla_problem() == "torch_xla does not load there (undefined symbol: _ZN5torch)"
+
+
+CPUINFO = "processor\t: {}\nvendor_id\t: V\nmodel\t\t: 7\nmodel name\t: V Seven\ncpu MHz\t\t: 2.{}\nflags\t\t: {}\n"
+
+
+def test_cpus_that_kernels_tell_apart_are_two_kinds(tmp_path, monkeypatch):
+    """Vector units count, however they are listed; clocks and what protects from spying do not."""
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    told = {}
+    for name, mhz, flags in (
+        ("plain", 1, "fpu avx2 avx512f"),
+        ("again", 2, "ibrs avx512f avx2 fpu"),
+        ("amx", 1, "fpu avx2 avx512f amx_bf16"),
+    ):
+        blocks = [CPUINFO.format(number, mhz + number, flags) for number in range(2)]
+        (tmp_path / "cpuinfo").write_text("\n".join(blocks))
+        told[name] = devices.cpu.__wrapped__()
+    assert told["plain"] == told["again"] != told["amx"]
+    assert all(name.startswith("V Seven ") for name in told.values())
+    (tmp_path / "cpuinfo").unlink()
+    assert devices.cpu.__wrapped__() == ""

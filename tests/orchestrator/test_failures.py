@@ -18,7 +18,7 @@ from orchestrator.failure import Failure, Place, kind_of, resume_command, short,
 from orchestrator.journal import Journal
 from orchestrator.lastwords import at_fault, command_failed, last_words, what_is_kept, write_end
 from orchestrator.recovery import Member, Roster
-from orchestrator.redact import GONE, redact
+from orchestrator.redact import GONE, redact, uri_has_keys
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import Assignment
 from orchestrator.shards import Placement
@@ -124,6 +124,7 @@ def test_an_error_that_crosses_processes_keeps_its_shards():
         ("cloned with ghp_0123456789abcdefghij", "ghp_0123"),
         ("client_secret_key: s3cr3t-s3cr3t", "s3cr3t"),
         ("credentials='0a1b2c3d'", "0a1b2c"),
+        ("abfs://c@a.dfs.core.windows.net/r?sv=2024&sig=x%2Fyz12&se=1", "x%2Fyz12"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc", "eyJhbGci"),
     ],
 )
@@ -145,6 +146,28 @@ def test_what_looks_like_a_key_is_gone(text, secret):
 )
 def test_other_words_stay(text):
     assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("uri", "has"),
+    [
+        ("s3://bucket/runs?region=eu-west-1&scheme=http&endpoint_override=host%3A9000", False),
+        ("abfss://container@account.dfs.core.windows.net/runs", False),
+        ("abfs://account.blob.core.windows.net/c/runs?credential_kind=cli&tenant_id=t", False),
+        ("gs://anonymous@bucket/runs?retry_limit_seconds=9", False),
+        ("hdfs://namenode:8020/runs/a@b", False),
+        ("s3://key:secret@bucket/runs", True),
+        ("s3://key@bucket/runs", True),
+        ("abfs://container:key@account.dfs.core.windows.net/runs", True),
+        ("gs://me@bucket/runs", True),
+        ("abfs://account.blob.core.windows.net/c/runs?sv=2024&sig=xyz", True),
+        ("s3://bucket/runs?endpoint_override=u:p@host", True),
+        ("s3://bucket/runs?access_key=a&secret_key=b", True),
+        ("s3://bucket/runs?Session_Token=a", True),
+    ],
+)
+def test_a_uri_with_keys_is_known(uri, has):
+    assert uri_has_keys(uri) is has
 
 
 def test_keys_of_this_process_are_gone(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.assembly import SYNC_SETTINGS, build
 from orchestrator.config import RunConfig, to_toml
+from orchestrator.errors import UserError
 from orchestrator.settings import settings
 from orchestrator.values import Cadence, Pairs, WorkerRange
 from workloads.registry import WORKLOADS
@@ -114,3 +115,25 @@ def test_pairs_and_ranges_are_the_same_after_their_text():
         assert str(Pairs.parse(text)) == text
     assert str(WorkerRange.parse("1:4")) == "1:4"
     assert str(WorkerRange.parse("4:4")) == "4"
+
+
+LABELS = ("a", "a-._b", "", "-a", "a_", "a b", "9", "x" * 63, "x" * 64, "spot")
+RULES = st.one_of(
+    st.sampled_from(LABELS),
+    st.lists(st.sampled_from(LABELS), max_size=3).map(lambda words: f"in({', '.join(words)})"),
+    st.lists(st.sampled_from(LABELS), max_size=3).map(lambda words: f"in({',  '.join(words)})"),
+)
+KEYS = st.one_of(st.sampled_from(LABELS), st.sampled_from(["ray.io/zone", "a..b/c", "-a/b", "a/-b", "a/b/c", "/a"]))
+
+
+@given(KEYS, RULES, st.sampled_from(["", "!", "!!"]))
+def test_labels_are_taken_as_ray_takes_them(key, rule, negation):
+    from ray._private.label_utils import validate_label_selector
+
+    wanted = validate_label_selector({key: negation + rule}) is None and bool(key and negation + rule)
+    try:
+        build(RunConfig, {"steps": 9, "node_labels": Pairs(((key, negation + rule),))})
+        taken = True
+    except UserError:
+        taken = False
+    assert taken == wanted

@@ -132,6 +132,22 @@ def test_a_coordinator_that_comes_back_after_the_end_knows_how_it_ended(tmp_path
     assert Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False).ended_as() == ("", "", 0)
 
 
+@pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
+def test_a_coordinator_that_comes_back_knows_its_steps_whatever_clock_their_machine_has(tmp_path, off_s):
+    """Steps 1 and 2 are an earlier command's."""
+    base = {"loss": 1.0, "samples": 8, "step_s": 0.1, "generation": 1}
+    for command, steps in ((0.0, (1, 2)), (time.time() + 0.01, (3, 4, 5))):
+        while time.time() < command:
+            pass
+        journal = Journal(toy_plan(), str(tmp_path), "token", "", command, again=False)
+        journal.generation_begins(GenerationStarted(1, steps[0] - 1, 1, [], [], [], "cpu"), 0.0, 0.0, [])
+        journal.recorded = steps[0] - 1
+        journal.steps([{"step": step, "time_s": command + off_s, **base} for step in steps])
+    again = Journal(toy_plan(), str(tmp_path), "token", "", command, again=True)
+    assert (again.first_step, again.recorded) == (2, 5)
+    assert again.open.detect_s >= 0
+
+
 def test_a_command_that_ends_before_it_trains_tells_the_steps_of_the_run(tmp_path):
     first = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
     first.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])

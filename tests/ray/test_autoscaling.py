@@ -18,6 +18,9 @@ def autoscaling() -> Iterator[str]:
     local, before = [sys.executable, "-m", "cluster.local"], ray_processes()
     started = call([*local, "--nodes", "2", "--cpus", "1", "--idle", "3", "--port", str(port)], 120)
     assert started.status == 0, started.out + started.err
+    again = call([*local, "--port", str(port)], 120)  # typed twice: the first one goes on
+    assert again.status == 1
+    assert "error: Ray did not start: " in again.err
     yield started.out.split(" at ")[1].split(";")[0]
     assert "ended" in call([*local, "--stop"], 60).out
     wait_until(lambda: not ray_processes() - before, 30, "the cluster's processes to end")

@@ -124,6 +124,8 @@ class BertConfig(RunConfig):
         short, share = self.short_length, self.short_share
         if not short and share != settings(type(self))["short_share"].default:
             raise UserError(f"--short-share {share:g}: does nothing without --short-length; leave it out")
+        if short and self.sequence_length == SHORTEST:
+            raise UserError(f"--short-length {short}: no sequence is shorter than {SHORTEST} tokens; leave it out")
         if short and not SHORTEST <= short < self.sequence_length:
             allowed = f"{SHORTEST} to {self.sequence_length - 1}, less than --sequence-length"
             raise UserError(f"--short-length {short}: out of range; give a number from {allowed}, or 0 for none")

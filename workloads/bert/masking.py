@@ -5,6 +5,7 @@ are replaced by [MASK], 10 % by a random token, 10 % are kept. Anew in every epo
 (arXiv:1907.11692), 4.1.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,11 @@ class Masking:
         """Which tokens may be masked: all but the special ones ([UNK] is one)."""
         return ~np.isin(tokens, self.special_ids)
 
+    @functools.cached_property
+    def _others(self) -> NDArray[np.int64]:
+        """What a chosen token may be replaced by: any but a special one, as `ordinary`."""
+        return np.setdiff1d(np.arange(self.vocab_size), self.special_ids)
+
     def counts(self, ordinary: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens to predict in sequences with so many ordinary tokens: the rate, rounded, and at least one.
 
@@ -69,8 +75,7 @@ class Masking:
         ranks_BT = np.argsort(np.argsort(np.where(ordinary_BT, order_BT, 2.0), axis=1, kind="stable"), axis=1)
         chosen_BT = ranks_BT < self.counts(ordinary_BT.sum(axis=1))[:, None]
 
-        others = np.setdiff1d(np.arange(self.vocab_size), self.special_ids)
-        random_BT = others[(pick_BT * len(others)).astype(np.int64)]
+        random_BT = self._others[(pick_BT * len(self._others)).astype(np.int64)]
         changed_BT = np.where(fate_BT < MASKED, self.mask_id, random_BT)
         changed_BT = np.where(fate_BT < MASKED + REPLACED, changed_BT, tokens_BT)
         places = np.flatnonzero(chosen_BT)

@@ -164,7 +164,7 @@ class BertWorkload:
     def finish(self, logits_KV: Tensor, batch: Batch, training: bool) -> Sums:
         """See sums."""
         labels_K = batch["labels"]
-        count = torch.tensor(float(labels_K.numel()), device=labels_K.device)
+        count = torch.full((), float(labels_K.numel()), device=labels_K.device)  # torch.tensor would wait for a GPU
         return Sums(bert.loss_sum(logits_KV, labels_K), count, {"correct": bert.correct_sum(logits_KV, labels_K)})
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
