@@ -45,7 +45,7 @@ class Handle:
 
 
 def crew(*handles: Handle) -> Crew:
-    made = Crew(toy_plan(sync="parameter-server"), "", True)
+    made = Crew(toy_plan(sync="parameter-server"), "", "token", True)
     made.handles = list(handles)
     return made
 
