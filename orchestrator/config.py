@@ -166,7 +166,7 @@ class RunConfig:
 
     stall_limit: float = setting(0.0, result=False, low=0)
     """Seconds without a sign of life or progress until a worker is replaced. 0: 20 steps, at least 5 s (first 300).
-    One that waits for samples or storage has 300 s or more, whatever is given here."""
+    One that waits for samples or storage, or evaluates, has 300 s or more, whatever is given here."""
 
     balance: str = setting("measured", result=False, choices=("measured", "even"))
     """Shards of each worker: by its measured speed (with --reduce fixed), or as even as can be."""

@@ -15,8 +15,8 @@ class Stopwatch:
 
     Attributes:
         shards, busy_s: in all.
-        reading: whether this worker waits for samples, or for storage.
-        reads: how often it has waited.
+        reading: whether this worker waits for samples, or for storage; or evaluates, whose pieces are no shards.
+        reads: how often it has.
     """
 
     def __init__(self) -> None:

@@ -30,8 +30,8 @@ from orchestrator.openings import Filled, Opening, last_line
 from orchestrator.seats import NAMESPACE, OVER
 from orchestrator.strict import allows, node_wanted, waits_in_vain
 
-LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
-BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
+LIVED_S = 300.0  # a worker that ends sooner makes the next one wait; it may compile, or read much, before it can train
+BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0)  # a machine that lacks something may be there all night
 UNHEARD_S = 300.0  # a process that does not answer for so long is stopped, or its machine cannot be reached
 ANSWER_S = 0.02  # a coordinator with nothing else to do answers sooner
 END_S = 5.0  # workers still there so long after the run's end are shut down

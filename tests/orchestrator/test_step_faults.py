@@ -190,3 +190,22 @@ def test_a_batch_without_any_item_is_refused_or_harmless():
     """Masked tokens may be few; a batch with none must not end in a ZeroDivisionError."""
     (outcome,) = run_distributed(run_toy, 1, toy_plan(items="none", steps=1), errors=True)
     assert not isinstance(outcome, ZeroDivisionError), "division by zero in the step's totals"
+
+
+def test_a_piece_of_an_evaluation_may_take_longer_than_steps_do():
+    """Its worker is judged by the limit for those that read, and gets on with every piece."""
+    plan, seen = toy_plan(), []
+    workload, state = ToyWorkload(plan.config), toy_state(plan)
+    group = Group(0, 1, torch.device("cpu"))
+    sums = workload.sums
+
+    def watched(model, batch):
+        seen.append((group.clock.reading, group.clock.told(group.place)["place"]))
+        return sums(model, batch)
+
+    workload.sums = watched
+    evaluate(workload, state.model, state.precision, group, 0)
+    places = [place for reading, place in seen if reading]
+    assert len(places) == len(seen) == -(-len(workload.samples("heldout")) // CHUNK)
+    assert places == sorted(set(places))
+    assert not group.clock.reading
