@@ -163,6 +163,13 @@ def finish(device: torch.device) -> None:
         torch_xla.sync(wait=True)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device; a GPU copies what is pinned while the host goes on."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def host_of(device: torch.device) -> torch.device:
     """Where small sums of a worker lie: with its device, or on the host where the device has no fp64 and no gloo."""
     return torch.device("cpu") if device.type == "xla" else device

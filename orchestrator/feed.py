@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from orchestrator.devices import sent
 from orchestrator.errors import OrchestratorError
 from orchestrator.plan import Request
 from orchestrator.stopwatch import Stopwatch
@@ -84,7 +85,7 @@ def batches(
                 raise fed
             indices, batch = fed
             clock.read(False)
-            yield indices, {name: _on(device, tensor) for name, tensor in batch.items()}
+            yield indices, {name: sent(tensor, device) for name, tensor in batch.items()}
             clock.read(True)
     finally:
         clock.read(True)
@@ -180,13 +181,6 @@ def _trim() -> None:
         pool().release_unused()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
         trim(0)
-
-
-def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the device; a GPU copies what is pinned while the host goes on."""
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _bytes(samples: Samples, request: Request) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.batchnorm import RunningStatistics
-from orchestrator.devices import compute_now, seed
+from orchestrator.devices import compute_now, seed, sent
 from orchestrator.errors import NonFiniteLossError, TrainingError
 from orchestrator.feed import Fed, batches
 from orchestrator.group import Group
@@ -193,8 +193,8 @@ class ShardedGradients:
         row = extra[shard * len(ROW) : (shard + 1) * len(ROW)]
         if sums is not None:
             row[0], row[1] = sums.loss.detach(), sums.count
-        row[2], row[3], row[4] = float(stop), len(indices), ledger_of(indices)
-        row[5] = self._waits.pop(shard, 0.0)
+        told = [float(stop), len(indices), ledger_of(indices), self._waits.pop(shard, 0.0)]
+        row[2:] = sent(torch.tensor(told, dtype=row.dtype), row.device)  # one by one, a GPU is waited for each time
         if self._statistics.numel:
             extra[self._rows :] = self._statistics.of_last_forward(samples)
         return extra
