@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.errors import UserError
 from orchestrator.failure import Failure
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder, loads
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder, parse_line
 from orchestrator.storage import Folder
 
 ALIVE_S = 60.0  # a run that has written something so lately is taken to be going on
@@ -135,9 +135,9 @@ def read_history(uri: str) -> History:
 
 
 def lines(text: str) -> list[dict[str, Any]]:
-    """The records of a log; a last line that is torn, or being written, is left out."""
+    """The records of a log; lines that are torn, or being written, are left out."""
     whole = text[: text.rfind("\n") + 1]
-    return [loads(line) for line in whole.splitlines()]
+    return [found for line in whole.splitlines() if (found := parse_line(line)) is not None]
 
 
 def _columns(data: bytes) -> dict[str, Floats]:
@@ -145,7 +145,13 @@ def _columns(data: bytes) -> dict[str, Floats]:
     if not whole:
         return {}
     options = pyarrow.json.ReadOptions(block_size=max(2**20, min(len(whole), 2**26)))
-    table = pyarrow.json.read_json(io.BytesIO(whole), read_options=options)
+    try:
+        table = pyarrow.json.read_json(io.BytesIO(whole), read_options=options)
+    except pa.ArrowInvalid:  # a line that is none
+        good = [line for line in whole.splitlines() if parse_line(line.decode(errors="replace")) is not None]
+        if len(good) == len(whole.splitlines()):
+            raise
+        return _columns(b"".join(line + b"\n" for line in good))
     return {
         name: column.cast(pa.float64()).to_numpy()
         for name, column in zip(table.column_names, table.columns, strict=True)

@@ -104,12 +104,12 @@ def launch(
         trainer.start()
         with clerk(str(plan.config.log), folder, assignment.token), _signals(coordinator) as interrupted:
             status = _follow(plan, coordinator, trainer, interrupted)
+            over_s = time.monotonic()
             # Ray Train takes its workers down; a connection that is closed under it would end this process.
             if status.generation:
-                over_s = time.monotonic()
                 trainer.join(TEARDOWN_S)
-                if not own_cluster:
-                    time.sleep(max(0.0, over_s + LAST_NUMBERS_S - time.monotonic()))
+            if not own_cluster:
+                time.sleep(max(0.0, over_s + LAST_NUMBERS_S - time.monotonic()))
     except ray.exceptions.RayError as error:
         message = f"the run's coordinator was lost ({type(error).__name__})"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)

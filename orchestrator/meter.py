@@ -17,6 +17,7 @@ INCIDENTS = (
     "workers_joined", "worker_unreachable", "coordinator_lost", "server_lost", "rebalanced",
     "straggler_left",
 )  # fmt: skip
+TOGETHER_S = 1.0  # workers that one machine loses at once are told of within it
 ORDERLY = ("node_drained", "straggler_left")  # a worker that leaves so was not lost
 STEP_PHASES = {"data": "data_share", "forward_backward": "compute_share", "reduction": "reduce_share"}
 RECOVERY_PHASES = ("detect", "regroup", "restore", "recompute")
@@ -49,6 +50,7 @@ def _counter(name: str, text: str, labels: tuple[str, ...] = (), known: Iterable
 
 
 STARTED = _gauge("run_start_timestamp_seconds", "When the command began or took up the run, Unix time.")
+TRAINING = _gauge("training_start_timestamp_seconds", "When workers of this command first began to train, Unix time.")
 ENDED = _gauge("run_end_timestamp_seconds", "When it ended, Unix time; 0: it goes on.")
 PLANNED_STEPS = _gauge("planned_steps", "Optimizer steps from the run's beginning to its end.")
 COMMITTED_STEP = _gauge("committed_step", "The newest step that every worker of its generation had the gradient of.")
@@ -86,8 +88,8 @@ LOST_STEPS = _counter("lost_steps", "Committed steps that had to be taken again 
 HOST_LOSSES = _counter("host_losses", "Generations that lost workers of this host, without notice.", ("host",), ())
 
 METRICS = (
-    STARTED, ENDED, PLANNED_STEPS, COMMITTED_STEP, STEP_AT, LOSS, STALENESS_MEAN, STALENESS_MAX, WORKERS, MISSING,
-    GENERATION, STEPS, SAMPLES, STEP_SECONDS, CHECKPOINTS, CHECKPOINT_SECONDS, CHECKPOINT_AT, CHECKPOINT_STEP,
+    STARTED, TRAINING, ENDED, PLANNED_STEPS, COMMITTED_STEP, STEP_AT, LOSS, STALENESS_MEAN, STALENESS_MAX, WORKERS,
+    MISSING, GENERATION, STEPS, SAMPLES, STEP_SECONDS, CHECKPOINTS, CHECKPOINT_SECONDS, CHECKPOINT_AT, CHECKPOINT_STEP,
     CHECKPOINT_WRITE, CHECKPOINT_BYTES, EVERY_SECONDS, EVERY_STEPS, INCIDENT, RECOVERY_SECONDS, LOST_STEPS, HOST_LOSSES,
 )  # fmt: skip
 
@@ -105,8 +107,8 @@ class Meter:
     """Reads the records of one run in their order, as they stand in metrics.jsonl and events.jsonl."""
 
     def __init__(self, checkpoint_every: Cadence) -> None:
-        self._cadence = checkpoint_every
-        self._blamed: set[str] = set()  # hosts that this generation lost workers of
+        self._cadence, self._training = checkpoint_every, False
+        self._blamed: dict[str, float] = {}  # hosts that this generation lost workers of, and when
 
     def steps(self, records: list[dict[str, Any]]) -> list[Reading]:
         """Committed steps that have come together: what they add up to, and the newest one's state."""
@@ -140,9 +142,12 @@ class Meter:
             case "phase_began":
                 return [Reading(MISSING, record["missing"])]
             case "generation_started":
-                self._blamed.clear()
+                # Parameter servers' workers have a new generation for each of several that are lost at once.
+                now_s = record["time_s"]
+                self._blamed = {host: at_s for host, at_s in self._blamed.items() if now_s - at_s < TOGETHER_S}
                 now_there = ((COMMITTED_STEP, "step"), (WORKERS, "workers"), (GENERATION, "generation"))
-                return [Reading(metric, record[key]) for metric, key in now_there]
+                begun, self._training = [] if self._training else [Reading(TRAINING, now_s)], True
+                return [*begun, *(Reading(metric, record[key]) for metric, key in now_there)]
             case "checkpoint_saved":
                 return _checkpoint_saved(record)
             case "checkpoint_loaded":
@@ -156,7 +161,7 @@ class Meter:
         return []
 
     def _run_started(self, record: Mapping[str, Any]) -> list[Reading]:
-        cadence = self._cadence
+        cadence, self._training = self._cadence, False
         every = Reading(EVERY_STEPS, cadence.steps) if cadence.steps else Reading(EVERY_SECONDS, cadence.seconds)
         readings = [
             Reading(STARTED, record["time_s"]),
@@ -171,7 +176,7 @@ class Meter:
         host = record.get("host") or record["node"]
         if record["why"] in ORDERLY or host in self._blamed:
             return []
-        self._blamed.add(host)
+        self._blamed[host] = record["time_s"]
         return [Reading(HOST_LOSSES, 1, (host,))]
 
 

@@ -29,6 +29,7 @@ from workloads.registry import WORKLOADS
 
 POLL_S = 0.1
 TOLERANCE = 1e-3  # of a loss, with --parallel fsdp, whose last bits depend on the workers: tests/bench/parallel.py
+ADD_NODE = "--faults: add-node is only for a cluster of the rehearsal's own; leave --address out"
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Stage:
     def add_node(self) -> None:
         """One more node like the others."""
         if self.cluster is None:
-            raise UserError("add-node: only on a cluster of the rehearsal's own; leave --address out")
+            raise UserError(ADD_NODE)
         self.cluster.add_node(wait=False, num_cpus=self.cpus, include_dashboard=False)
 
 
@@ -194,11 +195,16 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
             f"--cpus-per-node {mine.cpus_per_node:g}: Ray's nodes have whole ones; give 1 or more, and a worker less "
             "with --resources-per-worker CPU=0.5"
         )
+    if address and any(fault.kind == "add-node" for fault in faults):
+        raise UserError(ADD_NODE)
     with stage(address, mine.nodes, mine.cpus_per_node) as where:
         for kind, folder, extra in zip(
             ("undisturbed", "disturbed"), folders, ([], ["--faults", mine.faults]), strict=True
         ):
             train(workload, [*shared, "--storage", storage, "--name", f"{name}-{kind}", *extra], where, folder)
+            if kind == "undisturbed" and (folder.result() or {"status": "no result"})["status"] != "finished":
+                print("the undisturbed run did not finish, so that there is nothing to compare with", file=sys.stderr)
+                return 1
             if given.get("precision", "auto") == "auto":  # near a tie, the second run could measure otherwise
                 shared.append(f"--precision={folder.precision()}")
     found = problems(faults, folders[0], folders[1], tolerance)

@@ -118,7 +118,7 @@ class RunFolder:
 
     def text(self, name: str) -> str | None:
         """A log as it is."""
-        return self._late.text(name) if self._late else self.folder.read_text(name)
+        return self._late.text(name) if self._late else self.folder.read_text(name, errors="replace")
 
     def newest(self, *kinds: str) -> dict[str, Any] | None:
         """The last event of these kinds; None: there is none."""
@@ -130,7 +130,7 @@ class RunFolder:
 
     def _backwards(self, *kinds: str) -> Iterator[dict[str, Any]]:
         for line in reversed((self.text(EVENTS) or "").splitlines()):
-            event = _record(line) if any(kind in line for kind in kinds) else None
+            event = parse_line(line) if any(kind in line for kind in kinds) else None
             if event and event["event"] in kinds:
                 yield event
 
@@ -144,7 +144,7 @@ class RunFolder:
 
     def _last_record(self) -> dict[str, Any]:
         lines = self._tail(METRICS).splitlines()
-        return next((found for line in reversed(lines) if (found := _record(line))), {})
+        return next((found for line in reversed(lines) if (found := parse_line(line))), {})
 
     def _tail(self, name: str) -> str:
         if self._late:
@@ -194,7 +194,7 @@ class RunFolder:
         if text is None:
             return
         whole = text if not text or text.endswith("\n") else text + "\n"
-        good = lambda: (line for line in lines(whole) if (r := _record(line)) is not None and keep(r))  # noqa: E731
+        good = lambda: (line for line in lines(whole) if (r := parse_line(line)) is not None and keep(r))  # noqa: E731
         if whole is text and sum(map(len, good())) == len(text):  # of a month's log no copy is made for nothing
             return
         kept = "".join(good())
@@ -244,7 +244,8 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _record(line: str) -> dict[str, Any] | None:
+def parse_line(line: str) -> dict[str, Any] | None:
+    """A record of a log; None: it is none, as where another machine sees what is being written."""
     try:
         found = loads(line)
     except ValueError:

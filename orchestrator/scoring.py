@@ -12,6 +12,7 @@ from orchestrator.errors import OrchestratorError, TrainingError, UserError
 from orchestrator.evaluate import CHUNK
 from orchestrator.launch import nodes
 from orchestrator.nodewatch import actor_lost, end_process
+from orchestrator.offer import offer
 from orchestrator.scorer import Scorer, Task
 from orchestrator.tally import DEATHS, Tally
 
@@ -65,8 +66,10 @@ class Scoring:
 
         self._task, self._files, self._samples = task, ray.put(files), samples
         self._most, self._per_worker = most, dict(per_worker)
-        room = self._room()
-        if not room:
+        self._offered = offer()
+        room, coming = self._room(), self._offered.nodes if self._offered else ()
+        known = self._offered is None or self._offered.known
+        if known and not capacity([*nodes(), *coming], self._per_worker, "spread", {}):
             needed = ",".join(f"{name}={amount:g}" for name, amount in per_worker.items())
             raise UserError(
                 f"--resources-per-worker {needed}: no node of the cluster has that; give less (the trained model was "
@@ -79,7 +82,8 @@ class Scoring:
         self._metrics: dict[str, float] = {}
 
     def _room(self) -> int:
-        return capacity(nodes(), self._per_worker, "spread", {})
+        """For workers; an autoscaler makes some for one that is asked for."""
+        return max(capacity(nodes(), self._per_worker, "spread", {}), 0 if self._offered is None else 1)
 
     def run(self, show: Callable[[int, int], None]) -> Scored:
         """To the end.

@@ -23,8 +23,7 @@ PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
 )
-# And a kernel of a server whose folder is mounted: NFS after a restart of it, or after a soft mount's timeout.
-AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EAGAIN}
+AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EAGAIN}  # the same, if mounted
 log = logging.getLogger("orchestrator.storage")
 
 
@@ -129,10 +128,10 @@ class Folder:
             raise FileNotFoundError(self.path(name))
         return int(info.size)
 
-    def read_text(self, name: str) -> str | None:
-        """The file's text, or None where there is no such file."""
+    def read_text(self, name: str, errors: str = "strict") -> str | None:
+        """The file's text, or None where there is no such file; `errors` as of bytes.decode."""
         try:
-            return self.read(name).decode()
+            return self.read(name).decode(errors=errors)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -147,8 +146,9 @@ class Folder:
     def _from(self, name: str, start: Callable[[int], int], most: int) -> bytes:
         def do() -> bytes:
             with self._fs.open_input_file(self.path(name)) as file:
-                file.seek(start(file.size()))
-                data: bytes = file.read(most)
+                size = file.size()
+                file.seek(start(size))
+                data: bytes = file.read(min(most, size))  # pyarrow makes room for all that it is asked for
                 return data
 
         try:

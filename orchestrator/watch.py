@@ -17,6 +17,7 @@ from orchestrator.storage import Folder
 
 NEWEST_BYTES = 256 * 1024  # of metrics.jsonl: about a thousand steps
 MOST_S = 86_400  # between two looks
+GIVE_UP_S = 600.0  # without seeing the run
 
 
 def newest_run(storage: Path) -> str:
@@ -42,11 +43,15 @@ def follow(folder: RunFolder, every_s: float, console: Any) -> None:
     """Show the run until it has ended."""
     from rich.live import Live
 
-    sight = look(folder)
+    sight, seen_s = look(folder), time.monotonic()
     with Live(draw(sight), console=console, auto_refresh=False, transient=False) as live:
         while not sight.over:
             time.sleep(every_s)
-            sight = look(folder)
+            try:
+                sight, seen_s = look(folder), time.monotonic()
+            except (OSError, OrchestratorError):  # training waits for its storage, too
+                if time.monotonic() - seen_s > GIVE_UP_S:
+                    raise
             live.update(draw(sight), refresh=True)
 
 

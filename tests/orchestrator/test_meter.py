@@ -140,6 +140,8 @@ def test_a_host_that_loses_eight_workers_at_once_has_failed_once() -> None:
     assert left("node_drained", "10.0.0.3") == {}
     reader.event(record(GenerationStarted(2, 40, 1, [[0, 8]], ["node"], [8], "cpu"), 6.0))
     assert left("worker_frozen", "10.0.0.1") == {"host_losses_total 10.0.0.1": 1}
+    reader.event(record(GenerationStarted(3, 40, 1, [[0, 8]], ["node"], [8], "cpu"), 5.01))
+    assert left("worker_killed", "10.0.0.1") == {}, "parameter servers' workers: a generation for each that is lost"
 
 
 class Heard(Listener):

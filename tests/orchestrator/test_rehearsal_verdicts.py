@@ -1,5 +1,6 @@
 """When a rehearsal fails: what speaks against a disturbed run is read from two run folders."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from orchestrator.faults import Fault
 from orchestrator.injector import HOLD_S, HOLD_STEPS, Saboteur, target
 from orchestrator.plan import Plan
 from orchestrator.recovery import Member
-from orchestrator.rehearse import main, problems, table
+from orchestrator.rehearse import Stage, main, problems, table
 from orchestrator.run import idle_faults
 from orchestrator.runfolder import METRICS, RunFolder
 from orchestrator.storage import Folder
@@ -106,3 +107,34 @@ def test_a_node_has_whole_cpus(tmp_path, capsys, cpus):
     given = ["resnet", "--faults", str(faults), "--storage", str(tmp_path), "--cpus-per-node", cpus]
     assert main(given) == 2
     assert f"--cpus-per-node {cpus}: Ray's nodes have whole ones" in capsys.readouterr().err
+
+
+def test_a_node_for_somebody_elses_cluster_is_refused_before_anything_is_trained(tmp_path, capsys):
+    (tmp_path / "faults.toml").write_text('[[fault]]\nkind = "add-node"\nstep = 20\n')
+    given = [
+        "resnet",
+        "--faults",
+        str(tmp_path / "faults.toml"),
+        "--storage",
+        str(tmp_path),
+        "--address",
+        "127.0.0.1:1",
+    ]
+    assert main(given) == 2
+    assert "add-node is only for a cluster of the rehearsal's own; leave --address out" in capsys.readouterr().err
+
+
+def test_without_an_undisturbed_run_nothing_is_disturbed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "faults.toml").write_text('[[fault]]\nkind = "kill"\nrank = 0\nstep = 20\n')
+    trained = []
+
+    def train(workload, arguments, where, folder):
+        trained.append(folder.uri)
+        folder.write_result({"status": "failed"})
+
+    monkeypatch.setattr("orchestrator.rehearse.train", train)
+    monkeypatch.setattr("orchestrator.rehearse.stage", lambda *_: contextlib.nullcontext(Stage("", 1)))
+    given = ["resnet", "--faults", str(tmp_path / "faults.toml"), "--storage", str(tmp_path), "--name", "r"]
+    assert main(given) == 1
+    assert [uri.rsplit("/", 1)[1] for uri in trained] == ["r-undisturbed"]
+    assert "the undisturbed run did not finish" in capsys.readouterr().err

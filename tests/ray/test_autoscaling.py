@@ -1,5 +1,6 @@
 """A cluster that grows and shrinks by itself: Ray's real autoscaler, whose nodes are processes of this machine."""
 
+import json
 import socket
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,10 @@ def test_from_no_node_to_the_minimum_to_the_maximum_and_back(autoscaling: str, t
     assert "waiting for workers: 1 more needed, 0 there" in done.err
     assert [g["workers"] for g in events(tmp_path / "run", "generation_started")] == [1, 2]
     wait_until(lambda: not has_workers(autoscaling), 60, "idle nodes to go")
+    score = ["-m", "orchestrator.score", str(tmp_path / "run"), "--address", autoscaling, "--json"]
+    scored = call([sys.executable, *score], 120)
+    assert scored.status == 0, scored.err
+    assert json.loads(scored.out)["metrics"] == result(tmp_path / "run")["metrics"]
     fixed = run("resnet", *steps, "--workers", "1", *kept_in(tmp_path, "fixed"))
     assert fixed.status == 0, fixed.err
     assert result(tmp_path / "run")["weights_sha256"] == result(tmp_path / "fixed")["weights_sha256"]

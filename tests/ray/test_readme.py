@@ -30,7 +30,10 @@ ELSEWHERE |= {
     "python -m orchestrator.run resnet --data parquet:runs/digits": PREPARED,
 }
 ELSEWHERE |= {"python -m orchestrator.doctor": "test_a_cluster_that_is_well"}
-SCRAPE = "prometheus --config.file=cluster/monitoring/prometheus.yaml --storage.tsdb.path=/tmp/prometheus"
+SCRAPE = (
+    "prometheus --config.file=cluster/monitoring/prometheus.yaml --storage.tsdb.path=/tmp/prometheus "
+    "--web.listen-address=127.0.0.1:9090"
+)
 ELSEWHERE |= {SCRAPE: "test_prometheus_has_what_the_run_wrote"}
 BENCHMARKS = "tests/bench/README.md"  # measured by hand, for they take many minutes; test_benchmarks_start starts each
 

@@ -1,5 +1,6 @@
 """The live view: what it shows of a run that is going on, waiting, silent or over."""
 
+import errno
 import io
 import json
 import time
@@ -9,7 +10,9 @@ from report.histories import write_run
 from rich.console import Console
 
 from orchestrator import watch
+from orchestrator.errors import UserError
 from orchestrator.events import PhaseBegan, record
+from orchestrator.history import read_history
 from orchestrator.liveview import BARS, draw, sparkline
 from orchestrator.runfolder import RunFolder
 from orchestrator.storage import Folder
@@ -58,6 +61,46 @@ def test_the_view_ends_with_the_run(tmp_path, capsys):
     write_run(tmp_path / "two", began_s=1.0)
     assert watch.main([str(tmp_path / "one")]) == 0
     assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(60)
+def test_the_view_stays_while_storage_is_away(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run", status="")
+    write_run(tmp_path / "done")
+    look, answers = (
+        watch.look,
+        ["run", OSError(errno.ESTALE, "Stale file handle"), UserError("does not answer"), "done"],
+    )
+
+    def seen(folder):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return look(RunFolder(Folder(str(tmp_path / answer))))
+
+    monkeypatch.setattr(watch, "look", seen)
+    assert watch.main([str(tmp_path / "run"), "--every", "0.01"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert not answers
+    answers += ["run", UserError("does not answer")]
+    monkeypatch.setattr(watch, "GIVE_UP_S", 0.0)
+    assert watch.main([str(tmp_path / "run"), "--every", "0.01"]) == 2
+
+
+def test_lines_that_are_none_are_left_out(tmp_path):
+    """Another machine may see zeros where a file is being appended to."""
+    write_run(tmp_path / "run", status="")
+    before = read_history(str(tmp_path / "run"))
+    for name in ("events.jsonl", "metrics.jsonl"):
+        file = tmp_path / "run" / name
+        first, *others = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(b"".join([first, b"\0\0\0\xff\n", *others, b'{"half": ']))
+    after = read_history(str(tmp_path / "run"))
+    assert after.events == before.events
+    assert {name: column.tolist() for name, column in after.steps.items()} == {
+        name: column.tolist() for name, column in before.steps.items()
+    }
+    assert "step 200 of 200" in shown(tmp_path / "run")
 
 
 def test_the_newest_run_is_shown_without_a_name(tmp_path, monkeypatch, capsys):
