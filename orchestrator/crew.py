@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.errors import UserError
@@ -33,38 +34,55 @@ class Crew:
         self._asked: Any = None  # the newest checkpoint, until it has begun to be written
         self.handles: list[Any] = []
 
-    def _start(self, number: int) -> Any:
+    def _start(self, number: int, nodes: Sequence[str] = ()) -> Any:
         import ray
+        from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 
+        here = {RAY_NODE_ID_KEY: f"in({', '.join(nodes)})"} if nodes else {}
         actor_class: Any = ray.remote(Server).options(
             num_cpus=0,
             scheduling_strategy="SPREAD",
-            label_selector=dict(self._plan.config.node_labels.items) or None,
+            label_selector={**dict(self._plan.config.node_labels.items), **here} or None,
             max_restarts=0,
         )
         dispatcher = ray.get_runtime_context().current_actor
         return actor_class.remote(self._plan, *self._folder, number, dispatcher, self._loopback)
 
-    async def stand(self) -> Restored:
+    async def stand(self, limit_s: float, nodes: Sequence[str]) -> Restored:
         """Replace the servers that are missing, and put all to the newest checkpoint.
+
+        Args:
+            limit_s: for a server to be ready, or to be found missing.
+            nodes: where those that are replaced may be; none: anywhere.
 
         Raises:
             UserError: they cannot begin with these settings.
             RayError: one is lost meanwhile.
+            TimeoutError: one is not ready in time.
         """
         if not self.handles:
             self.handles = [self._start(number) for number in range(self._plan.config.servers)]
         else:
             for number in await self.missing():
                 self.end(number)
-                self.handles[number] = self._start(number)
+                self.handles[number] = self._start(number, nodes)
         self.era, self._asked = self.era + 1, None
-        first: Restored = await self.handles[0].restore.remote(self.era, None)
-        others = [] if first.problem else [handle.restore.remote(self.era, first.step) for handle in self.handles[1:]]
-        for restored in (first, *await asyncio.gather(*others)):
+        first = await self._restored(0, None, limit_s)
+        others = [] if first.problem else range(1, len(self.handles))
+        for restored in (first, *await asyncio.gather(*(self._restored(n, first.step, limit_s) for n in others))):
             if restored.problem:
                 raise UserError(restored.problem)
         return first
+
+    async def _restored(self, number: int, step: int | None, limit_s: float) -> Restored:
+        """One server; one that is not ready in time is ended."""
+        asked = _answer(self.handles[number].restore.remote(self.era, step))
+        try:
+            found: Restored = await asyncio.wait_for(asked, limit_s)
+        except TimeoutError:
+            self.end(number)
+            raise
+        return found
 
     async def missing(self) -> list[int]:
         """Numbers of the servers that do not answer; raises what one says is wrong with it."""

@@ -15,6 +15,7 @@ from orchestrator.recovery import Member
 from orchestrator.seats import Assignment, Order, Status
 from orchestrator.served import Done, Job, Posting, Restored
 from orchestrator.stepbook import StepBook
+from orchestrator.suspicion import Newcomers
 from orchestrator.values import NO, Figures
 
 
@@ -69,6 +70,8 @@ class Dispatcher(Keeper):
         roster = self._members.roster
         roster.training = self._handout is not None and len(roster.seated) >= roster.minimum
         waited, self._trained = roster.training and not self._trained, roster.training
+        if roster.training:  # as after a coordinator's generation has begun
+            roster.gather, self._newcomers = False, Newcomers()
         if not roster.training or self._handout is None or self._outcome:
             return
         if waited:  # which is no part of a step
@@ -112,6 +115,7 @@ class Dispatcher(Keeper):
         """A worker has done a microbatch, if any, and asks for more; answers when there is something."""
         late = era != self._crew.era or self._members.excluded(member_id)
         if done is not None and self._handout is not None and not late:
+            self._misses.pop(member_id, None)
             if self._handout.finish(member_id, done.unit):
                 self._book.add(done)
             await self._advance()
@@ -208,7 +212,8 @@ class Dispatcher(Keeper):
     def _look(self) -> None:
         """Ten times a second: a stop that was asked for, nodes that will go."""
         roster, handout = self._members.roster, self._handout
-        if roster.draining != self._draining and not self._committing:  # servers are between two steps then
+        # Servers are between two steps then, and what they write was not asked for before.
+        if roster.draining != self._draining and not self._committing and not self._saving:
             self._draining = roster.draining
             self._checkpoint()
             self._members.notify()

@@ -18,6 +18,9 @@ from orchestrator.seats import Assignment
 from orchestrator.served import Restored
 
 LOOK_S = 1.0
+RESTORE_S = 600.0  # until a server is ready: data is opened, a checkpoint read
+MOST_NODES = 100  # that are named to Ray
+MISSES = 5  # of a server that is there, until the worker is given up
 
 
 class Keeper(Coordinator):
@@ -33,6 +36,8 @@ class Keeper(Coordinator):
         self._handout: Handout | None = None  # None: the servers are not ready
         self._saving, self._recovering = False, False
         self._saved_s, self._saved_step, self._servers_lost = time.monotonic(), -1, 0
+        self._restore_s = RESTORE_S + 2 * self._plan.config.storage_patience
+        self._misses: dict[str, int] = {}  # of a server, by workers that have finished nothing since
 
     def _restart(self, restored: Restored, load_s: float) -> None:
         """The servers are ready; loading took so many seconds."""
@@ -42,12 +47,15 @@ class Keeper(Coordinator):
         """Start what servers are missing and put all to the newest checkpoint, until that succeeds."""
         import ray
 
+        gone: tuple[type[Exception], ...] = (TimeoutError, *actor_lost())
         while not self._outcome:
             started = time.perf_counter()
             try:
-                restored = await self._crew.stand()
-            except actor_lost() as error:
-                self._miss_server(str(error).splitlines()[0])
+                restored = await self._crew.stand(self._restore_s, self._fit_nodes())
+            except gone as error:
+                self._miss_server(
+                    (str(error) or f"a server was not ready within {self._restore_s:.0f} s").splitlines()[0]
+                )
                 continue
             except OrchestratorError as error:
                 await self.fail(str(error), error.exit_status, str(error))
@@ -57,6 +65,10 @@ class Keeper(Coordinator):
                 return
             self._restart(restored, time.perf_counter() - started)
             return
+
+    def _fit_nodes(self) -> list[str]:
+        """Where servers can be that are started later: with workers, which have the data and see the storage."""
+        return sorted({member.node for member in self._members.roster.seated.values()})[:MOST_NODES]
 
     def _checkpoint_if_due(self, steps: range) -> None:
         every = self._plan.config.checkpoint_every
@@ -127,9 +139,17 @@ class Keeper(Coordinator):
         else:
             await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
 
-    async def server_missed(self, era: int) -> None:
-        """A worker could not reach a server."""
+    async def server_missed(self, era: int, member_id: str, why: str) -> bool:
+        """A worker could not reach a server; whether none is lost. Then, the fifth time, the worker is given up."""
         await self._check_servers(era)
+        member = self._members.roster.seated.get(member_id)
+        if member is None or era != self._crew.era or self._recovering or self._outcome:
+            return False
+        self._misses[member_id] = self._misses.get(member_id, 0) + 1
+        if self._misses[member_id] >= MISSES:
+            self._members.lose(member_id, "worker_unreachable", f"servers that answer others do not answer it: {why}")
+            self._members.kill(member)
+        return True
 
     async def _check_servers(self, era: int) -> None:
         """If a server is lost, put all back to the newest checkpoint."""
@@ -141,6 +161,8 @@ class Keeper(Coordinator):
             await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
             return
         if lost and era == self._crew.era and not self._recovering and not self._outcome:
+            for number in lost:  # or who does not answer is waited for once more
+                self._crew.end(number)
             await self._go_back(f"server {', '.join(map(str, lost))}: its process ended or does not answer")
 
     async def _go_back(self, detail: str) -> None:

@@ -171,7 +171,7 @@ class Membership:
         """End the generation at its next step boundary; `kind` as in events.Incident."""
         if self.roster.training and self.begun and not self._pausing:
             self._pausing = kind
-            self._tell_seated("stop" if self.stopping else "pause")
+            self._tell_seated("stop" if self.stopping or self.roster.saves else "pause")
 
     def abandon(self) -> None:
         """The run is over: whoever trains stops at once, whoever waits is told."""

@@ -235,8 +235,12 @@ class Roster:
         leaves = len(staying) < len(self.seated) and len(staying) + len(joining) >= self.minimum
         room = len(self.seated) < self.maximum
         grows = bool(joining) and (room or leaves) and now - self._joined_s >= SETTLE_S
-        # Somebody who stays must have the state: with none left, joiners are seated beside the leaving first.
-        return grows or (leaves and bool(staying))
+        return grows or (leaves and bool(staying))  # with none left, joiners are seated beside the leaving first
+
+    @property
+    def saves(self) -> bool:
+        """Whether a pause has to write the state down: nobody who stays could take it along."""
+        return False
 
     def must_leave(self, member: Member) -> bool:
         """Whether a member that came back has to go: it is unwanted, or its node goes, and others hold its state."""

@@ -117,7 +117,14 @@ class ReplicaRoster(Roster):
         joining = [m for m in self.ready.values() if not self._avoided(m, now)]
         most = self._most(len(staying) + len(joining))
         leaves = len(staying) < len(self.seated) and most > 0
-        return bool(staying) and (leaves or most > len(self.seated))
+        return bool(staying or joining) and (leaves or most > len(self.seated))
+
+    @property
+    def saves(self) -> bool:
+        """See Roster: the first and the last of a group take the whole state along (SplitState.carries)."""
+        leave = any(map(self._leaves, self.seated.values()))
+        ends = [m for m in self.seated.values() if m.rank % max(1, self.size) in (0, self.size - 1)]
+        return leave and all(map(self._leaves, ends))
 
     def must_leave(self, member: Member) -> bool:
         """See Roster."""

@@ -15,6 +15,7 @@ from orchestrator.wire import Asked, Pipe
 from orchestrator.worker import GivenUpError, Worker, train_worker
 from orchestrator.worker_device import take_device
 
+AGAIN_S = 0.5  # until a server is tried again that this worker alone does not reach
 FRESH_S = 0.05  # parameters that came with the answer to a push are pulled again after so long
 log = logging.getLogger("orchestrator.worker")
 
@@ -225,7 +226,8 @@ class ServedWorker(Worker):
         assert self._posting is not None
         with self._group.others_wait():
             try:
-                ray.get(self._coordinator.server_missed.remote(self._posting.era))
+                if ray.get(self._coordinator.server_missed.remote(self._posting.era, self.id, str(error))):
+                    time.sleep(AGAIN_S)
             except ray.exceptions.RayError:
                 self._line_broke = True
         raise EraOverError(f"a server was lost: {error}") from error

@@ -56,9 +56,12 @@ def mesh_of(group: Group) -> DeviceMesh:
 
     Torch remembers for meshes that are equal which piece is this worker's. Those of two generations are equal, for a
     mesh knows its own rank and does not compare it: a worker that has another rank by now would hold the wrong piece.
-    The name of the dimension tells them apart.
+    The name of the dimension tells them apart. What torch remembers of a mesh it keeps for ever, and by its registry,
+    which only a compiler reads, the process group with it: its threads and connections would stay.
     """
-    return DeviceMesh.from_group(group.process_group, group.device.type, mesh_dim_names=(f"mesh{next(MESHES)}",))
+    made = DeviceMesh.from_group(group.process_group, group.device.type, mesh_dim_names=(f"mesh{next(MESHES)}",))
+    made._pg_registry.clear()
+    return made
 
 
 def spread(model: nn.Module, workload: Workload, inside: Group) -> frozenset[str]:

@@ -243,8 +243,8 @@ class Worker:
             self._recorder.reporter.flush()  # a joiner may be the last one left, and has not kept earlier steps
         if seat.share and seat.step >= 0 and group.world > 1:
             self._state.receive(group, lambda step: self._recorder.sabotage("restore", step))
-        else:  # one that broke off in an evaluation may not know that it was done
-            self._state.evaluated_step = group.broadcast_object(self._state.evaluated_step)
+        # One that broke off in an evaluation may not know that it was done.
+        self._state.evaluated_step = group.broadcast_object(self._state.evaluated_step)
         if seat.rank == 0:
             arguments = (seat, self._state.step, load_s, time.perf_counter() - started, rejected)
             ray.get(self._coordinator.begin.remote(*arguments))

@@ -10,6 +10,7 @@ from toys import toy_plan
 
 from orchestrator.crew import Crew
 from orchestrator.dispatcher import Dispatcher
+from orchestrator.keeper import MISSES, Keeper
 from orchestrator.served import Restored
 
 
@@ -71,6 +72,52 @@ def test_a_server_that_is_lost_before_its_part_is_written_is_missed():
     asyncio.run(story())
 
 
+class Slow(Handle):
+    """A server that never is ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        never = lambda era, step: asyncio.get_running_loop().create_future()  # noqa: E731
+        self.restore = SimpleNamespace(remote=never)
+
+
+def test_a_server_that_is_never_ready_is_ended():
+    async def story() -> None:
+        there, ended = crew(Handle(), Slow()), []
+        there.missing = lambda: asyncio.sleep(0, [])
+        there.end = ended.append
+        restored = there.handles[0]._future
+        there.handles[0].restore = SimpleNamespace(remote=lambda era, step: restored(Restored(3, ())))
+        with pytest.raises(TimeoutError):
+            await there.stand(0.05, [])
+        assert ended == [1]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("lost", [[], [0]])
+def test_a_worker_that_alone_does_not_reach_the_servers_is_given_up(lost):
+    """Unless a server is lost, or it has finished something since."""
+    given_up, member = [], SimpleNamespace(id="a")
+    members = SimpleNamespace(
+        roster=SimpleNamespace(seated={"a": member}), kill=given_up.append, lose=lambda *told: given_up.append(told)
+    )
+    run: Any = SimpleNamespace(_members=members, _crew=SimpleNamespace(era=1), _misses={}, _outcome="")
+    run._recovering = bool(lost)
+    run._check_servers = lambda era: asyncio.sleep(0)
+    missed = lambda: asyncio.run(Keeper.server_missed(run, 1, "a", "refused"))  # noqa: E731
+    told = [missed() for _ in range(MISSES - 1)]
+    run._misses.pop("a", None)
+    told += [missed() for _ in range(MISSES - 1)]
+    assert not given_up
+    told.append(missed())
+    assert set(told) == {not lost}
+    assert bool(given_up) == (not lost)
+    if given_up:
+        assert given_up[0][:2] == ("a", "worker_unreachable")
+        assert given_up[1] is member
+
+
 def test_a_stop_tells_the_hash_of_the_weights_that_it_wrote():
     told: list[tuple[int, str]] = []
 
@@ -102,10 +149,14 @@ def test_nodes_that_will_go_are_seen_between_two_steps():
     asked: list[str] = []
     members = SimpleNamespace(roster=SimpleNamespace(draining=frozenset("n")), stopping=False, notify=lambda: None)
     run: Any = SimpleNamespace(_members=members, _handout=None, _draining=frozenset(), _committing=True, _outcome="")
+    run._saving = False
     run._checkpoint = lambda: asked.append("checkpoint")
     Dispatcher._look(run)
-    assert not asked
     run._committing = run._recovering = run._ripe = run._halting = False
+    run._saving = True
+    Dispatcher._look(run)
+    assert not asked, "one that was asked for before is being written"
+    run._saving = False
     Dispatcher._look(run)
     Dispatcher._look(run)
     assert asked == ["checkpoint"], "once"
