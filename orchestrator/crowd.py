@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from time import time
 
 from orchestrator.channel import Beat, Pulse
+from orchestrator.events import WorkerLeft
 from orchestrator.membership import Membership
 from orchestrator.recovery import Member
 from orchestrator.shards import Placement
@@ -36,7 +37,8 @@ class Crowd(Membership):
         return self.roster.seated[member.id]
 
     def let_go(self, member: Member) -> None:
-        """A member leaves that computes nothing now."""
+        """A member leaves that computes nothing now: its node will go."""
+        self._journal.log(WorkerLeft("node_drained", member.rank, member.node, member.pid, "", member.home))
         self._excluded.add(member.id)
         self.roster.lose(member.id)
         self._pulses.pop(member.id, None)
