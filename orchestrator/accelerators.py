@@ -84,6 +84,8 @@ class SeenDevices:
         Args:
             earlier: whether it was another command's, which has told.
         """
+        # Earlier versions wrote down less of a CPU.
+        self._kinds -= {old for old in self._kinds for kind in kinds if kind.startswith(f"{old}, ")}
         new = set(kinds) - self._kinds
         self._kinds |= new
         if not new or len(self._kinds) < 2 or earlier:

@@ -135,6 +135,7 @@ def _check_parallel(config: RunConfig) -> None:
         raise UserError(f"--workers {workers}: --parallel {parallel} needs multiples of {size}; use {lower}")
 
 
+LEAST_STALL_S = 1.0  # heartbeats come every 0.25 s
 # What Ray takes (ray._private.label_utils), which says no when workers are asked for.
 LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 LABEL_KEY = re.compile(rf"(?:(?:{LABEL})?(?:\.(?:{LABEL})?)*/)?{LABEL}")
@@ -142,6 +143,11 @@ LABEL_RULE = re.compile(rf"!?in\({LABEL}(?:, ?{LABEL})*\)|!?{LABEL}")
 
 
 def _check_pairs(config: RunConfig) -> None:
+    if 0 < config.stall_limit < LEAST_STALL_S:
+        raise UserError(
+            f"--stall-limit {config.stall_limit:g}: is less than {LEAST_STALL_S:g} s, in which a healthy worker "
+            "may not be heard; give more, or 0 to have it follow the steps"
+        )
     given = config.resources_per_worker
     try:
         amounts = given.numbers()

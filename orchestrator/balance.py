@@ -17,6 +17,7 @@ from orchestrator.shards import Placement, even_placement, placement_from_counts
 
 SMOOTH_S = 4.0  # time constant of a measured pace
 KNOWN_S = 2.0  # a pace that was measured for less is not acted upon
+ODD = 3.0  # times its pace that a worker is believed at once
 LEAST_GAIN = 0.05  # of a step's time: measured paces vary by a few percent
 PAYBACK_S = 60.0  # what a move costs has to be won back three times in this time, or until the run's end
 PAYBACK_TIMES = 3.0
@@ -40,6 +41,8 @@ class Pace:
         """It computed `shards` in `busy_s` seconds."""
         if shards <= 0 or busy_s <= 0:
             return
+        if self.known_s >= KNOWN_S:  # more is a wait for storage, or a loader that starts: no pace, and soon over
+            busy_s = min(busy_s, ODD * shards * self.shard_s)
         # What is known so far counts for at most SMOOTH_S seconds, and at first for what it is.
         old = min(self.known_s, SMOOTH_S) * math.exp(-busy_s / SMOOTH_S)
         self.shard_s = (self.shard_s * old + busy_s / shards * busy_s) / (old + busy_s)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from orchestrator import balance
 from orchestrator.channel import Beat
+from orchestrator.config import RunConfig
 from orchestrator.events import Rebalanced, StragglerFound
 from orchestrator.journal import Journal
 from orchestrator.layout import group_placement, layout_of
@@ -23,6 +24,13 @@ SETTLE_STEPS = 5  # of a generation before it is judged: caches are cold
 EVERY_S = 1.0  # with thousands of workers each look takes tens of milliseconds
 HOLD_S = 3.0  # a better placement has to stay better for so long: what starts beside a worker slows it for a moment
 LEAVE_AFTER_S = 20.0  # a straggler that the run is better off without is given so long
+
+
+def follows_speed(config: RunConfig) -> bool:
+    """Whether shards follow the workers' speed."""
+    fixed = (config.balance, config.reduce) == ("measured", "fixed") and config.sync != "parameter-server"
+    # XLA compiles anew for every number of shards.
+    return fixed and not config.parallel.splits and config.accelerator != "tpu"
 
 
 class Balancer:
@@ -44,10 +52,7 @@ class Balancer:
     def of(cls, journal: Journal, plan: Plan) -> "Balancer":
         """For a run of this plan."""
         config = plan.config
-        fixed = (config.balance, config.reduce) == ("measured", "fixed") and config.sync != "parameter-server"
-        # XLA compiles anew for every number of shards.
-        enabled = fixed and not config.parallel.splits and config.accelerator != "tpu"
-        return cls(journal, config.shards, plan.total_steps, enabled, config.parallel)
+        return cls(journal, config.shards, plan.total_steps, follows_speed(config), config.parallel)
 
     def heard(self, member_id: str, before: Beat, beat: Beat) -> None:
         """A beat of a worker after another one; one of an earlier generation may still be on its way."""

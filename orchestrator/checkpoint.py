@@ -6,6 +6,7 @@ is a checkpoint that was never finished; one whose bytes differ from the manifes
 for the one before it. Runs that hold the model whole, and in whatever parts, read both.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -94,7 +95,8 @@ class CheckpointStore:
     def __init__(
         self, folder: Folder, identity: str, keep: int, halfway: Callable[[int], None] = lambda step: None
     ) -> None:
-        self._folder = folder
+        self._folder = copy.copy(folder)
+        self._folder.mounted = True
         self.identity = identity
         self._keep = keep
         self._halfway = halfway

@@ -152,8 +152,8 @@ class RunConfig:
     """Only nodes with these labels, k=v,... ; a value may be in(a,b) or !c as in Ray's label selectors."""
 
     resources_per_worker: Pairs = setting(Pairs(), result=False)
-    """What each worker reserves, such as GPU=1,CPU=8 or CPU=0.5. What is left out: CPU=1, and one GPU or TPU chip by
-    --accelerator."""
+    """What each worker reserves, such as GPU=1,CPU=8 or CPU=0.5. Without it CPU=1, and one GPU or TPU chip by
+    --accelerator; with it what is named, and that chip."""
 
     checkpoint_every: Cadence = setting(Cadence(seconds=60.0), result=False)
     """Checkpoint cadence: steps (100) or seconds (60s)."""

@@ -38,11 +38,13 @@ class Crew:
         import ray
         from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 
-        here = {RAY_NODE_ID_KEY: f"in({', '.join(nodes)})"} if nodes else {}
+        anywhere = dict(self._plan.config.node_labels.items)
+        where = {**anywhere, RAY_NODE_ID_KEY: f"in({','.join(nodes)})"} if nodes else anywhere
         actor_class: Any = ray.remote(Server).options(
             num_cpus=0,
             scheduling_strategy="SPREAD",
-            label_selector={**dict(self._plan.config.node_labels.items), **here} or None,
+            label_selector=where or None,
+            fallback_strategy=[{"label_selector": {**anywhere, RAY_NODE_ID_KEY: "!none"}}] if nodes else None,
             max_restarts=0,
         )
         dispatcher = ray.get_runtime_context().current_actor
@@ -52,8 +54,8 @@ class Crew:
         """Replace the servers that are missing, and put all to the newest checkpoint.
 
         Args:
-            limit_s: for a server to be ready, or to be found missing.
-            nodes: where those that are replaced may be; none: anywhere.
+            limit_s: for a server that is there to load the checkpoint.
+            nodes: where those that are replaced shall be; none: anywhere.
 
         Raises:
             UserError: they cannot begin with these settings.
@@ -75,7 +77,8 @@ class Crew:
         return first
 
     async def _restored(self, number: int, step: int | None, limit_s: float) -> Restored:
-        """One server; one that is not ready in time is ended."""
+        """One server; one that is there, and is not ready in time, is ended."""
+        await self.handles[number].address.remote()  # data may have to be made, a machine to come
         asked = _answer(self.handles[number].restore.remote(self.era, step))
         try:
             found: Restored = await asyncio.wait_for(asked, limit_s)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator import balance
 from orchestrator.accelerators import Accelerator
+from orchestrator.balancer import follows_speed
 from orchestrator.cluster_fit import Node, Offer, declared_speed, where
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import UserError
@@ -96,7 +97,7 @@ def _parallel(config: RunConfig, layout: Layout) -> str:
 def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
     """(nodes, what an autoscaler may add, where that is known from); Ray is asked only if a cluster was named."""
     if not (config.address or os.environ.get("RAY_ADDRESS")):
-        has = {"GPU": float(Path("/dev/nvidia0").exists()), "TPU": float(len(list(Path("/dev").glob("accel[0-9]*"))))}
+        has = {"GPU": float(_gpus()), "TPU": float(len(list(Path("/dev").glob("accel[0-9]*"))))}
         here = {"CPU": float(os.cpu_count() or 1), **{name: count for name, count in has.items() if count}}
         return [Node(here, {}, HERE)], None, "if the cluster is this machine alone"
     from orchestrator.connect import cluster
@@ -104,6 +105,12 @@ def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
     with cluster(config.address, Path(os.devnull)):
         found, offered = living_nodes(), offer()
     return found, offered, f"to begin with; the cluster has {len(found)} node(s) now"
+
+
+def _gpus() -> int:
+    """GPUs that a Ray of this machine alone would have."""
+    there, shown = len(list(Path("/dev").glob("nvidia[0-9]*"))), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if shown is None else min(there, sum(word.strip() not in ("", "-1") for word in shown.split(",")))
 
 
 def _where(config: RunConfig, accelerator: Accelerator, nodes: Sequence[Node], workers: int) -> list[int]:
@@ -120,7 +127,7 @@ def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement
     declared = [declared_speed(node.labels) for node in on] + [0.0] * (workers - len(on))
     if config.parallel.splits:
         return group_placement(config.parallel, layout_of(config.parallel, workers), config.shards)
-    if config.balance == "even":
+    if not follows_speed(config):
         return even_placement(config.shards, workers)
     return balance.placement(config.shards, balance.speeds([balance.Pace()] * workers, declared))
 

@@ -102,7 +102,7 @@ def depth(processes: int, microbatch_bytes: int, room_bytes: int) -> tuple[int, 
 
 def get_ready(samples: Samples) -> None:
     """Start the fork server; it imports what the samples need while this process does something else."""
-    multiprocessing.set_forkserver_preload(["torch", "ray", *samples.modules])
+    multiprocessing.set_forkserver_preload(["torch", "ray", *samples.modules, "orchestrator.frozen"])
     multiprocessing.forkserver.ensure_running()
 
 

@@ -62,7 +62,7 @@ class Journal:
         self.best = 0  # the most it ever was
         self.first_step, self._saved_s = -1, time.monotonic()
         self.saved = int((self._folder.newest("checkpoint_saved", "checkpoint_loaded") or {"step": -1})["step"])
-        self.generation, self.loss = 0, float("nan")
+        self.generation, self.stepped, self.loss = 0, 0, float("nan")  # `stepped`: the generation of the newest step
         self.workers = 0  # of the newest generation of an earlier coordinator
         self.nodes: list[str] = []  # of all generations, one after the other
         self.fired: set[int] = set()  # faults of a schedule that have happened
@@ -164,8 +164,8 @@ class Journal:
         return time.monotonic() - self._saved_s if self.first_step >= 0 else 0.0
 
     def pause_seconds(self) -> float:
-        """What the newest pause at a step boundary cost; 0: there was none."""
-        return next((i.recovery_s for i in reversed(self.incidents) if i.kind in PAUSES), 0.0)
+        """What the newest pause at a step boundary cost without handing the state to who joined; 0: there was none."""
+        return next((i.recovery_s - i.restore_s for i in reversed(self.incidents) if i.kind in PAUSES), 0.0)
 
     def step_seconds(self) -> list[float]:
         """Seconds of the newest steps."""
@@ -222,7 +222,7 @@ class Journal:
             log.error("steps %d to %d were not reported", self.recorded + 1, new[0]["step"] - 1)
         self._folder.metrics(new)
         self._listener.steps(new)
-        self.recorded, self.loss = new[-1]["step"], new[-1]["loss"]
+        self.recorded, self.loss, self.stepped = (new[-1][key] for key in ("step", "loss", "generation"))
         self.best = max(self.best, self.recorded)
         self.pace.take(new)
         if self.open is not None and self.open.begun_s and new[-1]["generation"] >= self.open.generation:

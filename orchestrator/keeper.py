@@ -68,7 +68,8 @@ class Keeper(Coordinator):
 
     def _fit_nodes(self) -> list[str]:
         """Where servers can be that are started later: with workers, which have the data and see the storage."""
-        return sorted({member.node for member in self._members.roster.seated.values()})[:MOST_NODES]
+        roster = self._members.roster
+        return sorted({member.node for member in roster.seated.values()} - roster.draining)[:MOST_NODES]
 
     def _checkpoint_if_due(self, steps: range) -> None:
         every = self._plan.config.checkpoint_every

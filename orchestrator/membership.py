@@ -20,7 +20,7 @@ from orchestrator.reporter import REPORT_EVERY_S
 from orchestrator.seats import Order, Seat
 from orchestrator.shards import Placement
 from orchestrator.suspicion import SILENT_DEATHS, Suspicion, Unreachable
-from orchestrator.timekeeper import LEADS_S, STILL_S, Stillness, Timekeeper, judge, limits_s
+from orchestrator.timekeeper import LEADS_S, STILL_S, Stillness, Timekeeper, judge, limits_s, shifted
 
 REPORTS_LATE_S = REPORT_EVERY_S + 0.3  # what rank 0 and a heartbeat may be behind
 CONNECTION_LOST = "connection_lost"  # a worker came back by itself: nothing new, if its generation has ended
@@ -41,8 +41,7 @@ class Membership:
         self._stall_s, self._max_incidents = stall_s, max_incidents
         self._suspicion, self.came_s = Suspicion(), dict[str, float]()
         self.placement = Placement((0, 1))
-        self._pulses: dict[str, Pulse] = {}
-        self._answers: dict[str, Seat | Order] = {}
+        self._pulses, self._answers = dict[str, Pulse](), dict[str, Seat | Order]()
         self._excluded: set[str] = set()
         self._pausing = ""  # the kind of incident that it will be
         self.changed = asyncio.Condition()
@@ -252,7 +251,7 @@ class Membership:
 
     def _shift(self, by_s: float) -> None:
         for pulse in self._pulses.values():
-            pulse.heard_s, pulse.moved_s = pulse.heard_s + by_s, pulse.moved_s + by_s
+            pulse.heard_s, pulse.moved_s = shifted(pulse.heard_s, by_s), shifted(pulse.moved_s, by_s)
         self.broken_s += by_s
         self.roster.shift(by_s)
 
@@ -278,9 +277,10 @@ class Membership:
     def _check_pulses(self, now: float) -> None:
         heard = [self._pulses[m.id].heard_s for m in self.roster.everyone if m.id in self._pulses]
         silence, stall = limits_s(self._stall_s, self._journal.step_seconds(), self.begun, heard, now)
+        fresh = self._newcomers if self._journal.stepped < self.roster.generation else ()  # libraries may be loaded
         for member_id in [member.id for member in self.roster.everyone]:
             if pulse := self._pulses.get(member_id):
-                limit_s = max(self._stall_s or stall, self.read_s if pulse.beat.reading else 0.0)
+                limit_s = max(self._stall_s or stall, self.read_s if pulse.beat.reading or member_id in fresh else 0.0)
                 called = not self.roster.training and member_id in self.roster.seated
                 lost = judge(pulse, now, silence, limit_s, now - self.broken_s if called else None)
                 if lost and lost[0] == "worker_stuck":

@@ -99,6 +99,7 @@ class Roster:
     draining: frozenset[str] = frozenset()
     left_out: dict[str, float] = field(default_factory=dict)
     unwanted: set[str] = field(default_factory=set)
+    _slow: dict[str, float] = field(default_factory=dict)
     _joined_s: float = 0.0
     _losses: dict[str, deque[float]] = field(default_factory=dict)
     _out_s: dict[str, float] = field(default_factory=dict)
@@ -135,8 +136,7 @@ class Roster:
         """A member is gone; returns it if it sat in the generation."""
         self.ready.pop(member_id, None)
         member = self.seated.pop(member_id, None)
-        if member:
-            self.training = False
+        self.training &= member is None
         return member
 
     def lost_on(self, home: str, now: float, generation: int = -1) -> None:
@@ -162,14 +162,12 @@ class Roster:
     def dismiss(self, member: Member, now: float) -> None:
         """A member is to leave at the next step boundary, for the run is better off without its machine."""
         self.unwanted.add(member.id)
-        self.left_out[member.home] = now + LEFT_OUT_S * 8
+        self.left_out[member.home] = self._slow[member.home] = now + LEFT_OUT_S * 8
 
     def form(self, now: float) -> list[Member] | None:
         """The members of the next generation in rank order, who are seated by this; None: not yet."""
-        if self.training or self.seated:
-            return None
-        candidates = self._candidates(now)
-        if len(candidates) < self.minimum:
+        candidates = [] if self.training or self.seated else self._candidates(now)
+        if len(candidates) < self.minimum or not candidates:
             return None
         fresh = all(m.step < 0 for m in candidates)
         settled = now - self._joined_s >= (START_GRACE_S if fresh else GATHER_S)
@@ -219,7 +217,8 @@ class Roster:
         return chosen if any(m.step == newest.step for m in chosen) else [newest, *chosen[:-1]]
 
     def _avoided(self, member: Member, now: float) -> bool:
-        if self._going(member):
+        # Who is new where one was dismissed would have its place: no machine's fault that others of it train well.
+        if self._going(member) or (member.rank < 0 and self._slow.get(member.home, 0.0) > now):
             return True
         if self.left_out.get(member.home, 0.0) <= now:
             return False

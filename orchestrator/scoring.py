@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ class Scoring:
                 f"--resources-per-worker {needed}: no node of the cluster has that; give less (the trained model was "
                 f"evaluated with {task.threads} CPU thread(s))"
             )
+        if not capacity(nodes(), self._per_worker, "spread", {}):
+            needed = ",".join(f"{name}={amount:g}" for name, amount in per_worker.items())
+            print(f"no node has {needed} yet; waiting for the autoscaler to add one", file=sys.stderr, flush=True)
         self._tally = Tally(samples, CHUNK, min(room, most or room))
         self._staff: dict[str, Hired] = {}
         self._calls: dict[Any, str] = {}  # what is asked of whom

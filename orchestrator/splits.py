@@ -261,6 +261,8 @@ class SplitState(TrainingState):
 class SplitEvaluation:
     """A workload as `evaluate` uses it, whose forward passes wait for other workers of `group`."""
 
+    meets_others = True
+
     def __init__(self, workload: Workload, group: Group) -> None:
         self._workload, self._group = workload, group
 

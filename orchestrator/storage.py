@@ -35,7 +35,8 @@ class Folder:
 
     A server that refuses what it is asked for, or does not answer, raises UserError, and with `patience_s` StorageError
     (when that is over): one line. A file that is not there raises FileNotFoundError. A local folder raises OSError as
-    it does, after asking again if it may be mounted, but with `patience_s` StorageError where it cannot be written to.
+    it does, but with `patience_s` StorageError at once where it cannot be written to. Reads of one that is `mounted`
+    are tried again while its server is away: whoever reads can wait.
     """
 
     def __init__(self, uri: str, flag: str = "--storage", patience_s: float | None = None) -> None:
@@ -49,12 +50,11 @@ class Folder:
         """
         from pyarrow import fs
 
-        self._flag, self._patience_s = flag, patience_s
+        self._flag, self._patience_s, self.mounted = flag, patience_s, False
         self._root = local_path(uri, flag)
         self.is_local = bool(self._root)
         if self.is_local:
-            self._query = ""
-            self._fs = fs.LocalFileSystem()
+            self._query, self._fs = "", fs.LocalFileSystem()
             return
         address, mark, query = uri.partition("?")
         self._scheme, _, rest = address.partition("://")
@@ -68,8 +68,7 @@ class Folder:
             self._fs, self._root = fs.FileSystem.from_uri(uri.rstrip("/"))
         except (ValueError, OSError, NotImplementedError) as error:
             raise UserError(f"{flag} {uri}: {_line(error)}; {ALLOWED}") from None
-        self._root = self._root.rstrip("/")
-        self._address = address.rstrip("/")
+        self._root, self._address = self._root.rstrip("/"), address.rstrip("/")
 
     @property
     def uri(self) -> str:
@@ -93,7 +92,9 @@ class Folder:
             try:
                 return do()
             except OSError as error:
-                is_away = error.errno in AWAY if self.is_local else PASSING.search(str(error)) is not None
+                is_away = (
+                    self.mounted and error.errno in AWAY if self.is_local else PASSING.search(str(error)) is not None
+                )
                 given_up = not is_away or self._patience_s is None or time.monotonic() > until
                 if isinstance(error, FileNotFoundError | NotADirectoryError) or (self.is_local and given_up):
                     raise
@@ -146,8 +147,7 @@ class Folder:
     def _from(self, name: str, start: Callable[[int], int], most: int) -> bytes:
         def do() -> bytes:
             with self._fs.open_input_file(self.path(name)) as file:
-                size = file.size()
-                file.seek(start(size))
+                file.seek(start(size := file.size()))
                 data: bytes = file.read(min(most, size))  # pyarrow makes room for all that it is asked for
                 return data
 

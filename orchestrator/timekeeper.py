@@ -57,6 +57,14 @@ class Timekeeper:
                     self._told(traceback.format_exc())
 
 
+def shifted(stamp_s: float, by_s: float) -> float:
+    """A moment by the clock as it was put since the last look, by `by_s`; one that was noted after that stays."""
+    now = time.time()
+    if by_s > 0:
+        return min(stamp_s + by_s, now)
+    return stamp_s + by_s if stamp_s > now else stamp_s
+
+
 def judge(pulse: Pulse, now: float, silence_s: float, stall_s: float, back_s: float | None) -> tuple[str, str] | None:
     """(kind of incident, what happened) of a worker that has to be given up; None: it is well.
 

@@ -124,7 +124,11 @@ class Pairs:
         pairs = [part.partition("=") for part in parts if part.strip()]
         if any(not (key.strip() and equals and value.strip()) for key, equals, value in pairs):
             raise ValueError("write KEY=VALUE pairs separated by commas, such as GPU=1,CPU=8")
-        return cls(tuple((key.strip(), value.strip()) for key, _, value in pairs))
+        keys = [key.strip() for key, _, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} is there twice; of several labels one is meant by {twice[0]}=in(a,b)")
+        # Ray takes in(a, b) and compares with " b".
+        return cls(tuple((key.strip(), re.sub(r",\s+", ",", value.strip())) for key, _, value in pairs))
 
     def numbers(self) -> dict[str, float]:
         """The pairs as amounts; raises ValueError where a value is not a number above or equal to 0."""

@@ -13,6 +13,7 @@ can be placed again (https://github.com/ray-project/ray/pull/65007), which may b
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -30,8 +31,10 @@ from orchestrator.openings import Filled, Opening, last_line
 from orchestrator.seats import NAMESPACE, OVER
 from orchestrator.strict import allows, node_wanted, waits_in_vain
 
-LIVED_S = 300.0  # a worker that ends sooner makes the next one wait; it may compile, or read much, before it can train
-BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0)  # a machine that lacks something may be there all night
+LIVED_S = 60.0  # a worker that ends sooner makes the next one wait
+BACKOFF_S = (0.0, 1.0, 3.0, 10.0, 30.0)
+# The same for one that raises: it may read much before it does, and a machine that lacks something stay all night.
+RAISED_S, RAISED_BACKOFF_S = 300.0, (*BACKOFF_S, 60.0, 120.0)
 UNHEARD_S = 300.0  # a process that does not answer for so long is stopped, or its machine cannot be reached
 ANSWER_S = 0.02  # a coordinator with nothing else to do answers sooner
 END_S = 5.0  # workers still there so long after the run's end are shut down
@@ -161,11 +164,13 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             return
         if status.error:
             self._coordinator.process_ended.remote(time.time() - lived_s, last_line(status.error))
-        self._open(filled.failures + 1 if status.error and lived_s < LIVED_S else 0)
+        raised = status.error is not None and not isinstance(status.error, (ray.exceptions.RayError, TimeoutError))
+        soon = lived_s < (RAISED_S if raised else LIVED_S)
+        self._open(filled.failures + 1 if status.error and soon else 0, RAISED_BACKOFF_S if raised else BACKOFF_S)
 
-    def _open(self, failures: int) -> None:
+    def _open(self, failures: int, backoff_s: Sequence[float] = BACKOFF_S) -> None:
         """A worker is missing; after `failures` in a row the next one is asked for later."""
-        wait_s = BACKOFF_S[min(failures, len(BACKOFF_S) - 1)]
+        wait_s = backoff_s[min(failures, len(backoff_s) - 1)]
         self._openings.append(Opening(failures, time.monotonic() + wait_s))
 
     def _keep(self, running: list[Filled]) -> None:

@@ -134,3 +134,24 @@ def test_a_straggler_is_named_with_its_cost():
 def test_ten_thousand_workers_can_be_planned():
     counts = shares(65_536, [1.0 + (i * 7919 % 1000) / 1000 for i in range(10_000)])
     assert sum(counts) == 65_536
+
+
+@pytest.mark.parametrize("wait_s", [3.0, 10.0, 40.0])
+def test_one_long_wait_makes_no_straggler(wait_s):
+    """For storage, say: the pace is hardly another one, and what is slow for good is believed soon."""
+    paces = [Pace(), Pace()]
+    for _ in range(100):
+        for pace in paces:
+            pace.measured(4, 0.2)
+    paces[0].measured(4, wait_s)
+    assert paces[0].shard_s < 1.35 * paces[1].shard_s
+    for _ in range(10):
+        for pace in paces:
+            pace.measured(4, 0.2)
+    assert better([4, 4], paces, 0.25, 10_000, 0.5) is None
+    assert not stragglers(8, paces)
+    for steps in range(1, 20):
+        paces[0].measured(4, 2.0)
+        if paces[0].shard_s > 0.9 * 0.5:
+            break
+    assert steps <= 8

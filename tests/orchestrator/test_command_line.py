@@ -147,10 +147,7 @@ BAD = {
     "momentum 1": (["bert", "--momentum", "1"], "--momentum 1: out of range; give a number from 0, less than 1"),
     "beta2 1": (["bert", "--beta2", "1.0"], "--beta2 1.0: out of range"),
     "a label": (["resnet", "--node-labels", "zone=in(a,b),rack"], "KEY=VALUE"),
-    "a label's blanks": (
-        ["resnet", "--node-labels", "zone=in(a,  b)"],
-        "zone=in(a,  b): write such as zone=a, zone=!a",
-    ),
+    "a label's mark": (["resnet", "--node-labels", "zone=in(a;b)"], "zone=in(a;b): write such as zone=a, zone=!a"),
     "Azure's signature": (
         ["resnet", "--storage", "abfs://c@a.dfs.core/r?sv=1&sig=x%2Fy"],
         "keys do not belong in a URI",

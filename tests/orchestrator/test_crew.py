@@ -79,6 +79,7 @@ class Slow(Handle):
         super().__init__()
         never = lambda era, step: asyncio.get_running_loop().create_future()  # noqa: E731
         self.restore = SimpleNamespace(remote=never)
+        self.address = SimpleNamespace(remote=lambda: asyncio.sleep(0))
 
 
 def test_a_server_that_is_never_ready_is_ended():
@@ -87,6 +88,7 @@ def test_a_server_that_is_never_ready_is_ended():
         there.missing = lambda: asyncio.sleep(0, [])
         there.end = ended.append
         restored = there.handles[0]._future
+        there.handles[0].address = there.handles[1].address
         there.handles[0].restore = SimpleNamespace(remote=lambda era, step: restored(Restored(3, ())))
         with pytest.raises(TimeoutError):
             await there.stand(0.05, [])
@@ -186,3 +188,26 @@ def test_servers_write_a_checkpoint_by_time(monkeypatch):
     now[0] += 31.0
     Dispatcher._checkpoint_if_due(run, range(4, 5))
     run._checkpoint.assert_called_once_with()
+
+
+@pytest.mark.parametrize("nodes", [[], ["a1"], ["a1", "b2", "c3"]])
+def test_a_server_that_is_replaced_comes_to_who_has_the_data(nodes, monkeypatch):
+    """To any of their nodes, and anywhere if none of them is left; Ray itself says which."""
+    import ray
+    from ray._raylet import node_labels_match_selector
+
+    actor_class = Mock()
+    monkeypatch.setattr(ray, "remote", lambda _: actor_class)
+    monkeypatch.setattr(ray, "get_runtime_context", Mock())
+    crew()._start(0, nodes)
+    asked = actor_class.options.call_args.kwargs
+    labels = lambda node: {"ray.io/node-id": node}  # noqa: E731
+    fits = [
+        node
+        for node in ("a1", "b2", "c3", "d4")
+        if node_labels_match_selector(labels(node), asked["label_selector"] or {})
+    ]
+    assert fits == (nodes or ["a1", "b2", "c3", "d4"])
+    for instead in asked["fallback_strategy"] or []:
+        assert node_labels_match_selector(labels("d4"), instead["label_selector"])
+    assert bool(asked["fallback_strategy"]) == bool(nodes)

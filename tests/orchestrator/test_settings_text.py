@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.assembly import SYNC_SETTINGS, build
+from orchestrator.assembly import LEAST_STALL_S, SYNC_SETTINGS, build
 from orchestrator.config import RunConfig, to_toml
 from orchestrator.errors import UserError
 from orchestrator.settings import settings
@@ -22,6 +22,8 @@ def values(name: str, field, default) -> st.SearchStrategy:
         return st.sampled_from(meta["choices"])
     if isinstance(default, bool):
         return st.booleans()
+    if name == "stall_limit":
+        return st.just(0.0) | st.floats(LEAST_STALL_S, 1e300)
     if isinstance(default, float):
         if meta["below"] is not None:
             return st.floats(meta["low"], meta["below"], exclude_max=True, allow_subnormal=False)

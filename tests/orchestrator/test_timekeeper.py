@@ -11,7 +11,7 @@ from members import Run, play
 from orchestrator import timekeeper
 from orchestrator.channel import Beat, Pulse
 from orchestrator.suspicion import SILENT_DEATHS, Newcomers
-from orchestrator.timekeeper import COME_BACK_S, Stillness, Timekeeper, judge
+from orchestrator.timekeeper import COME_BACK_S, Stillness, Timekeeper, judge, shifted
 
 
 class Clock:
@@ -146,3 +146,14 @@ def test_newcomers_end_a_run_only_if_it_waits_for_one_and_all_are_refused():
     enough, waits = Newcomers(), Newcomers()
     assert all(enough.spare(missed=False) for _ in range(100))
     assert [waits.spare(missed=True) for _ in range(SILENT_DEATHS)] == [True] * (SILENT_DEATHS - 1) + [False]
+
+
+@pytest.mark.parametrize("by_s", [-3600.0, -6.0, 30.0, 3600.0])
+def test_a_clock_that_was_put_blames_nobody(by_s, monkeypatch):
+    """Heard before, and between the clock's change and the look that sees it."""
+    now = 10_000.0 + by_s
+    monkeypatch.setattr("orchestrator.timekeeper.time.time", lambda: now)
+    for ago_s in (0.05, 0.2):
+        before, after = 10_000.0 - ago_s, now - ago_s
+        assert 0 <= now - shifted(after, by_s) <= ago_s + 1e-9
+        assert 0 <= now - shifted(before, by_s) <= ago_s + 1e-9
