@@ -1,0 +1,67 @@
+"""Memory of loader processes: shared where it can be, and given back."""
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator import feed
+from orchestrator.feed import batches
+from orchestrator.plan import Request
+
+CPU = torch.device("cpu")
+
+
+class Leftovers:
+    """A batch frees 100 MB below something that stays, which C's allocator keeps; each tells what is held."""
+
+    modules = ("test_loader_memory",)
+
+    def __init__(self) -> None:
+        self.kept, self.before, self.seen = None, 0.0, False
+
+    def __setstate__(self, state):  # in a loader process, before it begins
+        self.__dict__ = state
+        feed.TRIM_EVERY_S = 0.1
+
+    def microbatch(self, indices, epoch, progress=1.0):
+        if epoch and not self.seen:
+            self.kept = [bytearray(b"x" * 100_000) for _ in range(1000)][-1]
+        words = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
+        held_mb = next(int(kb) / 1e3 for name, kb, *_ in words if name == "Private_Dirty:")
+        self.before = self.before or held_mb
+        self.seen |= held_mb > self.before + 50  # unless it was given back in between
+        return {"held_mb": torch.tensor([held_mb])}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this kernel does not tell what is held")
+@pytest.mark.timeout(60)
+def test_a_loader_process_gives_memory_back_that_it_no_longer_uses():
+    def requests():
+        yield Request(0, np.arange(1), 0.0)
+        while True:
+            yield Request(1, np.arange(1), 0.0)
+
+    made = batches(Leftovers(), requests(), 1, CPU)
+    held = (float(batch["held_mb"][0]) for _, batch in made)
+    before = next(held)
+    assert next(mb for mb in held if mb > before + 50)
+    assert next(mb for mb in held if mb < before + 20)  # or the test's time is up
+    made.close()
+
+
+class Counting:
+    """Tells how many objects its process's garbage collector leaves alone."""
+
+    modules = ("test_loader_memory",)
+
+    def microbatch(self, indices, epoch, progress=1.0):
+        return {"frozen": torch.tensor(gc.get_freeze_count())}
+
+
+def test_what_the_fork_server_has_loaded_stays_shared():
+    """The collector would write to all of it, and each loader process have a copy of its own."""
+    ((_, batch),) = batches(Counting(), iter([Request(0, np.arange(1), 0.0)]), 1, CPU)
+    assert batch["frozen"] > 10_000
