@@ -41,11 +41,14 @@ class Pace:
         """It computed `shards` in `busy_s` seconds."""
         if shards <= 0 or busy_s <= 0:
             return
-        if self.known_s >= KNOWN_S:  # more is a wait for storage, or a loader that starts: no pace, and soon over
-            busy_s = min(busy_s, ODD * shards * self.shard_s)
+        weight_s = busy_s
+        if self.known_s >= KNOWN_S:
+            usual_s = shards * self.shard_s
+            busy_s = min(busy_s, ODD * usual_s)  # more is a wait for storage, or a loader that starts: soon over
+            weight_s = max(busy_s, usual_s)  # that it is quick again counts as much as that it was slow
         # What is known so far counts for at most SMOOTH_S seconds, and at first for what it is.
-        old = min(self.known_s, SMOOTH_S) * math.exp(-busy_s / SMOOTH_S)
-        self.shard_s = (self.shard_s * old + busy_s / shards * busy_s) / (old + busy_s)
+        old = min(self.known_s, SMOOTH_S) * math.exp(-weight_s / SMOOTH_S)
+        self.shard_s = (self.shard_s * old + busy_s / shards * weight_s) / (old + weight_s)
         self.known_s += busy_s
 
 

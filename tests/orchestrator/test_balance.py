@@ -153,3 +153,16 @@ def test_one_long_wait_makes_no_straggler(wait_s):
     for _ in range(8):
         paces[0].measured(4, 2.0)
     assert paces[0].shard_s > 0.9 * 0.5
+
+
+def test_who_was_slow_for_a_while_is_soon_believed_to_be_quick_again():
+    """Though it has few shards by then, and so computes for a small part of the time."""
+    pace = Pace()
+    for _ in range(100):
+        pace.measured(4, 0.02)
+    for _ in range(40):
+        pace.measured(4, 0.32)
+    assert pace.shard_s > 0.06
+    for _ in range(60):
+        pace.measured(1, 0.005)
+    assert pace.shard_s < 0.01
