@@ -18,6 +18,7 @@ from orchestrator.shards import Placement, even_placement, placement_from_counts
 SMOOTH_S = 4.0  # time constant of a measured pace
 KNOWN_S = 2.0  # a pace that was measured for less is not acted upon
 ODD = 3.0  # times its pace that a worker is believed at once
+IDLE_S = 1.0  # without computing, that counts: longer ones are pauses and evaluations
 LEAST_GAIN = 0.05  # of a step's time: measured paces vary by a few percent
 PAYBACK_S = 60.0  # what a move costs has to be won back three times in this time, or until the run's end
 PAYBACK_TIMES = 3.0
@@ -37,15 +38,17 @@ class Pace:
     shard_s: float = 0.0
     known_s: float = 0.0
 
-    def measured(self, shards: int, busy_s: float) -> None:
-        """It computed `shards` in `busy_s` seconds."""
+    def measured(self, shards: int, busy_s: float, since_s: float = 0.0) -> None:
+        """It computed `shards` in `busy_s` seconds.
+
+        Args:
+            since_s: seconds since it was measured before: with few shards it computes for a small part of them.
+        """
         if shards <= 0 or busy_s <= 0:
             return
-        weight_s = busy_s
-        if self.known_s >= KNOWN_S:
-            usual_s = shards * self.shard_s
-            busy_s = min(busy_s, ODD * usual_s)  # more is a wait for storage, or a loader that starts: soon over
-            weight_s = max(busy_s, usual_s)  # that it is quick again counts as much as that it was slow
+        if self.known_s >= KNOWN_S:  # more is a wait for storage, or a loader that starts: soon over
+            busy_s = min(busy_s, ODD * shards * self.shard_s)
+        weight_s = max(busy_s, min(since_s, busy_s + IDLE_S))
         # What is known so far counts for at most SMOOTH_S seconds, and at first for what it is.
         old = min(self.known_s, SMOOTH_S) * math.exp(-weight_s / SMOOTH_S)
         self.shard_s = (self.shard_s * old + busy_s / shards * weight_s) / (old + weight_s)

@@ -43,6 +43,7 @@ class Balancer:
         self._journal, self._shards, self._total_steps, self._enabled = journal, shards, total_steps, enabled
         self._paces: dict[str, balance.Pace] = {}
         self._slow_since: dict[str, float] = {}
+        self._measured_s: dict[str, float] = {}  # when each pace was, monotonic
         self._move: balance.Move | None = None
         self._wanted_since = 0.0
         self._begun_at = 0
@@ -60,12 +61,15 @@ class Balancer:
             return
         same = beat.generation == before.generation  # counts begin anew in each
         shards, busy_ms = (before.shards, before.busy_ms) if same else (0, 0)
-        pace = self._paces.setdefault(member_id, balance.Pace())
-        pace.measured(beat.shards - shards, (beat.busy_ms - busy_ms) / 1000)
+        if beat.shards > shards:
+            pace, now = self._paces.setdefault(member_id, balance.Pace()), time.monotonic()
+            since_s = now - self._measured_s.get(member_id, now)
+            pace.measured(beat.shards - shards, (beat.busy_ms - busy_ms) / 1000, since_s)
+            self._measured_s[member_id] = now
 
     def forget(self, member_id: str) -> None:
         """A worker is gone."""
-        for known in (self._paces, self._slow_since):
+        for known in (self._paces, self._slow_since, self._measured_s):
             known.pop(member_id, None)
 
     def _of(self, order: Sequence[Member]) -> list[balance.Pace]:

@@ -161,8 +161,8 @@ def test_who_was_slow_for_a_while_is_soon_believed_to_be_quick_again():
     for _ in range(100):
         pace.measured(4, 0.02)
     for _ in range(40):
-        pace.measured(4, 0.32)
+        pace.measured(4, 0.32, 0.33)
     assert pace.shard_s > 0.06
-    for _ in range(60):
-        pace.measured(1, 0.005)
-    assert pace.shard_s < 0.01
+    for _ in range(15 * 25):  # fifteen seconds
+        pace.measured(1, 0.005, 0.04)
+    assert pace.shard_s < 1.5 * 0.005
