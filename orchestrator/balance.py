@@ -46,8 +46,9 @@ class Pace:
         """
         if shards <= 0 or busy_s <= 0:
             return
-        if self.known_s >= KNOWN_S:  # more is a wait for storage, or a loader that starts: soon over
-            busy_s = min(busy_s, ODD * shards * self.shard_s)
+        most_s = ODD * shards * self.shard_s if self.known_s >= KNOWN_S else math.inf
+        if busy_s > most_s:  # a wait for storage, or a loader that starts: soon over
+            busy_s = since_s = most_s
         weight_s = max(busy_s, min(since_s, busy_s + IDLE_S))
         # What is known so far counts for at most SMOOTH_S seconds, and at first for what it is.
         old = min(self.known_s, SMOOTH_S) * math.exp(-weight_s / SMOOTH_S)
