@@ -75,3 +75,12 @@ def test_four_silent_deaths_over_one_shard_end_the_run(tmp_path: Path) -> None:
         assert "shard" in reason
 
     play(story, tmp_path)
+
+
+def test_who_leaves_a_node_that_goes_is_told_of(tmp_path: Path) -> None:
+    def story(floor: Floor) -> None:
+        floor.crowd.let_go(floor.enter("a"))
+        (left,) = floor.crowd._journal._folder.every("worker_left")
+        assert (left["why"], left["rank"]) == ("node_drained", 0)
+
+    play(story, tmp_path)

@@ -136,8 +136,9 @@ def test_a_coordinator_that_comes_back_after_the_end_knows_how_it_ended(tmp_path
 def test_a_coordinator_that_comes_back_knows_its_steps_whatever_clock_their_machine_has(tmp_path, off_s):
     """Steps 1 and 2 are an earlier command's."""
     base = {"loss": 1.0, "samples": 8, "step_s": 0.1, "generation": 1}
-    for command, steps in ((0.0, (1, 2)), (time.time() + 0.01, (3, 4, 5))):
-        while time.time() < command:
+    for steps in ((1, 2), (3, 4, 5)):
+        command = time.time() + 0.01
+        while time.time() < command + 0.01:  # events are stamped in milliseconds
             pass
         journal = Journal(toy_plan(), str(tmp_path), "token", "", command, again=False)
         journal.generation_begins(GenerationStarted(1, steps[0] - 1, 1, [], [], [], "cpu"), 0.0, 0.0, [])
@@ -196,3 +197,31 @@ def test_the_step_after_an_evaluation_is_timed_from_its_end(tmp_path):
     assert 0.01 <= records[1]["step_s"] < WAIT_S
     assert records[1]["samples_per_s"] <= 800.0
     assert abs(records[1]["time_s"] - time.time()) < WAIT_S
+
+
+@pytest.mark.parametrize(("who", "still_s", "lost"), [("b", 20, True), ("c", 20, False), ("c", 400, True)])
+def test_who_is_new_has_time_for_its_first_step(tmp_path, who, still_s, lost):
+    """It loads what the others have loaded; until the generation has a step, no longer."""
+
+    async def story(run: Run) -> None:
+        run.members.roster.maximum = 3
+        a, b = await run.enlist("ab")
+        run.steps(*range(1, 31), by=[a, b])
+        c = run.worker("c")
+        waiting = asyncio.create_task(c.join())
+        assert await a.told() == await b.told() == ("pause", 1)
+        await asyncio.gather(a.join(), b.join(), waiting)
+        run.begin(a, b, c)
+
+        def looked() -> bool:
+            now = time.time()
+            run.members._pulses[who] = Pulse(now, now - still_s, Beat(2, 30, 5, False, 0, 0, False))
+            run.members._check_pulses(now)
+            return who not in run.members.roster.seated
+
+        assert looked() == lost
+        if not lost:
+            run.steps(31, by=[a, b, c])
+            assert looked(), "its first step is done"
+
+    play(story, tmp_path)
