@@ -18,7 +18,7 @@ from orchestrator.seats import Assignment
 from orchestrator.served import Restored
 
 LOOK_S = 1.0
-RESTORE_S = 600.0  # until a server is ready: data is opened, a checkpoint read
+RESTORE_S = 600.0  # for a server that answers to take the checkpoint over
 MOST_NODES = 100  # that are named to Ray
 MISSES = 5  # of a server that is there, until the worker is given up
 

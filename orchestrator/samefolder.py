@@ -22,7 +22,7 @@ def check_same_storage(uri: str, token: str, host: str) -> None:
         host: this machine, for people.
     """
     folder = Folder(uri)
-    if not folder.is_local:
+    if not folder.is_local or _owner(folder) == token:
         return
     until_s = time.monotonic() + (0.0 if on_own_disk(folder.uri) else SEEN_WITHIN_S)
     while _owner(folder) != token:
