@@ -14,7 +14,7 @@ from orchestrator.digest import digest
 CPUINFO = Path("/proc/cpuinfo")
 # By these oneDNN, MKL and ATen choose kernels: of CPUs with AVX512, those with AMX have other products in bf16.
 CHOOSING = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features"}
-VECTOR = re.compile(r"sse|ssse|avx|amx|fma|f16c|asimd|sve|sme|bf16|i8mm|fphp")
+VECTOR = re.compile(r"sse|avx|amx|fma|f16c|asimd|sve|sme|bf16|i8mm|fphp")
 
 
 def cuda_index(ids: Sequence[str], visible: str | None) -> int:
