@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import CheckpointError, StorageError, UnreadableError
+from orchestrator.finite import spoilt
 from orchestrator.storage import Folder, Pieces
 
 log = logging.getLogger("orchestrator.checkpoint")
@@ -273,12 +274,15 @@ class BackgroundWriter:
 
     def wait(self) -> None:
         """Until nothing is being written; re-raises the error of what was."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], stall_s: float) -> None:
         started = time.perf_counter()
+        if name := spoilt(tensors):  # nobody could go on from it, and for it one would go that somebody can
+            log.error("no checkpoint of step %d: %s is not finite", step, name)
+            return
         size = self._store.save(step, tensors)
         self._on_saved(
             {

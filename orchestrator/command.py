@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.redact import redact
 
 READER_GONE = 141  # what a shell says of a command that SIGPIPE ended: 128 + 13
 
@@ -49,7 +50,7 @@ def check_text(flag: str, text: str) -> None:
 
 def refuse(error: OrchestratorError) -> int:
     """Print the one line of an error; returns the exit status that it ends the command with."""
-    print("error:", str(error).replace("\n", " "), file=sys.stderr)
+    print("error:", redact(str(error)).replace("\n", " "), file=sys.stderr)
     return error.exit_status
 
 

@@ -104,8 +104,7 @@ class Coordinator:
 
     async def report(self, records: list[dict[str, Any]], events: list[Event], keep: bool = False) -> None:
         """Committed steps and events of rank 0, in order; `keep` waits until all that was told is in storage."""
-        if self._journal.check_owner():
-            self._end("failed", "another command has taken this run over", 1)
+        if self._is_taken_over():
             return
         self._journal.steps(records)
         self._faults.start()
@@ -272,8 +271,14 @@ class Coordinator:
             self._journal.log(now)
         self._noted = now
 
+    def _is_taken_over(self) -> bool:
+        if self._journal.check_owner():
+            self._end("failed", "another command has taken this run over", 1)
+        return self._journal.superseded
+
     async def status(self) -> Status:
         """What there is to show."""
+        self._is_taken_over()  # workers that never come do not tell
         roster = self._members.roster
         rate, steps_rate = self._journal.pace.rates()
         phase, missing = self._phase, roster.missing()
@@ -282,18 +287,8 @@ class Coordinator:
             if missing:
                 phase = "waiting for workers"
         return Status(
-            joined=len(roster.seated) + len(roster.ready),
-            workers=len(roster.seated),
-            missing=missing,
-            generation=roster.generation,
-            step=self._journal.recorded,
-            loss=self._journal.loss,
-            samples_per_s=rate,
-            steps_per_s=steps_rate,
-            phase=phase,
-            outcome=self._outcome,
-            message=self._message,
-            exit_status=self._exit_status,
-            result=self._journal.result,
-            notice=self._journal.devices.notice,
-        )
+            joined=len(roster.seated) + len(roster.ready), workers=len(roster.seated), missing=missing,
+            generation=roster.generation, step=self._journal.recorded, loss=self._journal.loss,
+            samples_per_s=rate, steps_per_s=steps_rate, phase=phase, outcome=self._outcome, message=self._message,
+            exit_status=self._exit_status, result=self._journal.result, notice=self._journal.devices.notice,
+        )  # fmt: skip

@@ -55,6 +55,8 @@ class Dispatcher(Keeper):
         self._recorded_s = self._saved_s = time.monotonic()
         self._saved_step = restored.step
         self._loaded = (max(load_s, 1e-6), list(restored.rejected))
+        if self._members.begun:
+            self._journal.go_back(restored.step)  # there may be too few workers for a generation
         self._regroup()
         if self._handout.complete:
             self._members.start(self._ripen())

@@ -32,6 +32,10 @@ class NonFiniteLossError(TrainingError):
         self.shards = shards
 
 
+class NonFiniteWeightsError(TrainingError):
+    """A parameter or buffer is NaN or infinite: names it, and the step."""
+
+
 class DataError(TrainingError):
     """A sample could not be read or decoded during training: names the sample."""
 

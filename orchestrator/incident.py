@@ -35,8 +35,14 @@ class OpenIncident:
         if detail:
             self.detail = f"{self.detail}; {detail}".removeprefix("; ")
 
+    def lost(self, steps: int) -> None:
+        """So many committed steps have to be taken again."""
+        self.steps_lost = max(self.steps_lost, steps)
+
     def closed(self, now: float) -> Incident:
-        """What is written down of it when the next step is committed."""
+        """What is written down of it when the next step is committed, or when the run is over."""
+        if not self.begun_s:  # nobody went on after it
+            self.connected_s, self.begun_s, self.workers_after, self.restore_s = now, now, 0, 0.0
         return Incident(
             kind=self.kind,
             step=self.step,
@@ -47,7 +53,7 @@ class OpenIncident:
             detect_s=round(self.detect_s, 4),
             regroup_s=round(self.connected_s - self.ended_s, 4),
             restore_s=round(self.restore_s, 4),
-            recompute_s=round(now - (self.begun_s or self.connected_s), 4),
+            recompute_s=round(now - self.begun_s, 4),
             generation=self.generation,
             detail=self.detail,
         )

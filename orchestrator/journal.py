@@ -27,6 +27,7 @@ from orchestrator.events import (
 )
 from orchestrator.failure import Failure
 from orchestrator.incident import KILLED, PAUSES, OpenIncident
+from orchestrator.outcome import Course, result_of
 from orchestrator.pace import Pace
 from orchestrator.plan import Plan
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder, dumps, lines, loads
@@ -189,29 +190,35 @@ class Journal:
         if self.check_owner():  # the logs are another command's; with the next report this run ends
             return
         self.log(*(CheckpointRejected(reason) for reason in bad))
-        survived = not load_s
         if load_s and started.step:
             self.log(CheckpointLoaded(started.step, round(load_s, 3)))
-        # A step that rank 0 alone had taken was not committed: the same bits are computed again.
-        lost = max(0, self.recorded - started.step - (self._plan.steps_per_commit if survived else 0))
-        if not survived:
-            self._folder.cut_metrics(started.step)
-            self.pace.cut(started.step)
-            self.recorded = started.step
-            self.best = max(self.best, started.step)
-            self.saved = started.step or -1  # newer ones could not be read
+        if load_s:
+            self.go_back(started.step)
         if self.open is not None:
             found, now = self.open, time.time()
+            # A step that rank 0 alone had taken was not committed: the same bits are computed again.
+            found.lost(self.recorded - started.step - self._plan.steps_per_commit)
             found.restore_s = restore_s
             found.connected_s, found.begun_s = now - restore_s, now
             found.workers_after, found.generation = started.workers, started.generation
-            found.steps_lost = max(found.steps_lost, lost)
         self.log(started, *self.devices.see(started.generation, started.devices))
         self.nodes += started.nodes
         self.generation = started.generation
         if self.first_step < 0:
             self.first_step, self._saved_s = started.step, time.monotonic()
         self.pace.begin()
+
+    def go_back(self, step: int) -> None:
+        """The state is that of a checkpoint, or a new one: the steps after it are taken anew."""
+        if self.check_owner():  # the logs are another command's
+            return
+        if self.open is not None:
+            self.open.lost(self.recorded - step)
+        self._folder.cut_metrics(step)
+        self.pace.cut(step)
+        self.recorded, self.loss = step, self._folder.last_loss()
+        self.best = max(self.best, step)
+        self.saved = step or -1  # newer ones could not be read
 
     def steps(self, records: list[dict[str, Any]]) -> None:
         """Committed steps in order; those that are known already are dropped."""
@@ -228,10 +235,10 @@ class Journal:
         if self.open is not None and self.open.begun_s and new[-1]["generation"] >= self.open.generation:
             self.close_incident()
 
-    def close_incident(self) -> None:
-        """The first step after an incident is committed, or there is none left to take."""
+    def close_incident(self, over: bool = False) -> None:
+        """The first step after an incident is committed, or there is none left to take, as when the run is over."""
         found, now = self.open, time.time()
-        if found is None or not found.connected_s:
+        if found is None or not (found.begun_s or (over and found.kind not in PAUSES)):
             return
         self.open = None
         self._unsettled.append((found.closed(now), found.nodes))
@@ -270,30 +277,16 @@ class Journal:
         self, status: str, message: str, sha256: str, metrics: Mapping[str, float], failure: Failure | None = None
     ) -> None:
         """Write the end into the run folder, result.json last; raises StorageError where that cannot be done."""
-        self.close_incident()
+        self.close_incident(over=True)
         for incident, _ in self._unsettled:
             self._write(incident)
         self._unsettled.clear()
-        steps = self.recorded if self.first_step >= 0 else self._folder.last_step()  # nothing was taken since then
-        schedule, wall_s, training_s = self._plan.schedule, time.time() - self._started_s, self.pace.seconds
-        trained = schedule.samples_before(steps) - schedule.samples_before(max(0, self.first_step))
+        steps, loss, spent_s = self.recorded, self.loss, (time.time() - self._started_s, self.pace.seconds)
+        if self.first_step < 0 and (self.newest("run_started") or {}).get("resumed"):
+            steps = min(self._folder.last_step(), max(0, self.saved))  # what came after it is as good as gone
+            loss = self._folder.loss_of(steps)
+        course = Course(steps, loss, self.first_step, *spent_s, self.generation, self.incidents)
         self.log(RunEnded(status, steps, message))
-        self.result = {
-            "status": status,
-            "workload": self._plan.workload,
-            "steps": steps,
-            "samples": schedule.samples_before(steps),
-            "loss": None if math.isnan(self.loss) else self.loss,
-            "metrics": dict(metrics),
-            "weights_sha256": sha256,
-            "wall_s": round(wall_s, 3),
-            "samples_per_s": round(trained / training_s, 3) if training_s else 0.0,
-            "goodput": round(training_s / wall_s, 4),
-            "generations": self.generation,
-            "incidents": [dataclasses.asdict(incident) for incident in self.incidents],
-            **({"failure": dataclasses.asdict(failure)} if failure else {}),
-            "deterministic": self._exact,
-            **self.figures,
-        }
+        self.result = result_of(self._plan, status, course, sha256, metrics, failure, self._exact) | self.figures
         if not self.superseded:
             self._folder.write_result(self.result)

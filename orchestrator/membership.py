@@ -43,9 +43,8 @@ class Membership:
         self.placement = Placement((0, 1))
         self._pulses, self._answers = dict[str, Pulse](), dict[str, Seat | Order]()
         self._excluded: set[str] = set()
-        self._pausing = ""  # the kind of incident that it will be
+        self._pausing, self._last = "", ""  # the kind of incident that it will be; who leads the end of a stop
         self.changed = asyncio.Condition()
-        self._last = ""  # who leads the end of a stop
         self._failures, self._unreachable, self._stillness = 0, Unreachable(), Stillness()
         self._newcomers = set[str]()  # in a generation whose others have the state
         self.broken_s = time.time()
@@ -158,7 +157,8 @@ class Membership:
             return
         there = self.roster.by_state()
         if not there:
-            order = self.roster.form(time.time())  # parts of a state: its holders write it down after one more step
+            self.roster.minimum = 1  # parts of a state: its holders write it down after one more step
+            order = self.roster.form(time.time())
             self._give_seats(order) if order and order[0].step >= 0 else self.end_run("")
             return
         self._last = there[0].id
@@ -218,7 +218,7 @@ class Membership:
             seconds = self._journal.step_seconds()
             slack = 1 + int(REPORTS_LATE_S / max(1e-3, min(seconds))) if seconds else 1
             shards = self.placement.range_of(member.rank // self.roster.size)
-            reason = self._suspicion.died(self._journal.best, slack, shards)
+            reason = self._suspicion.died(self._journal.best, slack, shards, self._journal.recorded)
         if self._failures > self._max_incidents:
             reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
         self._end_if(reason)

@@ -13,8 +13,10 @@ import os
 from collections.abc import Iterator, Mapping
 
 # Ray Train trains in a thread, where glibc gives large blocks back to the kernel and faults them in again every
-# step: one arena, and keep what was freed (man mallopt; 32 MiB is the largest threshold it takes).
+# step: one arena, and keep what was freed (man mallopt; 32 MiB is the largest threshold it takes). Arrow's own
+# allocator has a heap for each thread, which only that thread can trim: loader processes keep what others have freed.
 MALLOC = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),

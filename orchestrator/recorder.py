@@ -125,9 +125,15 @@ class Recorder(Observer):
                 self._saboteur.hold(seat.workers, self._step, seat.fired)
         return self.pause
 
-    def trained(self) -> None:
-        """All steps are taken; a rehearsal may have something for this moment too."""
+    def trained(self, state: TrainingState) -> None:
+        """All steps are taken; a rehearsal may have something for this moment too. Raises as check_finite."""
+        state.check_finite()
         self.stop_wanted()
+
+    def broke_off(self, state: TrainingState) -> None:
+        """Training cannot go on; raises NonFiniteWeightsError where that is why."""
+        self.checkpoint_now(state, self.leads)
+        state.check_finite()
 
     def committed(self, state: TrainingState, totals: StepTotals, lr: float) -> None:
         """See Observer: every worker keeps the record, rank 0 sends it and starts a checkpoint when one is due."""

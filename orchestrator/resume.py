@@ -16,7 +16,7 @@ from orchestrator.errors import UserError
 from orchestrator.runfolder import RunFolder
 from orchestrator.settings import flag, settings
 from orchestrator.slices import choose_slices, whole_range
-from orchestrator.storage import local_path
+from orchestrator.uris import local_path
 
 C = TypeVar("C", bound=RunConfig)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -28,7 +28,16 @@ def resolve(config: C) -> C:
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
     storage = config.storage or default_storage()
+    if in_package() and "://" not in storage and storage[0] not in "/~":
+        raise UserError(
+            f"--storage {storage}: a submitted job's folder is deleted after it; give an absolute path or s3://bucket/runs"
+        )
     return dataclasses.replace(config, name=name, storage=local_path(storage, "--storage") or storage)
+
+
+def in_package() -> bool:
+    """Whether this is a submitted job in the folder that was sent with it, which Ray deletes after it."""
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")) and "_ray_pkg_" in os.getcwd()
 
 
 def default_storage() -> str:

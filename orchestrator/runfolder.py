@@ -142,9 +142,18 @@ class RunFolder:
         """The newest step's in metrics.jsonl; NaN: there is none."""
         return float(self._last_record().get("loss", math.nan))
 
+    def loss_of(self, step: int) -> float:
+        """That step's, if it is among the newest in metrics.jsonl; NaN: it is not."""
+        found = next((record for record in self._last_records() if record.get("step", 0) <= step), {})
+        return float(found.get("loss", math.nan)) if found.get("step") == step else math.nan
+
     def _last_record(self) -> dict[str, Any]:
+        return next(self._last_records(), {})
+
+    def _last_records(self) -> Iterator[dict[str, Any]]:
+        """The newest first."""
         lines = self._tail(METRICS).splitlines()
-        return next((found for line in reversed(lines) if (found := parse_line(line))), {})
+        return (found for line in reversed(lines) if (found := parse_line(line)))
 
     def _tail(self, name: str) -> str:
         if self._late:

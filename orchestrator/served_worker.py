@@ -264,6 +264,8 @@ class ServedWorker(Worker):
         from orchestrator.state import weights_sha256
 
         metrics = self._evaluated()
+        self._state.step = job.step
+        self._state.check_finite()
         with self._group.others_wait(), self._group.clock.away():
             save_trained(self._plan, self._task["uri"], self._workload, self._state.model)
         told = self._coordinator.finish.remote(self.id, 0, weights_sha256(self._state.model), metrics)

@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.checkpoint import PARTS, Entries, refuse_to_begin_anew
 from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.events import CheckpointSaved
+from orchestrator.finite import spoilt
 from orchestrator.group import Group
 from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
@@ -95,10 +96,10 @@ class SplitRecorder(Recorder):
         return time.perf_counter() - started
 
     def _checkpoint_if_due(self, state: TrainingState, steps: int) -> None:
+        self._look_after_manifest()  # of this worker's group, which may have become smaller since then
         if not state.split:
             super()._checkpoint_if_due(state, steps)
         elif self.group is not None:
-            self._look_after_manifest()
             name = self._exchange(_new_name() if self.leads and self._is_due(state, steps) else "")
             if name:
                 self._begin(state, name)
@@ -158,7 +159,7 @@ class SplitRecorder(Recorder):
         if self.group is not None:
             self._settle()
             name = self.group.broadcast_object(_new_name() if state.step > self._saved_step else "")
-            if name:
+            if name and not any(self.group.gather_objects(spoilt(state.pieces()))):
                 self._begin(state, name)
                 self._settle()
         self.reporter.flush()

@@ -127,7 +127,7 @@ class SplitWorker(Worker):
         if not finished:
             self._leave(group)
             return False
-        recorder.trained()
+        recorder.trained(state)
         memory = memory_bytes(state)
         recorder.checkpoint_now(state, recorder.leads)
         using, among, in_step = state.evaluation(workload, group)

@@ -135,7 +135,7 @@ class SplitState(TrainingState):
         return {f"model.{name}": t.detach() for name, t in self._weights().items()} | dict(self._optimizer_entries())
 
     def pieces(self) -> dict[str, Tensor]:
-        """What this worker holds, by the names of a snapshot."""
+        """See TrainingState."""
         kept = {f"model.{name}": t for name, t in self._weights().items()} | dict(self._optimizer_entries())
         return {name: local(t).detach() for name, t in kept.items()}
 

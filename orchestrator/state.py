@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from orchestrator.checkpoint import Described, Loaded, whole
 from orchestrator.devices import host_of
+from orchestrator.errors import NonFiniteWeightsError
+from orchestrator.finite import spoilt
 from orchestrator.group import Group
 from orchestrator.precision import Precision
 from workloads.workload import Workload
@@ -89,6 +91,18 @@ class TrainingState:
         if self.outer is not None:
             named["outer.momentum"] = self.outer
         return named
+
+    def pieces(self) -> dict[str, Tensor]:
+        """What this worker holds, by the names of a snapshot."""
+        return self.tensors()
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteWeightsError where a parameter or buffer that this worker holds is NaN or infinite."""
+        if name := spoilt(self.pieces()):
+            raise NonFiniteWeightsError(
+                f"the model's {name} is not finite after step {self.step}: training has diverged; a lower --lr, or "
+                "--clip-norm; checkpoints from before that are kept"
+            )
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy on the CPU that later steps do not touch; tied tensors are copied once each name."""

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,17 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import OrchestratorError, StorageError, UserError
-from orchestrator.redact import uri_has_keys
+from orchestrator.uris import PASSING, local_path, one_line, open_uri
 
 T = TypeVar("T")
 Pieces = Sequence[bytes | memoryview]  # of a file's content, one after the other
-ALLOWED = "give a folder or a URI such as s3://bucket/runs"
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
 PAUSES_S = (0.5, 1.0, 2.0, 4.0)
-# What pyarrow says of a server that is down, overloaded or cut off; not of keys, buckets and files that are wrong.
-PASSING = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d"
-)
 AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EAGAIN}  # the same, if mounted
 log = logging.getLogger("orchestrator.storage")
 
@@ -57,18 +51,8 @@ class Folder:
             self._query, self._fs = "", fs.LocalFileSystem()
             return
         address, mark, query = uri.partition("?")
-        self._scheme, _, rest = address.partition("://")
-        self._query = mark + query
-        if uri_has_keys(uri):
-            # The URI is written to the run folder and to logs.
-            raise UserError(f"{flag} {self._scheme}://...: keys do not belong in a URI; use the cloud's own variables")
-        if not rest.strip("/"):  # pyarrow takes what is left of it, s3:, for a local folder
-            raise UserError(f"{flag} {uri}: names no bucket; {ALLOWED}")
-        try:
-            self._fs, self._root = fs.FileSystem.from_uri(uri.rstrip("/"))
-        except (ValueError, OSError, NotImplementedError) as error:
-            raise UserError(f"{flag} {uri}: {_line(error)}; {ALLOWED}") from None
-        self._root, self._address = self._root.rstrip("/"), address.rstrip("/")
+        self._query, self._address = mark + query, address.rstrip("/")
+        self._fs, self._root = open_uri(uri, flag)
 
     @property
     def uri(self) -> str:
@@ -87,29 +71,33 @@ class Folder:
 
     def _patiently(self, do: Callable[[], T]) -> T:
         """Do something, again and again while the server is away."""
+        from pyarrow import ArrowException
+
         until, pauses = time.monotonic() + (self._patience_s or 0.0), iter(PAUSES_S)
         while True:
             try:
                 return do()
-            except OSError as error:
+            except (OSError, ArrowException) as raised:
+                error = raised if isinstance(raised, OSError) else OSError(one_line(raised))
                 is_away = (
                     self.mounted and error.errno in AWAY if self.is_local else PASSING.search(str(error)) is not None
                 )
                 given_up = not is_away or self._patience_s is None or time.monotonic() > until
                 if isinstance(error, FileNotFoundError | NotADirectoryError) or (self.is_local and given_up):
-                    raise
+                    raise error from error.__cause__
                 if given_up:
                     raise self._given_up(error, is_away) from error
-                log.warning("%s does not answer; asking again: %s", self.uri, _line(error))
+                log.warning("%s does not answer; asking again: %s", self.uri, one_line(error))
                 time.sleep(next(pauses, PAUSES_S[-1]))
 
     def _given_up(self, error: OSError, is_away: bool) -> OrchestratorError:
-        said = f"{self._flag} {self.uri}: {{}} ({_line(error)})"
+        named, why = f"{self._flag} {self.uri}:", f"({one_line(error)})"
         if self._patience_s is not None:
-            return StorageError(said.format(f"does not answer for {self._patience_s:g} s" if is_away else "refuses"))
-        if is_away:
-            return UserError(said.format("does not answer") + "; look at the address, and whether the server is up")
-        return UserError(said.format("refuses") + "; look at the address, the keys and their rights")
+            return StorageError(
+                f"{named} {f'does not answer for {self._patience_s:g} s' if is_away else 'refuses'} {why}"
+            )
+        rest = "the address, and whether the server is up" if is_away else "the address, the keys and their rights"
+        return UserError(f"{named} {'does not answer' if is_away else 'refuses'} {why}; look at {rest}")
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
@@ -170,7 +158,7 @@ class Folder:
             do()
         except OSError as error:
             if self._patience_s is not None:
-                raise StorageError(f"{self._flag} {self.uri}: {_line(error)}") from error
+                raise StorageError(f"{self._flag} {self.uri}: {one_line(error)}") from error
             raise
 
     def _replace(self, name: str, pieces: Pieces) -> None:
@@ -259,21 +247,8 @@ class Folder:
             self.delete(probe)
         except OSError as error:
             raise UserError(
-                f"{self._flag} {self.uri}: cannot be written ({_line(error)}); give a folder or URI that can"
+                f"{self._flag} {self.uri}: cannot be written ({one_line(error)}); give a folder or URI that can"
             ) from None
-
-
-def local_path(uri: str, flag: str) -> str:
-    """The absolute path of a local folder, given as it is or as file://; "": the URI is of another kind."""
-    if not uri.startswith("file://") and "://" in uri:
-        return ""
-    if uri.startswith("file://") and uri[7:8] not in ("/", "~"):
-        wrong = "names a host, not a folder such as file:///data" if uri[7:] else "names no folder"
-        raise UserError(f"{flag} {uri}: {wrong}; {ALLOWED}")
-    try:
-        return str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    except RuntimeError as error:  # ~somebody unknown
-        raise UserError(f"{flag} {uri}: {_line(error)}; {ALLOWED}") from None
 
 
 def cache_folder() -> Path:
@@ -285,10 +260,6 @@ def cache_folder() -> Path:
 def encoded(text: str) -> bytes:
     """UTF-8; what stands for other bytes in a file's name (os.fsdecode) is written out."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,7 @@ class Suspicion:
     """Tells what breaks its workers, a step or the start, from machines that break."""
 
     _errors: dict[tuple[int, str], int] = field(default_factory=dict)
+    _best: int = -1
     _deaths: list[tuple[int, range]] = field(default_factory=list)
     _early: int = 0
     _early_s: float = -1.0
@@ -22,22 +23,24 @@ class Suspicion:
         before = self._errors.setdefault((step, error), generation)
         return f"step {step} failed twice in the same way: {error}" if before < generation else ""
 
-    def died(self, best_step: int, slack: int, shards: range) -> str:
+    def died(self, best_step: int, slack: int, shards: range, step: int | None = None) -> str:
         """A worker died without a word while it computed `shards`; returns why the run should stop, or "".
 
         Args:
             best_step: the most steps that the run ever had.
-            slack: by how many steps that may be wrong: reports are on their way.
+            slack: by how many steps that, and `step`, may be wrong: reports are on their way.
+            step: that the worker was in, if the run is behind its best.
         """
-        if not self._deaths or best_step > self._deaths[0][0] + slack:
-            self._deaths = []
-        self._deaths.append((best_step, shards))
-        times = Counter(shard for _, held in self._deaths for shard in held)
+        if not self._deaths or best_step > self._best + slack:
+            self._deaths, self._best = [], best_step
+        step = best_step if step is None else step
+        self._deaths.append((step, shards))
+        times = Counter(shard for other, held in self._deaths for shard in held if abs(other - step) <= slack)
         deadly = sorted(shard for shard, deaths in times.items() if deaths >= SILENT_DEATHS)
         if not deadly:
             return ""
         return (
-            f"{SILENT_DEATHS} workers died one after the other at about step {best_step}, each while it held shards "
+            f"{SILENT_DEATHS} workers died one after the other at about step {step}, each while it held shards "
             f"{deadly}: a sample there seems to crash its reader"
         )
 

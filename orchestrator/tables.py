@@ -68,11 +68,14 @@ class Manifest:
         return json.dumps({"format": FORMAT, "samples": counts, **asdict(self)}, indent=1) + "\n"
 
 
-def read_manifest(uri: str, workload: str) -> Manifest:
-    """The manifest of the prepared data at `uri`; raises UserError with one line where it cannot be used."""
+def read_manifest(uri: str, workload: str, patience_s: float | None = None) -> Manifest:
+    """The manifest of the prepared data at `uri`; raises UserError with one line where it cannot be used.
+
+    With `patience_s` a server that does not answer is asked again, as long as a run waits for it (StorageError).
+    """
     advice = f"make it with python -m orchestrator.prepare {workload} --source ... --out {uri}"
     try:
-        data = Folder(uri, "--data").read(MANIFEST)
+        data = Folder(uri, "--data", patience_s).read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--data parquet:{uri}: there is no {MANIFEST}; {advice}") from None
     except OSError as error:

@@ -65,8 +65,7 @@ class Worker:
         self.id = uuid.uuid4().hex
         self._seat: Seat | None = None
         self._group: Any = None
-        self._ended = 0  # newest generation that the coordinator has ended
-        self._aborting = threading.Lock()
+        self._ended, self._aborting = 0, threading.Lock()  # the first: newest generation that the coordinator has ended
         self._line: Line | None = None
         self._line_broke, self._why = False, ""  # why the last generation ended, as this worker saw it
         self._saboteur = Saboteur(task["faults"], self._may_fire, coordinator.fault_failed.remote)
@@ -76,8 +75,7 @@ class Worker:
         self._holds, self._spot = Holding(), Spot()
 
     @property
-    def rank(self) -> int:
-        """In the last generation it sat in; -1: in none."""
+    def rank(self) -> int:  # in the last generation it sat in; -1: in none
         return self._seat.rank if self._seat else -1
 
     @property
@@ -263,11 +261,11 @@ class Worker:
         try:
             finished = train(plan, workload, state, group, seat.placement, recorder)
         except OrchestratorError:
-            recorder.checkpoint_now(state, recorder.leads)
+            recorder.broke_off(state)
             raise
         if not finished:
             return False
-        recorder.trained()
+        recorder.trained(state)
         if recorder.leads:
             self._coordinator.phase.remote("evaluating and saving")
             with group.others_wait(), group.clock.away():  # storage may be slow, which is not this worker's fault
@@ -290,6 +288,8 @@ class Worker:
 
         if order.word == "excluded":
             raise GivenUpError("the coordinator has given this worker up")
+        if order.lead:  # of a stop: rank 0 may be gone, with steps that nobody was told of
+            self._recorder.reporter.take_over(True, ray.get(self._coordinator.status.remote()).step)
         if order.word == "leave":
             self._recorder.finish()
         elif order.word == "stop":

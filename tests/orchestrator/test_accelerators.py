@@ -81,6 +81,8 @@ def test_what_cannot_be_had_is_one_line(given_settings, nodes, offer, words):
 def test_what_an_autoscaler_may_add_counts():
     assert decide(config(accelerator="cuda"), [CPUS], Offer((GPUS,))).kind == "cuda"
     assert decide(config(accelerator="cuda"), [CPUS], Offer(known=False)).kind == "cuda"
+    assert "--accelerator cuda where" in str(decide(config(), [Node({"memory": 1e9}, {})], Offer(known=False)))
+    assert str(decide(config(), [CPUS], Offer(known=False))) == "cpu (no node has a GPU or TPU)"
     assert decide(config(), [CPUS], Offer((GPUS,))).kind == "cuda"
 
 

@@ -125,6 +125,13 @@ def test_an_error_that_crosses_processes_keeps_its_shards():
         ("client_secret_key: s3cr3t-s3cr3t", "s3cr3t"),
         ("credentials='0a1b2c3d'", "0a1b2c"),
         ("abfs://c@a.dfs.core.windows.net/r?sv=2024&sig=x%2Fyz12&se=1", "x%2Fyz12"),
+        ("'s3://AK1A:wJalrXUtnFEMI/K7MDENG/bPx@bucket/runs': cannot be parsed", "MDENG"),
+        ("cloning https://0123abcdef@git.example.com/x", "0123abcdef"),
+        ('password="correct horse battery staple"', "battery"),
+        ("password=abc);defghijkl", "defghi"),
+        ("Authorization: Token abcdefgh12345678", "abcdefgh"),
+        ("AccountName=me;AccountKey=0a1b2c3d==;", "0a1b2c"),
+        ("x.py --db-password hunter2hunter2", "hunter2"),
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc", "eyJhbGci"),
     ],
 )
@@ -142,6 +149,9 @@ def test_what_looks_like_a_key_is_gone(text, secret):
         'File "/a/token.py", line 3',
         "tokenizer: bert-base-uncased",
         "    model(token_type_ids=segments_BT)",
+        'tokenizer = "bert-base-uncased"',
+        "--tokenizer docs/vocabulary.txt",
+        "hdfs://namenode:8020/runs/a:b@c",
     ],
 )
 def test_other_words_stay(text):
@@ -158,6 +168,7 @@ def test_other_words_stay(text):
         ("hdfs://namenode:8020/runs/a@b", False),
         ("s3://key:secret@bucket/runs", True),
         ("s3://key@bucket/runs", True),
+        ("s3://key:se/cr/et@bucket/runs", True),
         ("abfs://container:key@account.dfs.core.windows.net/runs", True),
         ("gs://me@bucket/runs", True),
         ("abfs://account.blob.core.windows.net/c/runs?sv=2024&sig=xyz", True),
@@ -234,7 +245,8 @@ def test_the_end_of_a_run_whose_coordinator_is_lost_for_good_is_written_down(tmp
     assert (told["status"], told["steps"], told["loss"]) == ("failed", 3, 2.0)
     assert told["failure"]["error"] == "gone"
     kinds = [json.loads(line)["event"] for line in folder.text("events.jsonl").splitlines()]
-    assert kinds == ["run_started", "run_ended"]
+    assert kinds == ["run_started", "incident", "run_ended"]
+    assert [incident["kind"] for incident in told["incidents"]] == ["coordinator_lost"]
     assert write_end(assignment, folder, Failure("coordinator_lost", "later")) == told, "the first end stays"
     folder.take_ownership("of another command")
     assert write_end(assignment, folder, failure) is None

@@ -154,11 +154,30 @@ def test_a_command_that_ends_before_it_trains_tells_the_steps_of_the_run(tmp_pat
     first.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])
     base = {"loss": 1.0, "samples": 8, "step_s": 0.1, "time_s": time.time(), "generation": 1}
     first.steps([{"step": step, **base} for step in (1, 2, 3)])
+    first.log(CheckpointSaved(3, 1, 0.0, 0.0))
     first.end("stopped", "on request", "", {})
     second = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
     second.end("stopped", "on request, before this command's first step", "", {})
     assert (second.result["steps"], second.result["samples"]) == (3, first.result["samples"])
     assert second.result["samples"] > 0
+
+
+@pytest.mark.parametrize(("saved", "loss"), [(2, 1.2), (-1, None)])
+def test_steps_beyond_the_newest_checkpoint_are_no_steps_of_a_run_that_was_killed(tmp_path, saved, loss):
+    """A command was killed, and the next one ends before, or right after, it has loaded what is kept."""
+    first = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+    first.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])
+    base = {"samples": 8, "step_s": 0.1, "time_s": time.time(), "generation": 1}
+    first.steps([{"step": step, "loss": 1 + step / 10, **base} for step in (1, 2, 3)])
+    first.log(*([CheckpointSaved(2, 1, 0.0, 0.0)] if saved > 0 else []))
+    for begins in (False, True):
+        again = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+        if begins:
+            again.generation_begins(GenerationStarted(1, max(0, saved), 1, [], [], [], "cpu"), 0.1, 0.1, [])
+        again.end("stopped", "on request", "", {})
+        told = {key: again.result[key] for key in ("steps", "samples", "loss")}
+        steps = max(0, saved)
+        assert told == {"steps": steps, "samples": again._plan.schedule.samples_before(steps), "loss": loss}
 
 
 def test_a_new_leader_keeps_the_cadence_of_the_one_before(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def prepare(config: BertConfig) -> Prepared:
 def prepared_data(config: BertConfig) -> Prepared:
     """What orchestrator.prepare has made; raises UserError where it does not fit the settings."""
     uri = config.data.removeprefix(PREFIX)
-    manifest = read_manifest(uri, "bert")
+    manifest = read_manifest(uri, "bert", config.storage_patience)  # by then `check` has found it there
     about = prepared.about(manifest)
     length = about.sequence_length
     if config.sequence_length != length:

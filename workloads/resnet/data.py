@@ -112,12 +112,12 @@ def kind(config: ResnetConfig) -> Kind:
     name, folder = split_spec(config.data)
     if name != "parquet":
         return KINDS[name]
-    return dataclasses.replace(KINDS[_prepared(folder).kind], decodes=True)
+    return dataclasses.replace(KINDS[_prepared(folder, config.storage_patience).kind], decodes=True)
 
 
 @functools.lru_cache(maxsize=8)  # asked for in every corner
-def _prepared(uri: str) -> prepared.Prepared:
-    return prepared.about(read_manifest(uri, "resnet"), KINDS)
+def _prepared(uri: str, patience_s: float) -> prepared.Prepared:
+    return prepared.about(read_manifest(uri, "resnet", patience_s), KINDS)
 
 
 def augment_name(config: ResnetConfig) -> str:
@@ -128,7 +128,7 @@ def augment_name(config: ResnetConfig) -> str:
 def image_size(config: ResnetConfig, images: ImageSet) -> int:
     """Height and width that the network sees, in pixels, 0 resolved."""
     if isinstance(images.images, Table):
-        return config.image_size or _prepared(split_spec(config.data)[1]).size
+        return config.image_size or _prepared(split_spec(config.data)[1], config.storage_patience).size
     if config.image_size or isinstance(images.images, list):
         return config.image_size or kind(config).image_size
     return int(max(images.images.shape[1:3]))
@@ -139,7 +139,7 @@ def open_split(config: ResnetConfig, split: Split) -> ImageSet:
     name, folder = split_spec(config.data)
     if name == "parquet":
         return prepared.open_prepared(config, split, KINDS)
-    with _user_errors(config):
+    with user_errors(config):
         path = Path(_absolute(folder))
         if folder and not path.exists():
             raise UnusableDataError(f"no folder {path}; give one that exists on every node")
@@ -160,7 +160,7 @@ def check(config: RunConfig) -> DataSummary:
     splits = [open_split(config, "train"), open_split(config, "heldout")]
     train, heldout = splits
     found = fingerprint(config, splits)
-    with _user_errors(config):
+    with user_errors(config):
         for images in splits:
             if isinstance(images.images, list):
                 check_headers(images.images)
@@ -197,7 +197,7 @@ def _shape(images: ImageSet) -> str:
 
 def fingerprint(config: ResnetConfig, splits: Sequence[ImageSet]) -> str:
     """SHA-256 over pixels and labels; of image files over their names, sizes in bytes and labels. Raises UserError."""
-    with _user_errors(config):
+    with user_errors(config):
         return _fingerprint(splits)
 
 
@@ -223,7 +223,7 @@ def _absolute(folder: str) -> str:
 
 
 @contextmanager
-def _user_errors(config: ResnetConfig) -> Iterator[None]:
+def user_errors(config: ResnetConfig) -> Iterator[None]:
     """What the readers raise, as a UserError that names the flag."""
     try:
         yield

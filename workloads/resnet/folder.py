@@ -14,6 +14,7 @@ from workloads.resnet.readers import ImageSet, Split, UnusableDataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "heldout": "val"}
+SIXTEEN_BITS = ("PPM", "PNG")  # formats of which Pillow opens, or once opened, 16-bit grey with 32 bits a pixel
 LONGEST = 8  # times the shorter side
 HEADERS_CHECKED = 1000  # of each split, before a run: about a second from a local disk
 
@@ -120,11 +121,11 @@ def without_ends(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image, named: str) -> Image.Image:
     """A 16-bit grey image in 8 bits, by their upper half; Pillow's own conversion cuts off at 255.
 
-    Pillow opens some of them, such as 16-bit PGM, with 32 bits a pixel. What really has 32 bits has no known white.
+    Pillow opens those of two formats with 32 bits a pixel. What really has 32 bits has no known white.
     """
     if image.mode[0] not in "IF":
         return image
     pixels = np.asarray(image)
-    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+    if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
         raise DataError(f"{named} has 32-bit pixels; save it with 8 or 16 bits")
     return Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))

@@ -48,7 +48,7 @@ def about(manifest: Manifest, kinds: Container[str]) -> Prepared:
 def open_prepared(config: ResnetConfig, split: Split, kinds: Container[str]) -> ImageSet:
     """One split of the prepared images."""
     uri = config.data.removeprefix(PREFIX)
-    manifest = read_manifest(uri, "resnet")
+    manifest = read_manifest(uri, "resnet", config.storage_patience)  # by then `check` has found it there
     table = Table(uri, manifest, split, config)
     return ImageSet(table, np.empty(0, np.int64), about(manifest, kinds).class_names)
 

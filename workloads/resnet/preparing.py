@@ -44,8 +44,9 @@ class ImagePreparation:
         found: list[Part] = []
         for split in SPLITS:
             images = _open(self.config, split)
-            count, version = len(images), _version(images)
-            each = max(1, min(count, int(file_bytes / _bytes_each(images))))
+            with data.user_errors(self.config):
+                count, version = len(images), _version(images)
+                each = max(1, min(count, int(file_bytes / _bytes_each(images))))
             files = -(-count // each)
             bounds = [count * n // files for n in range(files + 1)]
             for start, stop in itertools.pairwise(bounds):

@@ -1,0 +1,71 @@
+"""What a folder's address means: a path, or a file system of pyarrow's and a path in it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UserError
+from orchestrator.redact import uri_has_keys
+
+ALLOWED = "give a folder or a URI such as s3://bucket/runs"
+# Google Cloud's client asks again for 15 minutes, and cannot be interrupted; whoever can wait asks again himself.
+GCS_RETRY_S = 8
+# What pyarrow says of a server that is down, overloaded or cut off (S3's words, then Google Cloud's); not of keys,
+# buckets and files that are wrong.
+PASSING = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d|"
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CURL error"
+)
+
+
+def local_path(uri: str, flag: str) -> str:
+    """The absolute path of a local folder, given as it is or as file://; "": the URI is of another kind."""
+    if "\0" in uri:
+        raise UserError(f"{flag} {uri!a}: holds a character that no name has; {ALLOWED}")
+    if not uri.startswith("file://") and "://" in uri:
+        return ""
+    if uri.startswith("file://") and uri[7:8] not in ("/", "~"):
+        wrong = "names a host, not a folder such as file:///data" if uri[7:] else "names no folder"
+        raise UserError(f"{flag} {uri}: {wrong}; {ALLOWED}")
+    try:
+        return str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    except RuntimeError as error:  # ~somebody unknown
+        raise UserError(f"{flag} {uri}: {one_line(error)}; {ALLOWED}") from None
+
+
+def open_uri(uri: str, flag: str) -> tuple[Any, str]:
+    """(pyarrow's file system, the path in it) of an address that is no local folder; raises UserError."""
+    from pyarrow import ArrowException, fs
+
+    address, mark, query = uri.partition("?")
+    scheme, _, rest = address.partition("://")
+    if uri_has_keys(uri):
+        # The URI is written to the run folder and to logs.
+        raise UserError(f"{flag} {scheme}://...: keys do not belong in a URI; use the cloud's own variables")
+    if not rest.strip("/"):  # pyarrow takes what is left of it, s3:, for a local folder
+        raise UserError(f"{flag} {uri}: names no bucket; {ALLOWED}")
+    asked = uri.rstrip("/")
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        asked += f"{'&' if mark else '?'}retry_limit_seconds={GCS_RETRY_S}"
+    try:
+        found, root = fs.FileSystem.from_uri(asked)
+        if scheme in ("abfs", "abfss"):
+            _try_azure(f"{scheme}://{rest.partition('/')[0]}?{query}", found, root)
+    except (ValueError, OSError, NotImplementedError, ArrowException) as error:
+        raise UserError(f"{flag} {uri}: {one_line(error)}; {ALLOWED}") from None
+    return found, root.rstrip("/")
+
+
+_tried = set[str]()
+
+
+def _try_azure(account: str, file_system: Any, root: str) -> None:
+    """Without credentials pyarrow ends the process where a file is opened; a question raises an error."""
+    if account not in _tried:
+        file_system.get_file_info(root)
+        _tried.add(account)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, cut off after 300 characters."""
+    return " ".join(str(error).split())[:300]
