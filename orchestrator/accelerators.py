@@ -46,7 +46,13 @@ def decide(config: RunConfig, nodes: Sequence[Node], offer: Offer | None = None)
     given, kind, why = config.resources_per_worker.numbers(), config.accelerator, "as given"
     if kind == "auto":
         kind, why = _found(given, there)
-        if kind == "cpu" and not given and offer and not offer.known and not any(n.resources.get("CPU") for n in usable):
+        if (
+            kind == "cpu"
+            and not given
+            and offer
+            and not offer.known
+            and not any(n.resources.get("CPU") for n in usable)
+        ):
             why += ", and the autoscaler does not say what it can add: --accelerator cuda where that is GPUs"
         check_accelerator(config, kind)
     elif kind in RESOURCES and kind not in there and not (offer and not offer.known):

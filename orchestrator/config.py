@@ -126,13 +126,13 @@ class RunConfig:
     shuffle_window: int = setting(16, low=1)
     """Files of prepared data (parquet:URI) whose samples are mixed at a time; data in memory is mixed as a whole."""
 
-    data_cache: float = setting(20.0, result=False, low=0.1)
+    data_cache: float = setting(20.0, result=False, low=0.1, high=1e6)
     """GB of prepared data that a node keeps on its disk, at least two windows; what was not used longest goes."""
 
-    storage_patience: float = setting(60.0, result=False, low=0)
+    storage_patience: float = setting(60.0, result=False, low=0, high=1e6)
     """Seconds for which storage or data that does not answer is asked again before the run stops."""
 
-    eval_every: float = setting(0.0, result=False, low=0)
+    eval_every: float = setting(0.0, result=False, low=0, high=1e6)
     """Epochs, or a part of one (0.25), between evaluations on the held-out split. 0: at the end only."""
 
     accelerator: str = setting("auto", choices=("auto", "cpu", "cuda", "tpu"))

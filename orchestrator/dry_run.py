@@ -96,7 +96,7 @@ def _parallel(config: RunConfig, layout: Layout) -> str:
 
 def _cluster(config: RunConfig) -> tuple[Sequence[Node], Offer | None, str]:
     """(nodes, what an autoscaler may add, where that is known from); Ray is asked only if a cluster was named."""
-    if not (config.address or os.environ.get("RAY_ADDRESS")):
+    if config.address == "local" or not (config.address or os.environ.get("RAY_ADDRESS")):
         has = {"GPU": float(_gpus()), "TPU": float(len(list(Path("/dev").glob("accel[0-9]*"))))}
         here = {"CPU": float(os.cpu_count() or 1), **{name: count for name, count in has.items() if count}}
         return [Node(here, {}, HERE)], None, "if the cluster is this machine alone"

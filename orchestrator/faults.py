@@ -82,7 +82,7 @@ def parse_faults(text: str, name: str) -> tuple[Fault, ...]:
     """
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--faults {name}: not valid TOML ({error})") from None
     tables = content.pop("fault", None)
     if content or not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):

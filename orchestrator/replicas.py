@@ -50,12 +50,13 @@ def _filled(
     first: list[Member], parts: list[list[Member]], members: Sequence[Member], count: int, size: int
 ) -> list[Member]:
     """Seats for those who hold the right parts, then for the others where some are left."""
-    order: list[Member | None] = [None] * count
-    order[: len(first)] = first
+    order: list[Member | None] = [*first]
+    seated, fitting = {m.id for m in first}, [iter(part) for part in parts]  # nobody holds two parts
     for place in range(len(first), count):
-        fitting = [m for m in parts[place % size] if m not in order]
-        order[place] = fitting[0] if fitting else None
-    others = iter([m for m in members if m not in order])
+        found = next((m for m in fitting[place % size] if m.id not in seated), None)
+        order.append(found)
+        seated |= {found.id} if found else set()
+    others = iter([m for m in members if m.id not in seated])
     return [m or next(others) for m in order]
 
 
@@ -128,8 +129,10 @@ class ReplicaRoster(Roster):
 
     def must_leave(self, member: Member) -> bool:
         """See Roster."""
+        if not self._leaves(member):
+            return False
         others = [m for m in (*self.ready.values(), *self.seated.values()) if not self._leaves(m)]
-        if not self._leaves(member) or not self._most(len(others)):
+        if not self._most(len(others)):
             return False
         return member.holds.saved or self._choice(others)[3] >= member.step
 

@@ -72,12 +72,12 @@ def read_settings(workload: str, arguments: Sequence[str]) -> tuple[dict[str, An
     flags = {name: text for name, text in parsed.items() if text is not None}
     for name, text in flags.items():
         check_text(flag(name), text)
-    given = _read_toml(Path(file), workload) if file else {}
+    given = {} if file is None else _read_toml(Path(file), workload)
     # --steps on the command line replaces the file's epochs, and the other way round.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in flags and other not in flags:
             given.pop(other, None)
-    if file:
+    if file is not None:
         _check_file(Path(file), WORKLOADS[workload].config_type(), given, flags)
     return given | flags, dry, faults
 
@@ -142,7 +142,7 @@ def _read_toml(file: Path, workload: str) -> dict[str, Any]:
         content = tomllib.loads(file.read_text())
     except OSError as error:
         raise UserError(f"--config {file}: cannot be read ({error.strerror}); give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits, or brackets
         raise UserError(f"--config {file}: not valid TOML ({error})") from None
     content = {key.replace("-", "_"): value for key, value in content.items()}
     for_workload = content.pop("workload", workload)
@@ -170,7 +170,8 @@ def run(workload: str, arguments: Sequence[str], started_s: float) -> int:
     check_faults(config, faults)
     finished = folder.result()
     if finished and finished.get("status") == "finished" and not dry:
-        print(f"finished already: {folder.uri} ({finished['steps']} steps, weights {finished['weights_sha256'][:12]})")
+        steps, weights = finished.get("steps"), str(finished.get("weights_sha256"))
+        print(f"finished already: {folder.uri} ({steps} steps, weights {weights[:12]})")
         print("nothing was changed; give another --name to train again")
         return 0
     need(config.log.names)

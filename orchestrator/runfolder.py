@@ -49,7 +49,7 @@ class RunFolder:
         try:
             text = self.folder.read_text(CONFIG)
             return None if text is None else tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
         except PermissionError as error:
             raise UserError(f"{self.uri}: cannot be read ({error.strerror}); give one that can") from None
@@ -84,10 +84,10 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while there is none."""
-        text = self.folder.read_text(RESULT)
         try:
+            text = self.folder.read_text(RESULT)
             return None if text is None else dict(loads(text))
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{self.uri}/{RESULT}: not valid JSON; delete it or use another --name") from None
 
     def flush(self) -> None:

@@ -89,6 +89,8 @@ class ServerPart:
         self._flat = _let_go_of_the_rest(state, self._own)
         self._statistics = RunningStatistics(state.model) if number == 0 else None
         self.version = 0
+        counters = [int(b) for name, b in state.model.named_buffers() if name.endswith("num_batches_tracked")]
+        self._counted = max(counters, default=0)  # by batch normalization, up to the checkpoint
         self._sums = [TreeSum(plan.config.shards) for _ in range(2)]
         self._steps_applied = self.applied.step
 
@@ -129,7 +131,7 @@ class ServerPart:
     @property
     def _steps_done(self) -> int:
         """What batch normalization counts: steps if they are synchronous, else updates."""
-        return self._steps_applied if is_synchronous(self._plan) else self.version
+        return self._steps_applied if is_synchronous(self._plan) else self._counted + self.version
 
     def _cut(self, flat: Flat) -> list[Tensor]:
         return views(torch.from_numpy(flat), self._parameters)

@@ -115,8 +115,7 @@ class Schedule:
         return min(self.shards, self.microbatches - step % self.steps_per_epoch * self.shards)
 
     def samples_in_step(self, step: int) -> int:
-        first = self.places(step, 0)[1]
-        return max(self.places(step, v)[2] for v in range(self.shards)) - first
+        return self.places(step, self.microbatches_in_step(step) - 1)[2] - self.places(step, 0)[1]
 
     def samples_before(self, step: int) -> int:
         """Samples used by steps 0..step-1."""

@@ -21,6 +21,8 @@ class SliceRoster(Roster):
         return [sorted(mates, key=lambda m: m.place) for mates in found.values() if len(mates) == self.chips]
 
     def _going(self, member: Member) -> bool:
+        if not self.draining:  # it is asked of everyone, ten times a second
+            return False
         everyone = (*self.ready.values(), *self.seated.values())
         return any(m.node in self.draining for m in (member, *everyone) if m.slice == member.slice)
 

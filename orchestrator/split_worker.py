@@ -187,7 +187,9 @@ class SplitWorker(Worker):
 
 
 def available_bytes() -> int:
-    """Memory of this host that can still be used."""
+    """Memory that can still be used: of this host, and of the container that this is, which /proc does not know."""
+    from ray._private.utils import estimate_available_memory
+
     from orchestrator.nodewatch import psutil_of_ray
 
-    return int(psutil_of_ray().virtual_memory().available)
+    return int(min(psutil_of_ray().virtual_memory().available, estimate_available_memory()))

@@ -1,5 +1,6 @@
 """Values that are written as one word on the command line: 1:8, 60s, GPU=1,CPU=8."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Staleness:
         return cls(float(word))
 
     def __str__(self) -> str:
-        return f"{self.steps:g}"
+        return "inf" if math.isinf(self.steps) else str(int(self.steps))
 
 
 @dataclass(frozen=True)
