@@ -4,12 +4,14 @@ Writes a folder for orchestrator.predict: model.onnx and model.pt2, and with `no
 it has made on the held-out split and measures it beside fp32. Exit status: 0 exported; 2 refused; 1 failed.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ from orchestrator.exported import ABOUT, ONNX, PACKAGES, PROGRAM, need
 from orchestrator.runfolder import CONFIG, RunFolder
 from orchestrator.settings import flag
 from orchestrator.storage import Folder
+from workloads.exporting import Exporting
 from workloads.registry import WORKLOADS
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 MODES = ("none", "dynamic", "static")
 UNFINISHED = "export.unfinished.json"
 HALF_WRITTEN = re.compile(rf"\.probe-.*|\.{re.escape(UNFINISHED)}\.[0-9a-f]{{8}}")  # see Folder
@@ -84,9 +88,33 @@ def fetch_model(trained: Trained, local: Path) -> None:
         raise UserError(f"{source.uri}: no trained model is there; train again under another --name")
     for name in names:
         try:
-            (local / name).write_bytes(source.read(name))
+            content = source.read(name)
         except OSError as error:
             raise UserError(f"{source.uri}/{name}: cannot be read ({error})") from None
+        with room_for_files():
+            (local / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def room_for_files() -> Iterator[None]:
+    """Something that writes to this machine's folder for temporary files; raises UserError where that is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"{tempfile.gettempdir()}: {error.strerror}; make room, or set TMPDIR to another folder"
+        ) from None
+
+
+def about_of(exporting: Exporting, config: RunConfig, folder: Path, named: str) -> dict[str, Any]:
+    """What the workload says of the model in a folder; raises UserError where its files are damaged."""
+    try:
+        return exporting.about(config, folder)
+    except Exception as error:  # of JSON, safetensors or torch: the files are not what a run has written
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{named} cannot be loaded ({reason}); train again under another --name") from None
 
 
 def store(local: Path, out: Folder) -> None:
@@ -131,13 +159,17 @@ def export(settings: Any) -> str:
         raise UserError(f"--quantize {settings.quantize}: not for {trained.workload}; {reason}")
     out = settle_out(trained, settings.out, settings.quantize)
     entry.check_data(trained.config)
-    with tempfile.TemporaryDirectory(prefix="orchestrator-export-") as scratch:
+    with room_for_files(), tempfile.TemporaryDirectory(prefix="orchestrator-export-") as scratch:
         model, files, aside = (Path(scratch) / name for name in ("trained", "files", "aside"))
         for folder in (model, files, aside):
             folder.mkdir()
         fetch_model(trained, model)
         chosen = Choices(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(Choices)})
-        workload = entry.build(trained.config)
+        # The data may have changed since: with the model's own tokenizer, or its numbers of the classes.
+        about = about_of(exporting, trained.config, model, "model/ of the run")
+        config = exporting.settings_for(entry.absolute_paths(trained.config).data, about, model)
+        entry.check_data(config)
+        workload = exporting.workload_for(config, about)
         exporter = Exporter(trained.workload, trained.config, workload, exporting, chosen, model, files, aside)
         shown = exporter.export(trained.folder.uri, trained.weights_sha256)
         store(files, out)

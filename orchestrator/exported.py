@@ -77,13 +77,21 @@ def open_exported(uri: str, threads: int) -> Exported:
     return Exported(uri, record, folder, _open(folder, record, threads))
 
 
+def record_in(folder: Folder) -> str | None:
+    """An exported model's export.json; None: it is not there, "": it is no text."""
+    try:
+        return folder.read_text(ABOUT)
+    except (OSError, ValueError):
+        return ""
+
+
 def read_record(uri: str) -> tuple[Folder, dict[str, Any]]:
     """An exported model's folder, and its export.json; raises UserError where it cannot be used."""
     try:
         folder = Folder(uri, "MODEL")
     except UserError as error:
         raise UserError(str(error).replace("MODEL ", "", 1)) from None
-    text = folder.read_text(ABOUT)
+    text = record_in(folder)
     if text is None:
         given = "give the folder that python -m orchestrator.export runs/NAME has made, runs/NAME/export/none"
         raise UserError(f"{uri}: no exported model is there (no {ABOUT}); {given}")

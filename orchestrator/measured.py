@@ -1,6 +1,7 @@
 """Exported models side by side: held-out metrics, size and latency, fp32 and int8 alternating in one process."""
 
 import contextlib
+import logging
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from orchestrator.evaluate import evaluate
 from orchestrator.exported import open_session
+from orchestrator.feed import LoaderLostError
 from orchestrator.group import Group
 from orchestrator.pace import clock
 from orchestrator.precision import Precision
@@ -27,6 +29,7 @@ TOLD_EVERY_S = 5.0
 SIZE_TARGET, POINTS_TARGET = 0.3, 0.5  # of fp32's bytes; percentage points
 
 T = TypeVar("T")
+log = logging.getLogger("orchestrator.measured")
 
 
 class Asked(nn.Module):
@@ -130,8 +133,12 @@ def all_cores() -> Iterator[None]:
 
 def heldout_metrics(workload: Workload, model: nn.Module, loader_processes: int) -> dict[str, float]:
     """The workload's metrics of its held-out split, as at the end of training, in fp32."""
-    device = torch.device("cpu")
-    return evaluate(workload, model, Precision("fp32", "cpu"), Group(0, 1, device), loader_processes)
+    group = Group(0, 1, torch.device("cpu"))
+    try:
+        return evaluate(workload, model, Precision("fp32", "cpu"), group, loader_processes)
+    except LoaderLostError as error:
+        log.warning("%s; now without loader processes", error)
+        return evaluate(workload, model, Precision("fp32", "cpu"), group, 0)
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from orchestrator.assembly import assemble
 from orchestrator.command import Parser, leave, refuse
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.export import fetch_model, find_run
-from orchestrator.exported import ABOUT, ONNX, need, read_file, read_record
+from orchestrator.export import about_of, fetch_model, find_run
+from orchestrator.exported import ONNX, need, read_file, read_record, record_in
 from orchestrator.progress import LINE_EVERY_S
 from orchestrator.runfolder import dumps
 from orchestrator.storage import Folder
@@ -58,7 +58,7 @@ def find_model(uri: str) -> Model:
         folder = Folder(uri, "MODEL")
     except UserError as error:
         raise UserError(str(error).replace("MODEL ", "", 1)) from None
-    if folder.read_text(ABOUT) is not None:
+    if record_in(folder) is not None:
         return _exported(uri)
     trained = find_run(uri)
     with tempfile.TemporaryDirectory(prefix="orchestrator-score-") as scratch:
@@ -126,10 +126,10 @@ def score(settings: Any) -> dict[str, Any]:
     exporting = entry.export(model.config)
     with tempfile.TemporaryDirectory(prefix="orchestrator-score-") as scratch:
         folder = put(model.files, Path(scratch))
-        about = model.about or _about(exporting, model, folder)
+        about = model.about or about_of(exporting, model.config, folder, f"{model.uri}/model:")
         found = entry.check_data(exporting.settings_for(data, about, folder))
     print(f"{model.uri} on {found.description}", file=sys.stderr, flush=True)
-    task = Task(model.workload, model.config, data, about, model.weights_sha256, model.threads)
+    task = Task(model.workload, model.config, data, about, model.weights_sha256, model.threads, found.fingerprint)
     per_worker = per_worker or {"CPU": float(model.threads)}
     began_s = time.monotonic()
     log_file = Path(tempfile.gettempdir()) / f"orchestrator-score-{time.time_ns()}.log"
@@ -152,15 +152,6 @@ def score(settings: Any) -> dict[str, Any]:
         "workers_lost": scored.lost,
         "wall_s": round(time.monotonic() - began_s, 3),
     }
-
-
-def _about(exporting: Any, model: Model, folder: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = exporting.about(model.config, folder)
-    except Exception as error:  # of JSON, safetensors or torch: the files are not what a run has written
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{model.uri}/model: cannot be loaded ({reason}); train again under another --name") from None
-    return found
 
 
 def _resources(text: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from orchestrator.build import prepare_torch
 from orchestrator.config import RunConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.evaluate import sums_of, totals
 from orchestrator.exported import ONNX
 from orchestrator.measured import onnx_model
@@ -31,6 +32,7 @@ class Task:
         about: what the workload says of its model (workloads.exporting.Exporting.about).
         weights_sha256: of the trained weights; "": the model is an exported one, run by onnxruntime.
         threads: CPU threads.
+        fingerprint: of the data, as the command has found it.
     """
 
     workload: str
@@ -39,6 +41,7 @@ class Task:
     about: dict[str, Any]
     weights_sha256: str
     threads: int
+    fingerprint: str
 
 
 def put(files: dict[str, bytes], folder: Path) -> Path:
@@ -62,15 +65,21 @@ class Scorer:
             files: of the model, by name.
 
         Raises:
-            UserError: the model is damaged, or the data cannot be read here.
+            UserError: the model is damaged, or the data cannot be read here, or is other data; `node` tells where.
         """
         import ray
+
+        node = ray.get_runtime_context().get_node_id()
 
         self._device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
         # Not until the end: the actor is killed, and nothing would delete them.
         with tempfile.TemporaryDirectory(prefix="orchestrator-score-") as folder:
-            self._open(put(files, Path(folder)))
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+            try:
+                self._open(put(files, Path(folder)))
+            except OrchestratorError as error:
+                error.node = node  # type: ignore[attr-defined]
+                raise
+        return node, os.getpid()
 
     def _open(self, folder: Path) -> None:
         """Read all of the folder that is needed."""
@@ -78,6 +87,11 @@ class Scorer:
         exporting = WORKLOADS[task.workload].export(task.config)
         config = exporting.settings_for(task.data, task.about, folder)
         self._workload = exporting.workload_for(config, task.about)
+        if self._workload.fingerprint != task.fingerprint:
+            here = gethostname()
+            raise UserError(
+                f"--data {task.data}: what {here} has is not what the command has; give every node the same"
+            )
         self._samples = self._workload.samples("heldout")
         if task.weights_sha256:
             model, kind = exporting.load(folder), task.config.precision

@@ -48,7 +48,8 @@ class Scoring:
     """One evaluation on the connected cluster: as many workers as there is room for, each with the whole model.
 
     A worker that is lost, or holds its samples for far too long, is replaced, and what it held is done by others; a
-    node that joins gets workers too. Which worker summed what changes no bit: see orchestrator.evaluate.
+    node that joins gets workers too, unless it lacks what others have. Which worker summed what changes no bit: see
+    orchestrator.evaluate.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Scoring:
             needed = ",".join(f"{name}={amount:g}" for name, amount in per_worker.items())
             print(f"no node has {needed} yet; waiting for the autoscaler to add one", file=sys.stderr, flush=True)
         self._tally = Tally(samples, CHUNK, min(room, most or room))
+        self._left_out = set[str]()  # nodes
         self._staff: dict[str, Hired] = {}
         self._calls: dict[Any, str] = {}  # what is asked of whom
         self._hired, self._began, self._lost, self._stillborn = 0, 0, 0, 0
@@ -87,7 +89,10 @@ class Scoring:
 
     def _room(self) -> int:
         """For workers; an autoscaler makes some for one that is asked for."""
-        return max(capacity(nodes(), self._per_worker, "spread", {}), 0 if self._offered is None else 1)
+        from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
+
+        there = [node for node in nodes() if node.labels.get(RAY_NODE_ID_KEY) not in self._left_out]
+        return max(capacity(there, self._per_worker, "spread", {}), 0 if self._offered is None else 1)
 
     def run(self, show: Callable[[int, int], None]) -> Scored:
         """To the end.
@@ -118,7 +123,9 @@ class Scoring:
     def _hire(self) -> None:
         """More workers, where there is room and something left to do."""
         import ray
+        from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 
+        others = {RAY_NODE_ID_KEY: f"!in({','.join(sorted(self._left_out))})"} if self._left_out else None
         wanted = min(self._most or self._room(), max(1, self._tally.left))
         while len(self._staff) < wanted:
             actor_class: Any = ray.remote(Scorer).options(
@@ -127,6 +134,7 @@ class Scoring:
                 resources={k: v for k, v in self._per_worker.items() if k not in ("CPU", "GPU", "memory")},
                 memory=self._per_worker.get("memory"),
                 scheduling_strategy="SPREAD",
+                label_selector=others,
                 max_restarts=0,
             )
             name = f"worker {self._hired}"
@@ -148,6 +156,8 @@ class Scoring:
             return
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
+            if isinstance(cause, OrchestratorError) and self._spare(name, getattr(cause, "node", ""), cause):
+                return
             if isinstance(cause, OrchestratorError):
                 raise cause from None
             log.error("%s", error)
@@ -162,6 +172,17 @@ class Scoring:
             hired.node, hired.pid = answer
             self._began, self._stillborn = self._began + 1, 0
         self._employ()
+
+    def _spare(self, name: str, node: str, why: OrchestratorError) -> bool:
+        """Whether others go on without a worker that could not begin, for its node lacks what theirs have."""
+        import ray
+
+        if not (node and any(hired.pid for hired in self._staff.values())):
+            return False
+        log.warning("node %s gets no worker: %s", node, why)
+        self._left_out.add(node)
+        ray.kill(self._staff.pop(name).actor)
+        return True
 
     def _employ(self) -> None:
         """Give everyone who is ready and idle something to do."""

@@ -1,18 +1,26 @@
 """What cannot be exported is one line that says what to do, and exit status 2; the table says what int8 misses."""
 
+import errno
 import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from finished_runs import finish
+from PIL import Image
 
 from orchestrator import exported
 from orchestrator.errors import TrainingError, UserError
-from orchestrator.export import main
+from orchestrator.export import export, main, parser
 from orchestrator.exporter import Exporter
 from orchestrator.measured import Row, compared, table
+from workloads.bert.config import BertConfig
+from workloads.registry import WORKLOADS
 from workloads.resnet.config import ResnetConfig
 
 
@@ -97,6 +105,62 @@ def test_data_that_is_gone(run, tmp_path, capsys):
     config = (run / "config.toml").read_text()
     (run / "config.toml").write_text(config.replace('data = "digits"', f'data = "imagefolder:{tmp_path}/gone"'))
     assert "--data imagefolder:" in refusal(capsys, run)
+
+
+class Seen(Exception):
+    """What an export would be made of."""
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    def made(name, config, workload, *_):
+        raise Seen(workload)
+
+    monkeypatch.setattr("orchestrator.exporter.Exporter", made)
+
+    def workload(folder):
+        with pytest.raises(Seen) as found:
+            export(parser().parse_args([str(folder)]))
+        return found.value.args[0]
+
+    return workload
+
+
+def test_text_that_has_changed_is_split_as_the_model_learnt_it(tmp_path, seen):
+    lines = [f"Sentence {n}: the old dog sees the {['cat', 'bird'][n % 2]} and goes home." for n in range(200)]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines))
+    sizes = {"hidden_size": 32, "layers": 1, "heads": 2, "vocab_size": 300, "sequence_length": 16}
+    config = BertConfig(data=f"text:{tmp_path}/*.txt", storage="runs", name="r", **sizes)
+    finish(tmp_path / "run", "bert", config, steps=0)
+    before = WORKLOADS["bert"].build(config)
+    (tmp_path / "b.txt").write_text("\n\n".join(f"Xylophones zigzag {n} quietly." for n in range(400)))
+    after = seen(tmp_path / "run")
+    assert after.vocabulary.tokens == before.vocabulary.tokens
+    assert WORKLOADS["bert"].build(config).vocabulary.tokens != before.vocabulary.tokens
+    assert len(after.samples("heldout")) != len(before.samples("heldout"))
+
+
+def test_classes_keep_the_model_s_numbers_or_are_refused(tmp_path, capsys, seen):
+    for part in ("train", "val"):
+        for number, name in enumerate(("ape", "bee", "cat")):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / "data" / part / name / "0.png")
+    config = ResnetConfig(data=f"imagefolder:{tmp_path}/data", image_size=32, storage="runs", name="r")
+    finish(tmp_path / "run", "resnet", config, steps=0)
+    for part in ("train", "val"):
+        shutil.rmtree(tmp_path / "data" / part / "ape")
+    assert seen(tmp_path / "run").samples("heldout").microbatch(np.arange(2), 0)["labels"].tolist() == [1, 2]
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "bee").rename(tmp_path / "data" / part / "dog")
+    assert "the model does not know 1 of its classes (dog)" in refusal(capsys, tmp_path / "run")
+
+
+def test_a_full_disk_for_temporary_files_is_told_as_that(run, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert f"{tempfile.gettempdir()}: No space left on device; make room, or set TMPDIR" in refusal(capsys, run)
 
 
 def test_a_folder_with_other_files_is_left_alone(run, tmp_path, capsys):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
+from socket import gethostname
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from orchestrator.score import find_model, main
 from orchestrator.scorer import Scorer, Task
 from workloads.bert.config import BertConfig
 from workloads.bert.exporting import BertExporting
+from workloads.registry import WORKLOADS
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.exporting import ResnetExporting
 
@@ -81,10 +84,15 @@ def test_a_scorer_leaves_no_files(animals, tmp_path, monkeypatch):
     files = {file.name: file.read_bytes() for file in (folder / "model").iterdir()}
     sha256 = json.loads((folder / "result.json").read_text())["weights_sha256"]
     about = ResnetExporting(config).about(config, folder / "model")
-    scorer = Scorer(Task("resnet", config, config.data, about, sha256, 1))
+    found = WORKLOADS["resnet"].check_data(config).fingerprint
+    scorer = Scorer(Task("resnet", config, config.data, about, sha256, 1, found))
     assert scorer.begin(files) == ("node", os.getpid())
     assert not list(tmp_path.glob("orchestrator-score-*"))
     assert scorer.metrics(*scorer.sums(range(1))).keys() >= {"accuracy"}
+    with pytest.raises(UserError, match=f"what {gethostname()} has is not what the command has") as refused:
+        Scorer(Task("resnet", config, config.data, about, sha256, 1, "of other data")).begin(files)
+    assert refused.value.node == "node"
+    assert pickle.loads(pickle.dumps(refused.value)).node == "node"
 
 
 def refusal(capsys, *arguments: object) -> str:

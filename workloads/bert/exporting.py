@@ -88,7 +88,8 @@ class BertExporting:
             if prepare(config).vocabulary.tokens != known:
                 raise UserError(f"--data {data}: was prepared with another tokenizer than the model's; give the text")
             return config
-        if data == config.data and prepare(config).vocabulary.tokens == known:
+        own = data == config.data and (not config.tokenizer or Path(config.tokenizer).exists())  # here, and by now
+        if own and prepare(config).vocabulary.tokens == known:
             return config
         length = min(config.sequence_length, about["tokens"])
         return dataclasses.replace(config, data=data, tokenizer=str(folder / TOKENIZER), sequence_length=length)

@@ -24,6 +24,10 @@ class BertPredicting:
 
     def inputs(self, given: str) -> Arrays:
         """{"input_ids": int64 [1, tokens], "masked": int64 [places]}, and where asked "documents", all of one."""
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--input {given[:60]!a}: not text in UTF-8; give one that is") from None
         if MASK not in given:
             raise UserError(f"--input {given[:60]!r}: no {MASK} in it; write {MASK} where a word is to be filled in")
         ids = np.asarray(self._tokenizer.encode(given).ids, np.int64)
