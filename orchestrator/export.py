@@ -103,9 +103,8 @@ def room_for_files() -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise UserError(
-            f"{tempfile.gettempdir()}: {error.strerror}; make room, or set TMPDIR to another folder"
-        ) from None
+        words = f"{tempfile.gettempdir()}: {error.strerror}; make room, or set TMPDIR to another"
+        raise UserError(words) from None
 
 
 def about_of(exporting: Exporting, config: RunConfig, folder: Path, named: str) -> dict[str, Any]:

@@ -160,7 +160,9 @@ def test_a_full_disk_for_temporary_files_is_told_as_that(run, capsys, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert f"{tempfile.gettempdir()}: No space left on device; make room, or set TMPDIR" in refusal(capsys, run)
+    assert f"{tempfile.gettempdir()}: No space left on device; make room, or set TMPDIR to another" in refusal(
+        capsys, run
+    )
 
 
 def test_a_folder_with_other_files_is_left_alone(run, tmp_path, capsys):
