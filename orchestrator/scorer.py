@@ -88,10 +88,8 @@ class Scorer:
         config = exporting.settings_for(task.data, task.about, folder)
         self._workload = exporting.workload_for(config, task.about)
         if self._workload.fingerprint != task.fingerprint:
-            here = gethostname()
-            raise UserError(
-                f"--data {task.data}: what {here} has is not what the command has; give every node the same"
-            )
+            has = f"what {gethostname()} has is not what the command has"
+            raise UserError(f"--data {task.data}: {has}; give every node the same")
         self._samples = self._workload.samples("heldout")
         if task.weights_sha256:
             model, kind = exporting.load(folder), task.config.precision

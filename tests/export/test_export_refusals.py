@@ -20,6 +20,7 @@ from orchestrator.export import export, main, parser
 from orchestrator.exporter import Exporter
 from orchestrator.measured import Row, compared, table
 from workloads.bert.config import BertConfig
+from workloads.bert.data import prepare
 from workloads.registry import WORKLOADS
 from workloads.resnet.config import ResnetConfig
 
@@ -132,11 +133,11 @@ def test_text_that_has_changed_is_split_as_the_model_learnt_it(tmp_path, seen):
     sizes = {"hidden_size": 32, "layers": 1, "heads": 2, "vocab_size": 300, "sequence_length": 16}
     config = BertConfig(data=f"text:{tmp_path}/*.txt", storage="runs", name="r", **sizes)
     finish(tmp_path / "run", "bert", config, steps=0)
-    before = WORKLOADS["bert"].build(config)
+    before, known = WORKLOADS["bert"].build(config), prepare(config).vocabulary.tokens
     (tmp_path / "b.txt").write_text("\n\n".join(f"Xylophones zigzag {n} quietly." for n in range(400)))
     after = seen(tmp_path / "run")
-    assert after.vocabulary.tokens == before.vocabulary.tokens
-    assert WORKLOADS["bert"].build(config).vocabulary.tokens != before.vocabulary.tokens
+    assert prepare(after._config).vocabulary.tokens == known
+    assert prepare(config).vocabulary.tokens != known
     assert len(after.samples("heldout")) != len(before.samples("heldout"))
 
 

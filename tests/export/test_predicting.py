@@ -103,7 +103,12 @@ def test_shares_are_the_softmax():
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("no place", r"no \[MASK\] in it"), ("[MASK] the cat sat the cat sat", "9 tokens .* takes 8")]
+    ("text", "words"),
+    [
+        ("no place", r"no \[MASK\] in it"),
+        ("[MASK] the cat sat the cat sat", "9 tokens .* takes 8"),
+        ("[MASK] caf\udce9", "not text in UTF-8"),
+    ],
 )
 def test_texts_that_cannot_be_asked(text, words):
     with pytest.raises(UserError, match=words):
@@ -141,6 +146,8 @@ def test_folders_that_hold_no_exported_model(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     assert "no exported model is there" in refusal(capsys, str(tmp_path), "--input", "x")
     (tmp_path / "export.json").write_text("{")
+    assert "cannot be used by this version" in refusal(capsys, str(tmp_path), "--input", "x")
+    (tmp_path / "export.json").write_bytes(b'{"format": "\xff"}')
     assert "cannot be used by this version" in refusal(capsys, str(tmp_path), "--input", "x")
     record = {"format": 1, "workload": "resnet", "output": "y", "about": {}, "files": [], "external_data": False}
     (tmp_path / "export.json").write_text(json.dumps(record))
