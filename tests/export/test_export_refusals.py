@@ -136,7 +136,7 @@ def test_text_that_has_changed_is_split_as_the_model_learnt_it(tmp_path, seen):
     before, known = WORKLOADS["bert"].build(config), prepare(config).vocabulary.tokens
     (tmp_path / "b.txt").write_text("\n\n".join(f"Xylophones zigzag {n} quietly." for n in range(400)))
     after = seen(tmp_path / "run")
-    assert prepare(after._config).vocabulary.tokens == known
+    assert after._prepared.vocabulary.tokens == known
     assert prepare(config).vocabulary.tokens != known
     assert len(after.samples("heldout")) != len(before.samples("heldout"))
 
