@@ -47,7 +47,7 @@ class Fault:
         rank: of the worker, or of a worker on the node, or the number of the parameter server; -1 for others, and where
             `node` is given.
         node: its number in the order in which nodes came to train, from 0; -1: by rank.
-        step: when that many steps are committed; -1: by time.
+        step: when that many steps are committed, and never where a resumed run has more; -1: by time.
         time_s: seconds since the first generation began to train; -1: by step.
         seconds: drain: notice before the node goes; slow: added to each step of a worker with an even share of the
             shards; more with more, less with fewer.

@@ -53,6 +53,13 @@ class Schedule:
         self.fired: set[int] = journal.fired
         self.begun_s = 0.0
 
+    def begin(self, step: int) -> None:
+        """A generation begins with `step` steps done; what a resumed run has behind it does not happen once more."""
+        if not self.begun_s:
+            self.begun_s = time.time()
+            behind = {number for number, fault in enumerate(self.faults) if 0 <= fault.step < step}
+            self.fired |= behind if not self._journal.workers else set()  # a coordinator's successor knows better
+
     def due(self, steps_done: int, workers: int) -> list[int]:
         """Numbers of the faults that the coordinator has to start now; those of a worker's step start there."""
         trained_s = time.time() - self.begun_s if self.begun_s else -1.0

@@ -49,5 +49,9 @@ class Trainer(TorchTrainer):
         if self.scaling_config.use_tpu:
             from orchestrator.slice_rooms import SliceController as kind
         leader = kind(**controller)
-        asyncio.run(leader.run())
+        try:
+            asyncio.run(leader.run())
+        except asyncio.CancelledError:  # the command ends while workers are waited for: nobody wants nodes any more
+            controller["scaling_policy"].before_controller_abort()
+            raise
         return leader.get_result()

@@ -17,7 +17,7 @@ from orchestrator.redact import redact
 from orchestrator.seats import Assignment
 
 GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
-HALT_S = 5.0  # some times as long as it takes to see that it shall
+HALT_S = 8.0  # some times as long as it takes to see that it shall, and to ask the autoscaler for nothing more
 
 
 def coordinator_name(uri: str) -> str:

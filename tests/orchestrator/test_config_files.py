@@ -7,6 +7,23 @@ from orchestrator.run import main, read_settings
 from workloads.registry import WORKLOADS
 
 
+@pytest.mark.parametrize("content", ["steps = " + "9" * 5000, "steps = " + "[" * 5000, "steps = 1\x00"])
+def test_a_file_that_no_reader_takes_is_one_line(content, tmp_path, capfd):
+    file = tmp_path / "settings.toml"
+    file.write_text(content)
+    assert main(["resnet", "--storage", str(tmp_path / "runs"), "--config", str(file)]) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith(f"error: --config {file}: not valid TOML (")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["--config", "--faults"])
+def test_a_file_without_a_name_is_no_file(name, capfd):
+    """As where a variable of the shell is not set: not the defaults instead."""
+    assert main(["resnet", name, ""]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {name}")
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [

@@ -1,6 +1,9 @@
 """Memory of loader processes: shared where it can be, and given back."""
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 
 from orchestrator import feed
 from orchestrator.feed import batches
+from orchestrator.own_ray import MALLOC
 from orchestrator.plan import Request
 
 CPU = torch.device("cpu")
@@ -65,3 +69,43 @@ def test_what_the_fork_server_has_loaded_stays_shared():
     """The collector would write to all of it, and each loader process have a copy of its own."""
     ((_, batch),) = batches(Counting(), iter([Request(0, np.arange(1), 0.0)]), 1, CPU)
     assert batch["frozen"] > 10_000
+
+
+ARROW = """
+import threading
+from pathlib import Path
+import pyarrow as pa
+from orchestrator.feed import _trim
+
+def held():
+    words = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
+    return next(int(kb) / 1e3 for name, kb, *_ in words if name == "Private_Dirty:")
+
+def use():
+    kept = []
+    for n in range(3000):
+        buffer = pa.allocate_buffer(30_000)
+        memoryview(buffer).cast("B")[:] = b"x" * 30_000
+        kept.append(buffer)
+    return kept[-1]
+
+before, last = held(), use()
+between = held()
+other = threading.Thread(target=_trim)
+other.start()
+other.join()
+print(pa.default_memory_pool().backend_name, before, between, held())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this kernel does not tell what is held")
+def test_what_arrow_has_freed_can_be_given_back_by_another_thread():
+    """With the allocator that a run's processes have; each thread of Arrow's own keeps what it has freed."""
+    done = subprocess.run(
+        [sys.executable, "-c", ARROW], capture_output=True, text=True, timeout=60, check=True, env=os.environ | MALLOC
+    )
+    backend, *held = done.stdout.split()
+    before, between, after = map(float, held)
+    assert backend == "system"
+    assert between > before + 60, "the test itself"
+    assert after < before + 20

@@ -1,5 +1,6 @@
 """Models in parts through many generations: who leaves takes nothing along, and who stays keeps nothing of the last."""
 
+import asyncio
 import dataclasses
 import gc
 import os
@@ -7,13 +8,20 @@ import os
 import pytest
 import torch
 from distributed import run_distributed
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from stage import Stage
-from test_replicas import LATER, member, roster, sit, train
+from test_replicas import LATER, come_back, member, roster, sit, train
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from toys import toy_plan
 
+from orchestrator.balancer import Balancer
 from orchestrator.group import Group
-from orchestrator.recovery import Holding
+from orchestrator.journal import Journal
+from orchestrator.membership import Membership
+from orchestrator.recovery import Holding, Member
+from orchestrator.replicas import by_parts, seats
 from orchestrator.split_build import mesh_of
 
 
@@ -47,6 +55,52 @@ def test_a_generation_that_is_over_keeps_no_thread_and_no_connection(kind):
         (_, (threads, files), *later) = found  # torch's own begin in the first ones
         assert max(each for each, _ in later) <= threads, found
         assert later[-1][1] - files < len(later), found  # one may be about to close
+
+
+@given(st.lists(st.tuples(st.integers(0, 7), st.sampled_from([4, 5]), st.booleans()), max_size=12), st.integers(1, 4))
+def test_seats_are_dealt_as_by_looking_through_all(held, size):
+    members = [
+        member(f"{number}", step=step, rank=rank, holds=Holding(rank % size, size, whole))
+        for number, (rank, step, whole) in enumerate(held)
+    ]
+    count = len(members) // size * size
+    assume(count)
+    order, step = seats(members, count, size)
+    assert len(order) == count == len({m.id for m in order})
+    if step < 0:
+        assert order == members[:count]
+        return
+    parts = by_parts(members, size, step)
+    first = [] if all(parts) else [m for m in members if m.step == step and m.holds.whole][:1]
+    expected: list[Member | None] = [*first]
+    for place in range(len(first), count):
+        expected.append(next((m for m in parts[place % size] if m not in expected), None))
+    rest = iter([m for m in members if m not in expected])
+    assert order == [m or next(rest) for m in expected]
+
+
+def test_a_stop_is_written_down_by_a_group_that_is_too_small_to_train(tmp_path):
+    """Two of four are lost, the others have the newest state, and a run of at least four waits: Ctrl-C."""
+    journal = Journal(toy_plan(shards=8), str(tmp_path), "token", "", 0.0, again=False)
+    r = roster("tensor=2", 8, minimum=4)
+    members = Membership(journal, r, Balancer(journal, 8, 1000, enabled=False), 0.0, 100)
+    ended: list[str] = []
+    members.end_run = ended.append
+    for name in "abcd":
+        r.join(member(name), 0.0)
+    sit(r, r.form(LATER))
+    come_back(r, 57, lost="cd")
+    assert r.form(LATER) is None, "too few"
+
+    async def stop():
+        members.stopping = True
+        members.seat()
+
+    asyncio.run(stop())
+    assert not ended
+    assert sorted(r.seated) == ["a", "b"]
+    assert {m.step for m in r.seated.values()} == {57}
+    assert r.training
 
 
 @pytest.mark.parametrize(

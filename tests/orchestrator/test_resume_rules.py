@@ -214,3 +214,14 @@ def test_a_name_is_made_where_none_is_given(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert resolve(build(RunConfig, {"steps": 1})).storage == str(Path("~/runs").expanduser())
     assert resolve(build(RunConfig, {"steps": 1, "storage": "s3://b/r"})).storage == "s3://b/r"
+
+
+def test_a_folder_that_goes_with_a_submitted_job_keeps_no_run(tmp_path, monkeypatch):
+    sent = tmp_path / "working_dir_files" / "_ray_pkg_0a1b2c"
+    sent.mkdir(parents=True)
+    monkeypatch.chdir(sent)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match=r"^--storage runs: a submitted job's folder is deleted after it; give an"):
+        resolve(build(RunConfig, {"steps": 1, "storage": "runs"}))
+    for kept, found in ((str(tmp_path), str(tmp_path)), ("s3://b/r", "s3://b/r"), ("~/x", str(Path.home() / "x"))):
+        assert resolve(build(RunConfig, {"steps": 1, "storage": kept})).storage == found

@@ -5,7 +5,10 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +16,7 @@ from orchestrator.errors import StorageError, UserError
 from orchestrator.events import Evaluated, RunEnded
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
+from orchestrator.uris import PASSING
 
 
 @pytest.fixture
@@ -138,6 +142,46 @@ def test_a_mounted_folder_that_goes_away_is_a_problem_too(tmp_path, monkeypatch,
 def test_names_that_are_not_utf8_can_be_written_down(folder, tmp_path):
     folder.error(f"{os.fsdecode(bytes([99, 233]))} cannot be decoded")
     assert (tmp_path / "logs" / "errors.log").read_text() == "c\\udce9 cannot be decoded\n"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"5"])
+def test_a_damaged_result_is_one_line(folder, tmp_path, content):
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"result.json: not valid JSON; delete it or use another --name"):
+        folder.result()
+
+
+def test_what_storage_says_is_no_template():
+    """Google Cloud's errors have braces in them."""
+    error = OSError("google::cloud::Status(UNAVAILABLE: x error_info={metadata={a=b}})")
+    told = Folder("s3://bucket/x?region=r", patience_s=0.0)._given_up(error, is_away=True)
+    assert isinstance(told, StorageError)
+    assert "metadata={a=b}" in str(told)
+    assert PASSING.search(str(error))
+
+
+def test_google_cloud_is_asked_for_seconds_and_not_for_minutes(monkeypatch):
+    asked = []
+
+    def opened(uri):
+        asked.append(uri)
+        return SimpleNamespace(), "bucket/x"
+
+    monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=opened))
+    for query in ("", "?retry_limit_seconds=99", "?scheme=http"):
+        assert Folder(f"gs://bucket/x{query}").uri == f"gs://bucket/x{query}"
+    assert [uri.removeprefix("gs://bucket/x") for uri in asked] == [
+        "?retry_limit_seconds=8", "?retry_limit_seconds=99", "?scheme=http&retry_limit_seconds=8"
+    ]  # fmt: skip
+
+
+def test_azure_without_credentials_is_one_line(tmp_path):
+    """Where a file is opened, pyarrow ends the process."""
+    script = "from orchestrator.storage import Folder\nFolder('abfs://c@account.dfs.core.windows.net/r').read_text('x')"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("AZURE_")} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=own)
+    assert done.returncode == 1
+    assert "orchestrator.errors.UserError: --storage abfs://c@account" in done.stderr
 
 
 def test_a_config_that_is_not_utf8_is_the_users(folder, tmp_path):

@@ -182,6 +182,21 @@ def test_a_checkpoint_in_the_middle_of_steps_knows_what_each_server_has():
         Service(plan.with_config(servers=3), kept, 0)
 
 
+def test_what_batch_normalization_counts_goes_on_after_a_checkpoint():
+    plan = toy_plan(**SERVED, staleness="1")
+    service = Service(plan)
+    for shard in range(3):
+        service.pull()
+        service.push(Unit(0, shard), service.compute(Unit(0, shard)))
+    counted = "model.bn.num_batches_tracked"
+    kept = service.snapshot()
+    assert kept[counted] == 3
+    again = Service(plan, kept, 0)
+    again.pull()
+    again.push(Unit(0, 3), again.compute(Unit(0, 3)))
+    assert again.snapshot()[counted] == 4
+
+
 def test_asynchronous_updates_go_as_far_as_a_step():
     """Without momentum, noise or batch normalization's dependence: the sum of a step's updates is about the step."""
     common = {"norm": False, "ragged": False, "momentum": 0.0, "lr": 1e-4, "steps": 1}

@@ -113,7 +113,9 @@ def test_grey_in_16_bits_that_pillow_opens_with_32_is_scaled_too(tmp_path):
     assert np.array_equal(np.asarray(decode(str(tmp_path / "grey.ppm"), mode="L")), values >> 8)
 
 
-@pytest.mark.parametrize("pixels", [np.float32([[0, 1]]), np.int32([[0, 65536]]), np.int32([[-1, 5]])])
+@pytest.mark.parametrize(
+    "pixels", [np.float32([[0, 1]]), np.int32([[0, 65536]]), np.int32([[-1, 5]]), np.int32([[0, 200]])]
+)
 def test_an_image_with_32_bits_a_pixel_is_refused(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "deep.tif")
     with pytest.raises(DataError, match=r"deep\.tif has 32-bit pixels; save it with 8 or 16 bits$"):

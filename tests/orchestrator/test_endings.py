@@ -1,0 +1,175 @@
+"""What a run leaves behind when it ends before its time: its incidents, all its steps, weights that are numbers."""
+
+import asyncio
+import math
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from members import Run, play
+from toys import ToyWorkload, toy_plan
+
+from orchestrator.build import build_state
+from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
+from orchestrator.errors import NonFiniteWeightsError, StorageError
+from orchestrator.events import GenerationStarted
+from orchestrator.finite import spoilt
+from orchestrator.journal import Journal
+from orchestrator.recorder import Recorder
+from orchestrator.seats import Order
+from orchestrator.split_recorder import SplitRecorder
+from orchestrator.storage import Folder
+from orchestrator.suspicion import SILENT_DEATHS, Suspicion
+from orchestrator.worker import Worker
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_incident_that_ends_a_run_is_told(tmp_path, again):
+    """It is open still; an earlier generation of the same recovery may have begun, and been lost too."""
+
+    async def story(run: Run) -> None:
+        workers = await run.enlist("ab")
+        run.steps(1, 2, 3, by=workers)
+        workers[1].die()
+        assert await workers[0].told() == ("end", 1)
+        if again:
+            await run.seat(workers[0], why="gone")
+            workers[0].die()
+            while run.members.roster.seated:
+                await asyncio.wait_for(run.members.beats.get(), 20)
+        run.journal.end("failed", "enough", "", {})
+        (incident,) = run.journal.result["incidents"]
+        assert run.events("incident")[0].items() >= incident.items()
+        assert (incident["kind"], incident["step"]) == ("worker_killed", 3)
+        assert (incident["workers_before"], incident["workers_after"], incident["restore_s"]) == (2, 0, 0.0)
+        assert incident["recovery_s"] == incident["regroup_s"] > 0
+        assert incident["recompute_s"] == 0.0
+
+    play(story, tmp_path)
+
+
+def test_a_stop_within_a_pause_is_no_incident(tmp_path):
+    async def story(run: Run) -> None:
+        workers = await run.enlist("ab")
+        run.steps(1, by=workers)
+        run.members.pause("rebalanced")
+        for worker in workers:
+            assert await worker.told() == ("pause", 1)
+        waiting = [asyncio.create_task(workers[0].join())]
+        await asyncio.wait(waiting, timeout=0)
+        assert run.journal.open.kind == "rebalanced"
+        run.journal.end("stopped", "on request", "", {})
+        assert run.journal.result["incidents"] == []
+        waiting[0].cancel()
+
+    play(story, tmp_path)
+
+
+def test_workers_that_die_at_different_steps_of_a_run_that_is_behind_its_best_are_no_crash():
+    """A lone worker goes back to its checkpoint each time; where a sample kills, it dies at the same step."""
+    suspicion = Suspicion()
+    assert not any(suspicion.died(40, 3, range(8), step) for step in (40, 20, 25, 18, 30, 10))
+    suspicion = Suspicion()
+    reasons = [suspicion.died(40, 3, range(8), step) for step in (40, 22, 40, 38, 10, 41)]
+    assert [bool(reason) for reason in reasons] == [False] * 5 + [True]
+    assert f"{SILENT_DEATHS} workers died one after the other at about step 41" in reasons[-1]
+
+
+class Desk:
+    """In the place of the coordinator's handle: writes down what it is told, and answers what is asked."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self.stops = journal, []
+        calls = (self._take, self._tell, self._stop)
+        self.report, self.status, self.stopped = (SimpleNamespace(remote=call) for call in calls)
+
+    def _take(self, records, events, keep=False):
+        self.journal.steps(records)
+        self.journal.log(*events)
+
+    def _tell(self):
+        return SimpleNamespace(step=self.journal.recorded)
+
+    def _stop(self, step, sha256):
+        self.stops.append(step)
+
+
+def test_who_leads_a_stop_tells_of_the_steps_that_rank_0_took_along(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    journal = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=False)
+    journal.generation_begins(GenerationStarted(1, 0, 2, [], [], [], "cpu"), 0.0, 0.0, [])
+    desk, plan = Desk(journal), toy_plan()
+    recorder = Recorder(plan, str(tmp_path), desk, SimpleNamespace(at=lambda *_: None))
+    recorder.reporter.take_over(speaks=False, recorded=0)
+    base = {"loss": 1.0, "samples": 8, "step_s": 0.1, "generation": 1, "time_s": 0.0}
+    records = [{"step": step, **base} for step in range(1, 8)]
+    for record in records:
+        recorder.reporter.step(record, hurry=False)
+    journal.steps(records[:4])  # what rank 0 told before its node was lost
+    worker = object.__new__(Worker)
+    worker._coordinator, worker._recorder = desk, recorder
+    worker._state = build_state(plan, ToyWorkload(plan.config), CPU)
+    worker._state.step = 7
+    worker._obey(Order("stop", lead=True))
+    recorder.close()
+    assert (journal.recorded, journal.saved, desk.stops) == (7, 7, [7])
+
+
+NAMES = [("bn.running_var", math.inf), ("conv.weight", -math.inf), ("bn.bias", math.nan)]
+
+
+@pytest.mark.parametrize(("name", "value"), NAMES)
+def test_a_state_that_is_no_number_is_not_kept_and_no_result(tmp_path, name, value):
+    """The step's loss was finite; the checkpoints from before it are what a run goes on from."""
+    plan = toy_plan(keep_checkpoints=1)
+    state = build_state(plan, ToyWorkload(plan.config), CPU)
+    told, store = [], CheckpointStore(Folder(str(tmp_path)), "me", 1)
+    writer = BackgroundWriter(store, told.append)
+    for step in (3, 4):
+        state.step = step
+        writer.submit(step, state.snapshot)
+        writer.wait()
+        with torch.no_grad():
+            state.model.state_dict()[name].view(-1)[-1] = value
+    assert [saved["step"] for saved in told] == store.steps() == [3]
+    assert spoilt(state.snapshot()) == name
+    recorder = Recorder(plan, str(tmp_path), None, None)
+    with pytest.raises(NonFiniteWeightsError, match=f"the model's {name} is not finite after step 4: .* lower --lr"):
+        recorder.trained(state)
+
+
+def test_a_checkpoint_that_could_not_be_written_is_told_once(tmp_path):
+    tries = []
+
+    class Away(CheckpointStore):
+        def save(self, step, tensors):
+            tries.append(step)
+            if step == 1:
+                raise StorageError("away")
+            return 1
+
+    writer = BackgroundWriter(Away(Folder(str(tmp_path)), "me", 1), lambda saved: None)
+    writer.submit(1, dict)
+    with pytest.raises(StorageError):
+        writer.submit(2, dict)
+    writer.submit(3, dict)
+    writer.wait()
+    assert tries == [1, 3]
+
+
+def test_who_is_left_alone_of_a_group_writes_checkpoints_as_before(tmp_path):
+    """Its part of the manifest was under way when the others were lost."""
+    plan = toy_plan(checkpoint_every="2")
+    recorder = SplitRecorder(plan, str(tmp_path), None, None)
+    recorder._seat = SimpleNamespace(rank=0)
+    recorder._finishing = Future()
+    recorder._finishing.set_result(None)
+    written = []
+    recorder._writer = SimpleNamespace(submit=lambda step, _: written.append(step), busy=False)
+    for step in range(1, 7):
+        recorder._checkpoint_if_due(SimpleNamespace(split=False, step=step, snapshot=dict), 1)
+    assert written == [2, 4, 6]
