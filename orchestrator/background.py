@@ -6,6 +6,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 
+async def notify_all(condition: asyncio.Condition) -> None:
+    """Let everyone who waits for it look again."""
+    async with condition:
+        condition.notify_all()
+
+
 class Background:
     """Runs coroutines in the background of the running loop; `told` gets the traceback of what one raises."""
 

@@ -256,6 +256,8 @@ class Coordinator:
                 self._journal.log(NodeDraining(node, draining[node]))
             if news:
                 self._members.desk.tell_all("checkpoint")
+                if not self._plan.config.parallel.splits:
+                    self._members.save()
             for member in [m for m in roster.everyone if alive and m.node not in alive]:
                 self._members.lose(member.id, "node_lost", f"Ray lost node {member.node}")
             await self._journal.settle(self._watch.reachable)

@@ -48,6 +48,9 @@ class Crowd(Membership):
         """Nobody waits for a seat."""
         self.looked()
 
+    def save(self) -> None:
+        """No worker has the state."""
+
     def pause(self, kind: str = "") -> None:
         """There is no step boundary at which all could pause."""
 

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Callable
 
-from orchestrator.background import Background
+from orchestrator.background import Background, notify_all
 from orchestrator.balancer import Balancer
 from orchestrator.channel import Beat, Desk, Pulse
 from orchestrator.events import WorkerLeft
@@ -39,25 +39,18 @@ class Membership:
         self.stopping = self.over = self.begun = False
         self.read_s, self.still_s = FIRST_STEP_S, STILL_S  # see Coordinator
         self._stall_s, self._max_incidents = stall_s, max_incidents
-        self._suspicion, self.came_s = Suspicion(), dict[str, float]()
-        self.placement = Placement((0, 1))
+        self._suspicion, self.came_s, self.placement = Suspicion(), dict[str, float](), Placement((0, 1))
         self._pulses, self._answers = dict[str, Pulse](), dict[str, Seat | Order]()
-        self._excluded: set[str] = set()
-        self._pausing, self._last = "", ""  # the kind of incident that it will be; who leads the end of a stop
-        self.changed = asyncio.Condition()
-        self._failures, self._unreachable, self._stillness = 0, Unreachable(), Stillness()
+        self._excluded = set[str]()
         self._newcomers = set[str]()  # in a generation whose others have the state
-        self.broken_s = time.time()
+        self._pausing, self._last = "", ""  # the kind of incident that it will be; who leads the end of a stop
+        self.changed, self.broken_s = asyncio.Condition(), time.time()
+        self._failures, self._unreachable, self._stillness = 0, Unreachable(), Stillness()
         self.start = Background(journal.error).start
 
     def notify(self) -> None:
         """Let everyone who waits look again."""
-
-        async def tell() -> None:
-            async with self.changed:
-                self.changed.notify_all()
-
-        self.start(tell())
+        self.start(notify_all(self.changed))
 
     def excluded(self, member_id: str) -> bool:
         """Whether a worker was given up."""
@@ -165,6 +158,13 @@ class Membership:
         self._answers |= {m.id: Order("stop", lead=m.id == self._last) for m in there}
         self.roster.ready.clear()
         self.notify()
+
+    def save(self) -> None:
+        """Nodes will go: where nobody trains, who has the newest state writes it down, and waits on."""
+        there = [] if self.roster.seated or not self.begun else self.roster.by_state()
+        if there and there[0].step > self._journal.saved and not self.stopping:
+            self._answers[self.roster.ready.pop(there[0].id).id] = Order("save")
+            self.notify()
 
     def pause(self, kind: str = "workers_joined") -> None:
         """End the generation at its next step boundary; `kind` as in events.Incident."""

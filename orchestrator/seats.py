@@ -72,7 +72,8 @@ class Order:
     """What a worker does instead of training.
 
     Attributes:
-        word: "over" (the run is), "leave" (its node goes), "stop" (on request) or "excluded" (it was given up).
+        word: "over" (the run is), "leave" (its node goes), "stop" (on request), "excluded" (it was given up), or
+            "save": write down the state, and ask again.
         lead: whether it writes the checkpoint of a stop.
     """
 

@@ -17,7 +17,7 @@ from orchestrator.nodewatch import actor_lost, all_stacks
 from orchestrator.plan import Plan
 from orchestrator.recovery import Holding, Member
 from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
-from orchestrator.worker_device import Spot, serve, take_device
+from orchestrator.worker_device import Door, Spot, take_device
 
 log = logging.getLogger("orchestrator.worker")
 COORDINATOR_BACK_S = 120.0
@@ -71,8 +71,8 @@ class Worker:
         self._saboteur = Saboteur(task["faults"], self._may_fire, coordinator.fault_failed.remote)
         self._state: Any = None
         self._recorder: Any = None
-        self._served: Any = None
         self._holds, self._spot = Holding(), Spot()
+        self._door = Door("127.0.0.1" if task["loopback"] else self._host)
 
     @property
     def rank(self) -> int:  # in the last generation it sat in; -1: in none
@@ -178,19 +178,17 @@ class Worker:
         while True:
             if self._line_broke:
                 self._connect_line()
-            store = self._serve_store().address
+            store = self._door.store().address
             here = (store, self._host, self._speed, self._holds, self._spot.slice, self._spot.place)
             member = Member(self.id, self._node, os.getpid(), device, step, self.rank, *here)
             try:
-                return ray.get(self._coordinator.join.remote(member, self._why))  # type: ignore[no-any-return]
+                answer: Seat | Order = ray.get(self._coordinator.join.remote(member, self._why))
+                if isinstance(answer, Seat) or answer.word != "save":
+                    return answer
+                self._save()
             except ray.exceptions.RayError:
                 log.exception("the coordinator was lost; waiting for it to come back")
                 self._line_broke = True
-
-    def _serve_store(self) -> Any:
-        """The OwnStore; a new one after one was shut down."""
-        self._served = self._served or serve("127.0.0.1" if self._task["loopback"] else self._host)
-        return self._served
 
     def _sit(self, seat: Seat, workload: Any, device: Any, has_state: bool) -> tuple[bool, bool]:
         """One generation; returns (whether the run is over, whether this worker has the state)."""
@@ -202,7 +200,7 @@ class Worker:
         try:
             if self._ended >= seat.generation:
                 group.abort()
-            group.connect(self._store_of(seat), seat.generation, self._task["group_timeout_s"])
+            group.connect(self._door.of(seat), seat.generation, self._task["group_timeout_s"])
             self._plan = self._recorder.settle_precision(workload, self._state, group)
             self._restore(group, seat)
             has_state = True
@@ -221,14 +219,7 @@ class Worker:
                 self._group = None
             group.close()
             if group.over:
-                self._served = None  # its connection to itself was shut down with the others
-
-    def _store_of(self, seat: Seat) -> Any:
-        from orchestrator.stores import reach_store
-
-        if seat.workers == 1:
-            return None
-        return self._serve_store().store if seat.rank == 0 else reach_store(seat.store)
+                self._door.close()  # its connection to itself was shut down with the others
 
     def _restore(self, group: Any, seat: Seat) -> None:
         """All get the state of rank 0, or the newest whole checkpoint if nobody has any."""
@@ -280,6 +271,13 @@ class Worker:
         with group.others_wait():  # rank 0 may still be saving
             return bool(ray.get(self._coordinator.finish.remote(*arguments)))
 
+    def _save(self) -> None:
+        """Write the state down outside a generation: rank 0 may be gone, with steps that nobody was told of."""
+        import ray
+
+        self._recorder.reporter.take_over(True, ray.get(self._coordinator.status.remote()).step)
+        self._recorder.checkpoint_now(self._state, lead=True)
+
     def _obey(self, order: Order) -> str:
         """Not a seat: the end of the run, or of this worker's part in it."""
         import ray
@@ -288,12 +286,11 @@ class Worker:
 
         if order.word == "excluded":
             raise GivenUpError("the coordinator has given this worker up")
-        if order.lead:  # of a stop: rank 0 may be gone, with steps that nobody was told of
-            self._recorder.reporter.take_over(True, ray.get(self._coordinator.status.remote()).step)
         if order.word == "leave":
             self._recorder.finish()
+        elif order.word == "stop" and order.lead:
+            self._save()
+            ray.get(self._coordinator.stopped.remote(self._state.step, weights_sha256(self._state.model)))
         elif order.word == "stop":
-            self._recorder.checkpoint_now(self._state, order.lead)
-            if order.lead:
-                ray.get(self._coordinator.stopped.remote(self._state.step, weights_sha256(self._state.model)))
+            self._recorder.checkpoint_now(self._state, lead=False)
         return LEFT if order.word == "leave" else OVER

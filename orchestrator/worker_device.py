@@ -10,6 +10,7 @@ from orchestrator.cluster_fit import Node
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
 from orchestrator.nodewatch import interface_of
+from orchestrator.seats import Seat
 from orchestrator.slices import HOST_NUMBER, POD_TYPE, SLICE_NAME, SliceShape, chip_environment, shape_of
 
 ADVICE = (
@@ -18,13 +19,33 @@ ADVICE = (
 )
 
 
-def serve(host: str) -> Any:
-    """An OwnStore there; by that interface gloo connects, too."""
-    from orchestrator.stores import OwnStore
+class Door:
+    """Where the others of a generation meet, if this worker is its rank 0: an OwnStore at `host`."""
 
-    if name := interface_of(host):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    return OwnStore(host)
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._served: Any = None
+
+    def close(self) -> None:
+        """The store has lost its connection to itself: the next who asks gets a new one."""
+        self._served = None
+
+    def store(self) -> Any:
+        """The store; by that interface gloo connects, too."""
+        from orchestrator.stores import OwnStore
+
+        if name := interface_of(self._host):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        self._served = self._served or OwnStore(self._host)
+        return self._served
+
+    def of(self, seat: Seat) -> Any:
+        """The store at which the workers of a generation meet; None: there is only one."""
+        from orchestrator.stores import reach_store
+
+        if seat.workers == 1:
+            return None
+        return self.store() if seat.rank == 0 else reach_store(seat.store)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import asyncio
 
 from members import WAIT_S, Run, play
 
+from orchestrator.events import CheckpointSaved
 from orchestrator.seats import Order, Seat
 
 
@@ -167,6 +168,33 @@ def test_a_stop_is_led_by_who_has_the_newest_step(tmp_path):
 
     play(story, tmp_path / "1")
     play(before_the_first_step, tmp_path / "2")
+
+
+def test_a_notice_while_too_few_train_has_the_state_written_down(tmp_path):
+    """The one that is left waits for others, with steps that no checkpoint has, on a node that will go."""
+
+    async def story(run: Run) -> None:
+        run.members.roster.minimum = 2
+        a, b = await run.enlist("ab")
+        run.steps(1, 2, 3, by=[a, b])
+        run.members.save()
+        b.die()
+        assert await a.told() == ("end", 1)
+        waiting = asyncio.create_task(a.join())
+        await asyncio.wait([waiting], timeout=0)
+        run.members.save()
+        assert await waiting == Order("save")
+        run.journal.log(CheckpointSaved(3, 1, 0.0, 0.0))
+        waiting = asyncio.create_task(a.join())
+        await asyncio.wait([waiting], timeout=0)
+        run.members.save()
+        await asyncio.wait([waiting], timeout=0.2)
+        assert not waiting.done(), "it is written down"
+        c = run.worker("c")
+        await c.join()
+        assert (await waiting).step == 3
+
+    play(story, tmp_path)
 
 
 def test_when_the_run_is_over_all_are_told(tmp_path):
