@@ -13,11 +13,17 @@ from toys import ToyWorkload, toy_plan
 
 from orchestrator.build import build_state
 from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
-from orchestrator.errors import NonFiniteWeightsError, StorageError
+from orchestrator.coordinator import Coordinator
+from orchestrator.errors import NonFiniteWeightsError, StorageError, UserError
 from orchestrator.events import GenerationStarted
+from orchestrator.faults import Fault
 from orchestrator.finite import spoilt
+from orchestrator.injector import Schedule
 from orchestrator.journal import Journal
 from orchestrator.recorder import Recorder
+from orchestrator.recovery import Roster
+from orchestrator.runfolder import RunFolder
+from orchestrator.scoring import Hired, Scoring
 from orchestrator.seats import Order
 from orchestrator.split_recorder import SplitRecorder
 from orchestrator.storage import Folder
@@ -173,3 +179,49 @@ def test_who_is_left_alone_of_a_group_writes_checkpoints_as_before(tmp_path):
     for step in range(1, 7):
         recorder._checkpoint_if_due(SimpleNamespace(split=False, step=step, snapshot=dict), 1)
     assert written == [2, 4, 6]
+
+
+def test_a_run_that_is_taken_over_while_it_waits_says_so(tmp_path):
+    """No worker has come that could tell; the command asks how it goes."""
+    plan, uri = toy_plan(), str(tmp_path)
+
+    async def story() -> None:
+        journal = Journal(plan, uri, "token", "", 0.0, again=False)
+        assert not journal.check_owner()
+        coordinator = object.__new__(Coordinator)
+        coordinator._journal, coordinator._outcome, coordinator._failing = journal, "", False
+        coordinator._written, coordinator._message, coordinator._exit_status = asyncio.Event(), "", 0
+        coordinator._members = SimpleNamespace(roster=Roster(1, 2, 2), begun=False, abandon=lambda: None)
+        coordinator._phase = ""
+        assert (await coordinator.status()).outcome == ""
+        RunFolder(Folder(uri)).take_ownership("of another command")
+        journal._check_at_s = 0.0
+        told = await coordinator.status()
+        assert (told.outcome, told.exit_status) == ("failed", 1)
+        assert told.message == "another command has taken this run over"
+
+    asyncio.run(story())
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(("resumed_at", "left"), [(0, [0, 1, 2]), (20, [1, 2]), (50, [2])])
+def test_faults_that_a_resumed_run_has_behind_it_do_not_happen_again(resumed_at, left):
+    faults = (Fault("kill", rank=0, step=10), Fault("drain", rank=0, step=20), Fault("kill", rank=0, time_s=3.0))
+    schedule = Schedule(faults, SimpleNamespace(fired=set(), workers=0), None)
+    schedule.begin(resumed_at)
+    assert sorted({0, 1, 2} - schedule.fired) == left
+    schedule.begin(70)
+    assert sorted({0, 1, 2} - schedule.fired) == left, "later generations are no resumption"
+
+
+def test_an_evaluation_goes_on_without_a_node_that_lacks_its_data(monkeypatch):
+    """As long as others have it: a node that joins late without its mount."""
+    killed = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    scoring = object.__new__(Scoring)
+    scoring._left_out, why = set(), UserError("no folder /data")
+    scoring._staff = {"a": Hired("actor a", "n1", 7), "b": Hired("actor b")}
+    assert scoring._spare("b", "n2", why)
+    assert (list(scoring._staff), scoring._left_out, killed) == (["a"], {"n2"}, ["actor b"])
+    scoring._staff = {"c": Hired("actor c")}
+    assert not scoring._spare("c", "n3", why), "nobody has it"

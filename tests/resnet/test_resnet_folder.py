@@ -1,11 +1,17 @@
 """Folders of image files: what is read, what is left out, what is refused."""
 
+import errno
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
+from preparing import do, job
 
+from orchestrator import tables
 from orchestrator.errors import DataError, UserError
-from workloads.resnet import data
+from workloads.resnet import data, preparing
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.folder import decode, without_ends
 
@@ -127,3 +133,33 @@ def test_an_image_with_too_many_pixels_is_told_as_that(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
     with pytest.raises(DataError, match=r"large.png has more than 32 pixels"):
         decode(str(tmp_path / "large.png"))
+
+
+def test_files_that_may_not_be_looked_at_are_one_line(tmp_path, monkeypatch, image_folder):
+    """A folder whose names may be listed, and no more."""
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    folder = image_folder("png")
+    monkeypatch.setattr(preparing, "os", SimpleNamespace(**{**vars(os), "stat": refuse}))
+    with pytest.raises(UserError, match=r"0.png cannot be read \(Permission denied\); make it readable for the user"):
+        job("resnet", f"imagefolder:{folder}", tmp_path / "out")
+
+
+def test_a_worker_waits_for_the_manifest_and_a_user_does_not(tmp_path, monkeypatch):
+    do(job("resnet", "digits", tmp_path / "out"))
+    asked, read = [], tables.Folder.read
+
+    def noted(folder, name):
+        asked.append(folder._patience_s)
+        return read(folder, name)
+
+    monkeypatch.setattr(tables.Folder, "read", noted)
+    data._prepared.cache_clear()
+    config = ResnetConfig(data=f"parquet:{tmp_path}/out", storage_patience=7.0)
+    data.open_split(config, "train")
+    data.kind(config)
+    assert asked == [7.0, 7.0]
+    data.check(config)
+    assert asked[2] is None
