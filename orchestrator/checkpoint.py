@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import CheckpointError, StorageError, UnreadableError
-from orchestrator.finite import spoilt
+from orchestrator.finite import check_finite
 from orchestrator.storage import Folder, Pieces
 
 log = logging.getLogger("orchestrator.checkpoint")
@@ -280,9 +280,7 @@ class BackgroundWriter:
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], stall_s: float) -> None:
         started = time.perf_counter()
-        if name := spoilt(tensors):  # nobody could go on from it, and for it one would go that somebody can
-            log.error("no checkpoint of step %d: %s is not finite", step, name)
-            return
+        check_finite(tensors, step)  # nobody could go on from it, and for it one would go that somebody can
         size = self._store.save(step, tensors)
         self._on_saved(
             {

@@ -98,7 +98,7 @@ class Coordinator:
         self._journal.generation_begins(started, load_s, restore_s, bad)
         self._members.begun, self._newcomers = True, Newcomers()
         self._finished, self._phase = {}, "training"
-        self._faults.begin(step)
+        self._faults.begin()
         if self._members.stopping:
             self._members.pause()
 

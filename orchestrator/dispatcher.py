@@ -88,7 +88,7 @@ class Dispatcher(Keeper):
         self._loaded = (0.0, [])
         self._journal.generation_begins(started, load_s, load_s, rejected)
         self._members.begun, self._phase = True, "training"
-        self._faults.begin(started.step)
+        self._faults.begin()
 
     async def attach(self, member: Member) -> Posting | Order:
         """A worker is ready; answers when the servers are. What it held before is handed out again."""

@@ -52,13 +52,16 @@ class Schedule:
         self.faults, self._journal, self._members = faults, journal, members
         self.fired: set[int] = journal.fired
         self.begun_s = 0.0
+        if not journal.recorded:  # this command's first coordinator; what is loaded may be older than that
+            self._leave_behind(journal.saved)
 
-    def begin(self, step: int) -> None:
-        """A generation begins with `step` steps done; what a resumed run has behind it does not happen once more."""
-        if not self.begun_s:
-            self.begun_s = time.time()
-            behind = {number for number, fault in enumerate(self.faults) if 0 <= fault.step < step}
-            self.fired |= behind if not self._journal.workers else set()  # a coordinator's successor knows better
+    def begin(self) -> None:
+        """A generation has begun; what a resumed run had behind it then does not happen once more."""
+        self.begun_s = self.begun_s or time.time()
+        self._leave_behind(self._journal.first_step)
+
+    def _leave_behind(self, step: int) -> None:
+        self.fired |= {number for number, fault in enumerate(self.faults) if 0 <= fault.step < step}
 
     def due(self, steps_done: int, workers: int) -> list[int]:
         """Numbers of the faults that the coordinator has to start now; those of a worker's step start there."""

@@ -163,7 +163,7 @@ class Membership:
         """Nodes will go: where nobody trains, who has the newest state writes it down, and waits on."""
         there = [] if self.roster.seated or not self.begun else self.roster.by_state()
         if there and there[0].step > self._journal.saved and not self.stopping:
-            self._answers[self.roster.ready.pop(there[0].id).id] = Order("save")
+            self._answers[there[0].id] = Order("save")
             self.notify()
 
     def pause(self, kind: str = "workers_joined") -> None:

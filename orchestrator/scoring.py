@@ -68,6 +68,7 @@ class Scoring:
 
         self._task, self._files, self._samples = task, ray.put(files), samples
         self._most, self._per_worker = most, dict(per_worker)
+        self._left_out = set[str]()  # nodes
         self._offered = offer()
         room, coming = self._room(), self._offered.nodes if self._offered else ()
         known = self._offered is None or self._offered.known
@@ -81,7 +82,6 @@ class Scoring:
             needed = ",".join(f"{name}={amount:g}" for name, amount in per_worker.items())
             print(f"no node has {needed} yet; waiting for the autoscaler to add one", file=sys.stderr, flush=True)
         self._tally = Tally(samples, CHUNK, min(room, most or room))
-        self._left_out = set[str]()  # nodes
         self._staff: dict[str, Hired] = {}
         self._calls: dict[Any, str] = {}  # what is asked of whom
         self._hired, self._began, self._lost, self._stillborn = 0, 0, 0, 0
@@ -174,10 +174,10 @@ class Scoring:
         self._employ()
 
     def _spare(self, name: str, node: str, why: OrchestratorError) -> bool:
-        """Whether others go on without a worker that could not begin, for its node lacks what theirs have."""
+        """Whether others go on, or may, without a worker that could not begin, for its node lacks what theirs have."""
         import ray
 
-        if not (node and any(hired.pid for hired in self._staff.values())):
+        if self._staff[name].pid or not node or len(self._staff) == 1:
             return False
         log.warning("node %s gets no worker: %s", node, why)
         self._left_out.add(node)

@@ -15,7 +15,6 @@ from typing import Any
 from orchestrator.checkpoint import PARTS, Entries, refuse_to_begin_anew
 from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.events import CheckpointSaved
-from orchestrator.finite import spoilt
 from orchestrator.group import Group
 from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
@@ -108,6 +107,7 @@ class SplitRecorder(Recorder):
         """Make this worker's file and have it written into the folder `name`."""
         from orchestrator.partfiles import stage
 
+        state.check_finite()
         assert self.group is not None
         started = time.perf_counter()
         files = {f"{name}/{file}": content for file, content in stage(state.parts(), self.group).items()}
@@ -159,7 +159,7 @@ class SplitRecorder(Recorder):
         if self.group is not None:
             self._settle()
             name = self.group.broadcast_object(_new_name() if state.step > self._saved_step else "")
-            if name and not any(self.group.gather_objects(spoilt(state.pieces()))):
+            if name:
                 self._begin(state, name)
                 self._settle()
         self.reporter.flush()

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from orchestrator.checkpoint import Described, Loaded, whole
 from orchestrator.devices import host_of
-from orchestrator.errors import NonFiniteWeightsError
-from orchestrator.finite import spoilt
+from orchestrator.finite import check_finite
 from orchestrator.group import Group
 from orchestrator.precision import Precision
 from workloads.workload import Workload
@@ -98,11 +97,7 @@ class TrainingState:
 
     def check_finite(self) -> None:
         """Raises NonFiniteWeightsError where a parameter or buffer that this worker holds is NaN or infinite."""
-        if name := spoilt(self.pieces()):
-            raise NonFiniteWeightsError(
-                f"the model's {name} is not finite after step {self.step}: training has diverged; a lower --lr, or "
-                "--clip-norm; checkpoints from before that are kept"
-            )
+        check_finite(self.pieces(), self.step)
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy on the CPU that later steps do not touch; tied tensors are copied once each name."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import OrchestratorError, StorageError, UserError
-from orchestrator.uris import PASSING, local_path, one_line, open_uri
+from orchestrator.uris import PASSING, local_path, one_line, open_uri, try_azure
 
 T = TypeVar("T")
 Pieces = Sequence[bytes | memoryview]  # of a file's content, one after the other
@@ -53,6 +53,7 @@ class Folder:
         address, mark, query = uri.partition("?")
         self._query, self._address = mark + query, address.rstrip("/")
         self._fs, self._root = open_uri(uri, flag)
+        self._patiently(lambda: try_azure(uri, self._fs, self._root))
 
     @property
     def uri(self) -> str:

@@ -10,11 +10,11 @@ from orchestrator.redact import uri_has_keys
 ALLOWED = "give a folder or a URI such as s3://bucket/runs"
 # Google Cloud's client asks again for 15 minutes, and cannot be interrupted; whoever can wait asks again himself.
 GCS_RETRY_S = 8
-# What pyarrow says of a server that is down, overloaded or cut off (S3's words, then Google Cloud's); not of keys,
-# buckets and files that are wrong.
+# What pyarrow says of a server that is down, overloaded or cut off (S3's words, then Google Cloud's and Azure's); not
+# of keys, buckets and files that are wrong.
 PASSING = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d|"
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CURL error"
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CURL error|TransportException"
 )
 
 
@@ -49,8 +49,6 @@ def open_uri(uri: str, flag: str) -> tuple[Any, str]:
         asked += f"{'&' if mark else '?'}retry_limit_seconds={GCS_RETRY_S}"
     try:
         found, root = fs.FileSystem.from_uri(asked)
-        if scheme in ("abfs", "abfss"):
-            _try_azure(f"{scheme}://{rest.partition('/')[0]}?{query}", found, root)
     except (ValueError, OSError, NotImplementedError, ArrowException) as error:
         raise UserError(f"{flag} {uri}: {one_line(error)}; {ALLOWED}") from None
     return found, root.rstrip("/")
@@ -59,9 +57,11 @@ def open_uri(uri: str, flag: str) -> tuple[Any, str]:
 _tried = set[str]()
 
 
-def _try_azure(account: str, file_system: Any, root: str) -> None:
+def try_azure(uri: str, file_system: Any, root: str) -> None:
     """Without credentials pyarrow ends the process where a file is opened; a question raises an error."""
-    if account not in _tried:
+    scheme, _, rest = uri.partition("://")
+    account = re.split("[/?]", rest)[0]
+    if scheme in ("abfs", "abfss") and account not in _tried:
         file_system.get_file_info(root)
         _tried.add(account)
 

@@ -9,15 +9,16 @@ import pytest
 import ray
 import torch
 from members import Run, play
+from ray._raylet import RAY_NODE_ID_KEY
 from toys import ToyWorkload, toy_plan
 
 from orchestrator.build import build_state
 from orchestrator.checkpoint import BackgroundWriter, CheckpointStore
+from orchestrator.cluster_fit import Node
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import NonFiniteWeightsError, StorageError, UserError
 from orchestrator.events import GenerationStarted
 from orchestrator.faults import Fault
-from orchestrator.finite import spoilt
 from orchestrator.injector import Schedule
 from orchestrator.journal import Journal
 from orchestrator.recorder import Recorder
@@ -135,17 +136,21 @@ def test_a_state_that_is_no_number_is_not_kept_and_no_result(tmp_path, name, val
     state = build_state(plan, ToyWorkload(plan.config), CPU)
     told, store = [], CheckpointStore(Folder(str(tmp_path)), "me", 1)
     writer = BackgroundWriter(store, told.append)
-    for step in (3, 4):
-        state.step = step
-        writer.submit(step, state.snapshot)
+    writer.submit(3, state.snapshot)
+    with torch.no_grad():
+        state.model.state_dict()[name].view(-1)[-1] = value
+    state.step = 4
+    writer.submit(4, state.snapshot)
+    words = f"the model's {name} is not finite after step 4: .* lower --lr"
+    with pytest.raises(NonFiniteWeightsError, match=words):
         writer.wait()
-        with torch.no_grad():
-            state.model.state_dict()[name].view(-1)[-1] = value
+    writer.wait()
     assert [saved["step"] for saved in told] == store.steps() == [3]
-    assert spoilt(state.snapshot()) == name
     recorder = Recorder(plan, str(tmp_path), None, None)
-    with pytest.raises(NonFiniteWeightsError, match=f"the model's {name} is not finite after step 4: .* lower --lr"):
-        recorder.trained(state)
+    for moment in (recorder.trained, recorder.broke_off, lambda state: recorder.checkpoint_now(state, lead=True)):
+        recorder._seat = SimpleNamespace(rank=1)
+        with pytest.raises(NonFiniteWeightsError, match=words):
+            moment(state)
 
 
 def test_a_checkpoint_that_could_not_be_written_is_told_once(tmp_path):
@@ -207,11 +212,13 @@ def test_a_run_that_is_taken_over_while_it_waits_says_so(tmp_path):
 @pytest.mark.parametrize(("resumed_at", "left"), [(0, [0, 1, 2]), (20, [1, 2]), (50, [2])])
 def test_faults_that_a_resumed_run_has_behind_it_do_not_happen_again(resumed_at, left):
     faults = (Fault("kill", rank=0, step=10), Fault("drain", rank=0, step=20), Fault("kill", rank=0, time_s=3.0))
-    schedule = Schedule(faults, SimpleNamespace(fired=set(), workers=0), None)
-    schedule.begin(resumed_at)
-    assert sorted({0, 1, 2} - schedule.fired) == left
-    schedule.begin(70)
-    assert sorted({0, 1, 2} - schedule.fired) == left, "later generations are no resumption"
+    for successor in (False, True):  # its journal's first step is read back
+        journal = SimpleNamespace(fired=set(), first_step=resumed_at, recorded=90 * successor, saved=70 * successor)
+        schedule = Schedule(faults, journal, None)
+        schedule.begin()
+        assert sorted({0, 1, 2} - schedule.fired) == left
+    fresh = Schedule(faults, SimpleNamespace(fired=set(), first_step=-1, recorded=0, saved=resumed_at), None)
+    assert sorted({0, 1, 2} - fresh.fired) == left, "before anything is loaded, which may be a fault's moment"
 
 
 def test_an_evaluation_goes_on_without_a_node_that_lacks_its_data(monkeypatch):
@@ -220,8 +227,19 @@ def test_an_evaluation_goes_on_without_a_node_that_lacks_its_data(monkeypatch):
     monkeypatch.setattr(ray, "kill", killed.append)
     scoring = object.__new__(Scoring)
     scoring._left_out, why = set(), UserError("no folder /data")
-    scoring._staff = {"a": Hired("actor a", "n1", 7), "b": Hired("actor b")}
-    assert scoring._spare("b", "n2", why)
-    assert (list(scoring._staff), scoring._left_out, killed) == (["a"], {"n2"}, ["actor b"])
-    scoring._staff = {"c": Hired("actor c")}
-    assert not scoring._spare("c", "n3", why), "nobody has it"
+    for others in (Hired("actor a", "n1", 7), Hired("actor a")):  # one that is ready, or has yet to open its data
+        scoring._staff = {"a": others, "b": Hired("actor b")}
+        assert scoring._spare("b", "n2", why)
+        assert (list(scoring._staff), scoring._left_out, killed) == (["a"], {"n2"}, ["actor b"])
+        killed.clear()
+    assert not scoring._spare("a", "n3", why), "nobody has it"
+
+
+def test_an_evaluation_asks_for_room_before_anybody_is_hired(monkeypatch):
+    monkeypatch.setattr(ray, "put", lambda files: files)
+    monkeypatch.setattr("orchestrator.scoring.offer", lambda: None)
+    monkeypatch.setattr("orchestrator.scoring.nodes", lambda: [Node({"CPU": 2.0}, {RAY_NODE_ID_KEY: "n1"})])
+    scoring = Scoring(SimpleNamespace(threads=1), {}, 100, 0, {"CPU": 1.0})
+    assert scoring._room() == 2
+    scoring._left_out.add("n1")
+    assert scoring._room() == 0
