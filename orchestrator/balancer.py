@@ -61,7 +61,9 @@ class Balancer:
             return
         same = beat.generation == before.generation  # counts begin anew in each
         shards, busy_ms = (before.shards, before.busy_ms) if same else (0, 0)
-        if beat.shards > shards:
+        if beat.shards > shards and member_id not in self._measured_s:  # its caches are cold
+            self._measured_s[member_id] = time.monotonic()
+        elif beat.shards > shards:
             pace, now = self._paces.setdefault(member_id, balance.Pace()), time.monotonic()
             since_s = now - self._measured_s.get(member_id, now)
             pace.measured(beat.shards - shards, (beat.busy_ms - busy_ms) / 1000, since_s)
@@ -91,6 +93,7 @@ class Balancer:
 
     def judges(self, now: float) -> bool:
         """Whether it is time to look again, and there is enough to go by."""
+        self._begun_at = min(self._begun_at, self._journal.recorded)
         settled = self._journal.recorded - self._begun_at >= SETTLE_STEPS  # at once after a checkpoint was loaded
         settled &= len(self._journal.step_seconds()) >= SETTLE_STEPS
         if not (self._enabled and settled) or now - self._looked_s < EVERY_S:

@@ -1,6 +1,6 @@
 """The charts of a report, drawn with plotly from a run's history."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -156,14 +156,23 @@ def spans(history: History) -> list[tuple[float, float, dict[str, Any]]]:
 def workers_chart(history: History) -> Any:
     """The number of workers over time."""
     chart = figure("workers", "time (UTC)", 220)
-    x: list[str | None] = []
-    y: list[int | None] = []
+    x: list[str] = []
+    y: list[int] = []
     for begin, end, event in spans(history):
+        if x and x[-1] != moment(begin):  # nobody trained in between
+            x += [x[-1], moment(begin)]
+            y += [0, 0]
         x += [moment(begin), moment(end)]
         y += [event["workers"]] * 2
     chart.add_scatter(x=x, y=y, mode="lines", line={"color": COLOURS[0]}, fill="tozeroy", name="workers")
-    chart.update_yaxes(rangemode="tozero", dtick=1 if max([0, *filter(None, y)]) < 10 else None)
+    chart.update_yaxes(rangemode="tozero", dtick=1 if max([0, *y]) < 10 else None)
     return chart
+
+
+def anybodys(generation: Mapping[str, Any]) -> bool:
+    """Whether a shard is no worker's in particular: with parameter servers, each takes whichever is next."""
+    ranges = generation["ranges"]
+    return len(ranges) > 1 and all(held == ranges[0] for held in ranges)
 
 
 def shards_chart(history: History) -> Any:
@@ -182,7 +191,10 @@ def shards_chart(history: History) -> Any:
             notes.append([""] * rows)
         edges += [moment(begin), moment(end)] if not edges else [moment(end)]
         columns.append([rank % len(COLOURS) + 0.5 for rank in ranks])
-        notes.append([f"generation {event['generation']}, rank {rank}" for rank in ranks])
+        whose = [f"rank {rank}" for rank in ranks]
+        if anybodys(event):
+            columns[-1], whose = [0.5] * rows, ["any worker"] * rows
+        notes.append([f"generation {event['generation']}, {who}" for who in whose])
     chart = figure(
         "shard" if rows == shards else f"shards (rows of {shards // rows})", "time (UTC)", min(520, 140 + 12 * rows)
     )

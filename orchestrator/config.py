@@ -165,7 +165,8 @@ class RunConfig:
     """How many lost workers or nodes a run survives before it stops."""
 
     stall_limit: float = setting(0.0, result=False, low=0)
-    """Seconds without a sign of life or progress until a worker is replaced. 0: 20 steps, at least 5 s (first 300).
+    """Seconds without a heartbeat, or without progress, until a worker is replaced. 0: without a heartbeat 2 steps, 5
+    to 30 s; without progress 20 steps, at least 5 s (first 300).
     One that waits for samples or storage, or evaluates, has 300 s or more, whatever is given here."""
 
     balance: str = setting("measured", result=False, choices=("measured", "even"))

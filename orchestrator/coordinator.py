@@ -263,7 +263,7 @@ class Coordinator:
             await self._journal.settle(self._watch.reachable)
             if self._journal.problem:
                 self._fail(self._journal.problem, 1, "storage_error")
-            self._note_phase(await self.status())
+            await self.status()
             self._faults.start()
 
     def _note_phase(self, status: Status) -> None:
@@ -288,9 +288,11 @@ class Coordinator:
             phase = "regrouping" if roster.generation else "loading data and model"
             if missing:
                 phase = "waiting for workers"
-        return Status(
+        found = Status(
             joined=len(roster.seated) + len(roster.ready), workers=len(roster.seated), missing=missing,
             generation=roster.generation, step=self._journal.recorded, loss=self._journal.loss,
             samples_per_s=rate, steps_per_s=steps_rate, phase=phase, outcome=self._outcome, message=self._message,
             exit_status=self._exit_status, result=self._journal.result, notice=self._journal.devices.notice,
         )  # fmt: skip
+        self._note_phase(found)  # from the command's first question on, whether workers come or not
+        return found

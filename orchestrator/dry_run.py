@@ -33,13 +33,14 @@ def describe(plan: Plan, folder: RunFolder, data: str) -> str:
     here = nodes[0].name == HERE
     config, accelerator = settle_accelerator(given, nodes, Offer(known=False) if here else offered)
     plan = plan.with_config(accelerator=accelerator.kind, precision=config.precision)
-    state = 4 * parameters * (1 + OPTIMIZER_COPIES[config.optimizer])
+    copies = 1 + OPTIMIZER_COPIES[config.optimizer] + (config.sync == "diloco")  # of which the last is outer momentum
+    state = 4 * parameters * copies
     try:
         workers = choose(config, accelerator, nodes, offered)
     except UserError:
         if not here:
             raise
-        workers, note = config.workers.minimum, "more than this machine has; the cluster must have them"
+        workers, note = config.workers.minimum, "are more than this machine has; the cluster must have them"
     on = _where(config, accelerator, nodes, workers)
     placement = _placement(config, [nodes[number] for number in on], workers)
     layout = layout_of(config.parallel, workers)

@@ -20,7 +20,7 @@ from orchestrator.lastwords import command_failed, write_end
 from orchestrator.offer import offer
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
-from orchestrator.resume import choose, settle_accelerator
+from orchestrator.resume import choose, fewer, settle_accelerator
 from orchestrator.runfolder import RunFolder
 from orchestrator.seats import NAMESPACE, Assignment, Status
 from orchestrator.training import Training, coordinator_name
@@ -46,11 +46,11 @@ class Ending:
 
 
 def nodes() -> list[Node]:
-    """The cluster's living nodes, and what is free on them."""
+    """The cluster's living nodes, and what is free on them: nothing where Ray starts no more, for the node will go."""
     import ray
-    from ray._private.state import available_resources_per_node
+    from ray._private.state import available_resources_per_node, state
 
-    free = available_resources_per_node()
+    free = {**available_resources_per_node(), **{node: {} for node in state.get_draining_nodes()}}
     return [
         Node(n["Resources"], n.get("Labels") or {}, n["NodeManagerAddress"], free.get(n["NodeID"], {}))
         for n in ray.nodes()
@@ -93,11 +93,17 @@ def launch(
     )
     coordinator = _start_coordinator(assignment)
 
+    tried = workers
+
     def again() -> int:
+        nonlocal tried
         try:
-            return choose(config, accelerator, nodes(), offered)
+            found = choose(config, accelerator, nodes(), offered)
         except UserError:  # a node has gone without which the least do not fit: it may come back
             return workers
+        # What is free may lie in parts that no worker fits into; with some of them the others are asked for later.
+        tried = fewer(config, found) if found == tried and not accelerator.shape else found
+        return tried
 
     trainer = Training(assignment, coordinator, accelerator, offered, again)
     try:

@@ -42,6 +42,11 @@ class Sight:
         """The last event of a kind."""
         return next((event for event in reversed(self.events) if event["event"] == kind), None)
 
+    def current(self, kind: str) -> dict[str, Any] | None:
+        """The last event of a kind that the run's newest command has written."""
+        begun = next((i for i in reversed(range(len(self.events))) if self.events[i]["event"] == "run_started"), 0)
+        return next((event for event in reversed(self.events[begun:]) if event["event"] == kind), None)
+
     @property
     def over(self) -> bool:
         """Whether the command's end is written down."""
@@ -85,7 +90,7 @@ def _state(sight: Sight) -> tuple[str, str]:
         return status, STYLES.get(status, "")
     last_s = max([e["time_s"] for e in sight.events[-1:]] + [r["time_s"] for r in sight.steps[-1:]], default=0.0)
     silent_s = sight.now_s - last_s if last_s else 0.0
-    phase = sight.newest("phase_began")
+    phase = sight.current("phase_began")
     words = phase["phase"] if phase else "starting workers"
     if phase and phase["missing"]:
         words += f": {phase['missing']} more needed, {phase['joined']} there"
@@ -108,7 +113,7 @@ def _progress(sight: Sight) -> RenderableType:
 def _left(sight: Sight) -> str:
     """How long it will take at the pace of the newest steps."""
     started = sight.newest("run_started")
-    if sight.over or not started or not sight.steps:
+    if sight.over or not started or not sight.steps or not sight.current("generation_started"):
         return ""
     recent = sight.steps[-50:]
     pace = sum(record["step_s"] for record in recent) / len(recent)
@@ -131,7 +136,7 @@ def _figures(sight: Sight) -> RenderableType:
 
 
 def _workers(sight: Sight) -> RenderableType:
-    seated = sight.newest("generation_started")
+    seated = sight.current("generation_started")
     table = Table(title="workers", title_justify="left", expand=False)
     for head in ("rank", "node", "process", "shards"):
         table.add_column(head)
@@ -139,7 +144,9 @@ def _workers(sight: Sight) -> RenderableType:
         return Text("no worker has begun to train yet")
     rows = list(zip(seated["ranges"], seated["nodes"], seated["pids"], strict=True))
     for rank, ((first, after), node, pid) in enumerate(rows[:WORKERS_SHOWN]):
-        table.add_row(str(rank), str(node)[:16], str(pid), f"{first} to {after - 1} ({after - first})")
+        held = f"{first} to {after - 1} ({after - first})"
+        whose = "any" if sight.config.get("sync") == "parameter-server" else held
+        table.add_row(str(rank), str(node)[:16], str(pid), whose)
     if len(rows) > WORKERS_SHOWN:
         table.add_row("", f"and {len(rows) - WORKERS_SHOWN} more", "", "")
     return table

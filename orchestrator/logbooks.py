@@ -11,7 +11,6 @@ wandb/         an offline run; `wandb sync RUN/wandb/offline-run-*`. WANDB_MODE=
 import importlib.util
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,7 +193,7 @@ class Mlflow(Logbook):
             self._client.update_run(run.info.run_id, "RUNNING")
         else:
             run = self._client.create_run(experiment, int(started_s * 1000), {self.NAME: run_id}, config.get("name"))
-        self._id = run.info.run_id
+        self._id, self._newest_ms = run.info.run_id, int(run.info.end_time or 0)
         values = {key: str(value) for key, value in plain(config).items() if key not in run.data.params}
         self._client.log_batch(self._id, params=[Param(key, value) for key, value in values.items()])
 
@@ -204,6 +203,7 @@ class Mlflow(Logbook):
         size = max(1, BATCH // max(1, max(len(record) for record in records)))
         for i in range(0, len(records), size):
             part = records[i : i + size]
+            self._newest_ms = max(self._newest_ms, int(part[-1]["time_s"] * 1000))
             metrics = [metric for r in part for metric in self._metrics(figures(r), r["step"], r["time_s"])]
             # The tag comes last: a batch that was cut off is sent again, and what is there is not taken twice.
             self._client.log_batch(self._id, metrics, tags=[RunTag(self.STEP, str(part[-1]["step"]))])
@@ -216,6 +216,7 @@ class Mlflow(Logbook):
     def event(self, number: int, record: Record) -> None:
         from mlflow.entities import RunTag
 
+        self._newest_ms = max(self._newest_ms, int(record["time_s"] * 1000))
         text, metrics = told(record), heldout(record)
         if text or metrics:
             tags = [RunTag(f"incident.{number:06d}", text)] if text else []
@@ -225,11 +226,13 @@ class Mlflow(Logbook):
     def close(self, result: Record | None) -> None:
         from mlflow.entities import RunTag
 
-        if result and result["weights_sha256"] != self._ended:  # a finished run that is followed again has them
-            values = self._metrics(final(result), int(result["steps"]), time.time())
+        if result:
+            known = result["weights_sha256"] == self._ended  # a finished run that is followed again has them
+            values = [] if known else self._metrics(final(result), int(result["steps"]), self._newest_ms / 1000)
             tags = [RunTag(key, str(result[key])) for key in ("weights_sha256", "status")]
             self._client.log_batch(self._id, values, tags=tags)
-        self._client.set_terminated(self._id, self.ENDS.get((result or {}).get("status", ""), "KILLED"))
+        ended = self.ENDS.get((result or {}).get("status", ""), "KILLED")
+        self._client.set_terminated(self._id, ended, self._newest_ms or None)  # it may have been yesterday
 
 
 class Wandb(Logbook):

@@ -1,6 +1,7 @@
 """What an autoscaler could add to the cluster: asked of Ray before a run is refused for want of room."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ def offer() -> Offer | None:
 
     config = state.get_cluster_config()  # the second version of the autoscaler says what it has
     if config is not None and config.node_group_configs:
-        groups = [(dict(g.resources), dict(g.labels), g.max_count) for g in config.node_group_configs]
+        there = Counter(_living_groups())
+        groups = [
+            (dict(g.resources), dict(g.labels), _left(g.max_count, there[g.name])) for g in config.node_group_configs
+        ]
         return Offer(tuple(_nodes(groups)))
     if (file := _configuration_here()) is not None:
-        types = _node_types(file)
+        types = _node_types(file, _living() - 1)
         return Offer(known=False) if types is None else Offer(tuple(_nodes(types)))
     status = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
     report = json.loads(status).get("autoscaler_report") if status else None
@@ -30,15 +34,30 @@ def offer() -> Offer | None:
     return Offer(known=False) if kinds or _grouped() else None
 
 
-def _grouped() -> bool:
-    """Whether a node is of a kind of the autoscaler's second version, which Ray keeps as a label.
+def _left(most: int, there: int) -> int:
+    """How many more may come; below 0: any number."""
+    return most if most < 0 else max(0, most - there)
 
-    KubeRay's runs beside the head, and tells nobody what it could add.
-    """
+
+def _living() -> int:
+    """Nodes, the head among them."""
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+def _living_groups() -> list[str]:
+    """The kind of each node, as the autoscaler's second version has it, which Ray keeps as a label."""
     import ray
     from ray._raylet import RAY_NODE_GROUP_KEY  # type: ignore[attr-defined]
 
-    return any(node["Alive"] and (node.get("Labels") or {}).get(RAY_NODE_GROUP_KEY) for node in ray.nodes())
+    found = [(node.get("Labels") or {}).get(RAY_NODE_GROUP_KEY) for node in ray.nodes() if node["Alive"]]
+    return [str(group) for group in found if group]
+
+
+def _grouped() -> bool:
+    """Whether there is an autoscaler's second version: KubeRay's runs beside the head, and tells nobody what it has."""
+    return bool(_living_groups())
 
 
 def _nodes(groups: list[tuple[dict[str, float], dict[str, str], int]]) -> Iterator[Node]:
@@ -66,8 +85,11 @@ def _configuration_here() -> Path | None:
     return None
 
 
-def _node_types(file: Path) -> list[tuple[dict[str, float], dict[str, str], int]] | None:
-    """(resources, labels, how many) of each kind; None: it does not say what its machines have."""
+def _node_types(file: Path, there: int) -> list[tuple[dict[str, float], dict[str, str], int]] | None:
+    """(resources, labels, how many may come beside `there`) of each kind; None: its machines have what it does not say.
+
+    Several kinds share what is left of the cluster's limit; each is counted as if it got all of that.
+    """
     import yaml
 
     try:
@@ -78,7 +100,7 @@ def _node_types(file: Path) -> list[tuple[dict[str, float], dict[str, str], int]
         return None
     most = content.get("max_workers", 2)
     return [
-        (kind.get("resources", {}), kind.get("labels", {}), min(kind.get("max_workers", most), most))
+        (kind.get("resources", {}), kind.get("labels", {}), min(kind.get("max_workers", most), _left(most, there)))
         for name, kind in content.get("available_node_types", {}).items()
         if name != content.get("head_node_type")
     ]

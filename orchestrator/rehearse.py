@@ -7,6 +7,7 @@ Exit status: 0 the same weights from the same samples, and every fault fired; 1 
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.faults import Fault
 from orchestrator.nodewatch import node_token
 from orchestrator.resume import default_storage
-from orchestrator.run import REHEARSAL, read_faults, read_settings
+from orchestrator.run import REHEARSAL, check_faults, never_happen, read_faults, read_settings
 from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.settings import flag
 from orchestrator.storage import Folder
@@ -178,6 +179,9 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
     if dry:
         raise UserError("--dry-run: a rehearsal has none; use it with python -m orchestrator.run")
     config = assemble(WORKLOADS[workload].config_type(), given)
+    check_faults(config, faults)
+    if idle := never_happen(config, config.steps or math.inf, faults):
+        raise UserError(f"--faults {mine.faults}: {idle[0]}, and a rehearsal fails where one does not")
     staleness, tolerance = config.staleness, TOLERANCE if config.parallel.kind == "fsdp" else 0.0
     if staleness.steps:
         raise UserError(
@@ -215,6 +219,11 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: one line and status 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(
+            f"usage: python -m orchestrator.rehearse {{{','.join(WORKLOADS)}}} --faults FILE ...; more with a workload"
+        )
+        return 0
     try:
         if not arguments or arguments[0] not in WORKLOADS:
             raise UserError(f"name a workload: {', '.join(WORKLOADS)}; see `python -m orchestrator.run --help`")

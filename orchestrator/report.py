@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator import spoken
 from orchestrator.charts import (
+    anybodys,
     loss_chart,
     metric_charts,
     moment,
@@ -137,7 +138,7 @@ def workers_section(history: History) -> dict[str, Any]:
 def held_by(generation: dict[str, Any]) -> str:
     """Shards, node and process of each worker of a generation."""
     parts = [
-        f"{first}-{after - 1} {node} ({pid})"
+        f"{'any shard' if anybodys(generation) else f'{first}-{after - 1}'} {node} ({pid})"
         for (first, after), node, pid in zip(
             generation["ranges"], generation["nodes"], generation["pids"], strict=True
         )

@@ -82,6 +82,13 @@ def choose(config: RunConfig, found: Accelerator, nodes: Sequence[Node], offer: 
     return choose_workers(config, found.per_worker, nodes, offer)
 
 
+def fewer(config: RunConfig, workers: int) -> int:
+    """About half as many workers to start with, in whole groups, and at least the minimum."""
+    size = max(1, config.parallel.size)
+    half = workers // 2
+    return max(min(workers, config.workers.minimum), half - half % size)
+
+
 def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: str) -> C:
     """The configuration to train with: as given for a new run, as stored for a resumed one.
 

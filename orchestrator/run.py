@@ -112,10 +112,15 @@ def check_faults(config: RunConfig, faults: Sequence[Fault]) -> None:
 
 def idle_faults(plan: Plan, faults: Sequence[Fault]) -> list[str]:
     """A line for each fault that cannot happen in this run, by its numbers alone."""
-    most, found = plan.config.workers.maximum, []
+    return never_happen(plan.config, plan.total_steps, faults)
+
+
+def never_happen(config: RunConfig, total_steps: float, faults: Sequence[Fault]) -> list[str]:
+    """See idle_faults; `total_steps` may be infinite where it is not known yet."""
+    most, found = config.workers.maximum, []
     for number, fault in enumerate(faults, 1):
-        if fault.step > plan.total_steps - (plan.config.sync == "parameter-server"):
-            found.append(f"fault {number}: step = {fault.step}: the run has {plan.total_steps}; it will not happen")
+        if fault.step > total_steps - (config.sync == "parameter-server"):
+            found.append(f"fault {number}: step = {fault.step}: the run has {total_steps}; it will not happen")
         elif fault.kind != SERVER and fault.rank >= most:
             found.append(
                 f"fault {number}: rank = {fault.rank}: there are at most {most} workers, from 0; it will not happen"

@@ -142,6 +142,10 @@ class RunFolder:
         """The newest step's in metrics.jsonl; NaN: there is none."""
         return float(self._last_record().get("loss", math.nan))
 
+    def last_seconds(self) -> float:
+        """Those that the newest step in metrics.jsonl took; 0: there is none."""
+        return float(self._last_record().get("step_s", 0.0))
+
     def loss_of(self, step: int) -> float:
         """That step's, if it is among the newest in metrics.jsonl; NaN: it is not."""
         found = next((record for record in self._last_records() if record.get("step", 0) <= step), {})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orchestrator.charts import moment, spans, taken
+from orchestrator.charts import anybodys, moment, spans, taken
 from orchestrator.history import Floats, History
 
 NAMED = 12  # incidents in one sentence; all are in their table
@@ -55,7 +55,8 @@ def shards(history: History) -> str:
     for word, (_, _, event) in zip(("First", "Last"), (spans(history)[0], spans(history)[-1]), strict=True):
         held = [after - first for first, after in event["ranges"]]
         who = f"{word}, generation {event['generation']}: {len(held)} workers"
-        told.append(f"{who} with {min(held)} to {max(held)} shards each.")
+        each = "any shard" if anybodys(event) else f"{min(held)} to {max(held)} shards each"
+        told.append(f"{who} with {each}.")
     return " ".join([*told, "The table of generations has all."])
 
 

@@ -23,7 +23,7 @@ from orchestrator.clerk import TOLD
 from orchestrator.command import Parser, leave, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.history import ALIVE_S
+from orchestrator.history import ALIVE_S, SLOW_STEPS
 from orchestrator.logbooks import BOOKS, Logbook, need
 from orchestrator.redact import redact
 from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder, loads
@@ -248,7 +248,8 @@ def by_hand(run: RunFolder, loggers: Sequence[str]) -> list[str]:
     began_s = time.time()
 
     def over(newest_s: float) -> bool:
-        return run.result() is not None or time.time() - (newest_s or began_s) > ALIVE_S
+        silent_s = time.time() - (newest_s or began_s)
+        return run.result() is not None or silent_s > max(ALIVE_S, SLOW_STEPS * run.last_seconds())
 
     with alone(run.uri, wait=False):
         return follow(run, loggers, lambda line: print(line, file=sys.stderr, flush=True), over, time.sleep)

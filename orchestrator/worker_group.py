@@ -38,6 +38,7 @@ RAISED_S, RAISED_BACKOFF_S = 300.0, (*BACKOFF_S, 60.0, 120.0)
 UNHEARD_S = 300.0  # a process that does not answer for so long is stopped, or its machine cannot be reached
 ANSWER_S = 0.02  # a coordinator with nothing else to do answers sooner
 END_S = 5.0  # workers still there so long after the run's end are shut down
+NO_START = (ray.exceptions.RayActorError, ray.exceptions.RuntimeEnvSetupError, ray.exceptions.OutOfMemoryError)
 log = logging.getLogger("ray.train")
 
 
@@ -64,10 +65,14 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         Its own start does not tell of one that is lost when it is given the train function, or does not answer. Who is
         lost each time is no accident: as many are excused as the run may lose workers.
         """
+        began_s = time.time()
         try:
             super()._start_impl(builder)
-        except WorkerGroupStartupFailedError:
+        except WorkerGroupStartupFailedError as error:
             self._worker_group_state = None  # as of a group that did not start, so that those who did are ended
+            if isinstance(error.__cause__, NO_START):  # Ray Train would ask for them again for ever
+                coordinator = ray.get_actor(self._train_run_context.backend_config.coordinator, namespace=NAMESPACE)
+                coordinator.process_ended.remote(began_s, last_line(error.__cause__))
             raise
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             self._worker_group_state = None

@@ -53,6 +53,17 @@ def test_an_autoscaler_that_tells_nobody_what_it_has(labels: dict, found: Any, m
     assert offers.offer() == found
 
 
+def test_what_an_autoscaler_of_the_first_version_may_add_is_what_is_left(tmp_path: Any) -> None:
+    """Three may come at most, and some are there."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "max_workers: 3\nhead_node_type: head\navailable_node_types:\n  head: {resources: {}}\n"
+        "  small: {resources: {CPU: 1}, max_workers: 9}\n  large: {resources: {CPU: 8}, max_workers: 2}\n"
+    )
+    counts = [[count for _, _, count in offers._node_types(file, there) or ()] for there in (0, 2, 3, 5)]
+    assert counts == [[3, 2], [1, 1], [0, 0], [0, 0]]
+
+
 class Full(io.RawIOBase):
     """A file on a disk that is full for a while."""
 

@@ -16,6 +16,7 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.events import CheckpointSaved, RunEnded, record
 from orchestrator.plan import Plan
+from orchestrator.resume import fewer
 from orchestrator.schedule import learning_rate
 from orchestrator.settings import settings
 from orchestrator.values import WorkerRange
@@ -256,3 +257,12 @@ def test_event_records():
 def test_worker_ranges(text, low, high):
     assert WorkerRange.parse(text) == WorkerRange(low, high)
     assert WorkerRange.parse(str(WorkerRange(low, high))) == WorkerRange(low, high)
+
+
+@pytest.mark.parametrize(
+    ("workers", "size", "tried", "found"),
+    [("1:8", "ddp", 5, 2), ("3:8", "ddp", 5, 3), ("2:8", "tensor=2", 6, 2), ("1:8", "ddp", 1, 1), ("4", "ddp", 4, 4)],
+)
+def test_a_start_that_found_no_room_is_tried_with_fewer(workers, size, tried, found):
+    """Four GPUs and as many shares of others: five fit by the sum, and Ray has room for four."""
+    assert fewer(config(workers=workers, parallel=size, shards=8), tried) == found

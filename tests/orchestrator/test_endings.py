@@ -197,7 +197,7 @@ def test_a_run_that_is_taken_over_while_it_waits_says_so(tmp_path):
         coordinator._journal, coordinator._outcome, coordinator._failing = journal, "", False
         coordinator._written, coordinator._message, coordinator._exit_status = asyncio.Event(), "", 0
         coordinator._members = SimpleNamespace(roster=Roster(1, 2, 2), begun=False, abandon=lambda: None)
-        coordinator._phase = ""
+        coordinator._phase, coordinator._noted = "", None
         assert (await coordinator.status()).outcome == ""
         RunFolder(Folder(uri)).take_ownership("of another command")
         journal._check_at_s = 0.0
