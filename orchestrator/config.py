@@ -46,7 +46,8 @@ class RunConfig:
 
     precision: str = setting("auto", choices=("auto", "fp32", "bf16", "fp16"))
     """Arithmetic of forward and backward; fp16 scales the loss dynamically. auto: measured when the run
-    starts, fp32 unless another takes at most 0.7 of its time, and kept in config.toml: resuming does not measure."""
+    starts, fp32 unless another takes at most 0.7 of its time, and kept in config.toml: resuming does not measure.
+    With --compile, parameter servers or a model in parts it is bf16 on GPUs and fp32 elsewhere, unmeasured."""
 
     data: str = setting("")
     """Training data, as KIND or KIND:PATH."""
@@ -102,14 +103,14 @@ class RunConfig:
     servers: int = setting(2, result=False, low=1, high=1024)
     """Processes that the parameters are spread over, with --sync parameter-server."""
 
-    local_steps: int = setting(8, low=1)
+    local_steps: int = setting(8, low=1, high=100_000)
     """Steps that each shard takes alone between two averages, with --sync local-sgd or diloco."""
 
     outer_lr: float = setting(0.7, low=0)
     """Learning rate of diloco's outer step along the averaged difference; 0.7 in the paper. In the long run that
     difference is multiplied by outer_lr / (1 - outer_momentum), 1.4 with the defaults."""
 
-    outer_momentum: float = setting(0.5, low=0, high=1)
+    outer_momentum: float = setting(0.5, low=0, below=1)
     """Nesterov momentum of diloco's outer step. 0.9 in the paper, which multiplies by 7: for hundreds of rounds."""
 
     threads: int = setting(0, low=0, high=1024)
@@ -153,7 +154,8 @@ class RunConfig:
 
     resources_per_worker: Pairs = setting(Pairs(), result=False)
     """What each worker reserves, such as GPU=1,CPU=8 or CPU=0.5. Without it CPU=1, and one GPU or TPU chip by
-    --accelerator; with it what is named, and that chip."""
+    --accelerator; with it what is named, and that chip. A new run's --threads and --accelerator follow from it where
+    they are not given, and so its bits."""
 
     checkpoint_every: Cadence = setting(Cadence(seconds=60.0), result=False)
     """Checkpoint cadence: steps (100) or seconds (60s)."""

@@ -46,7 +46,7 @@ class Coordinator:
         told = (assignment.description, assignment.started_s, again, exporter(self._plan, assignment.loopback))
         self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
         roster = roster_of(config, assignment.maximum, assignment.expected)
-        roster.generation, roster.gather = self._journal.generation, again
+        roster.generation, roster.gather = self._journal.generation, self._journal.again
         roster.expected = min(roster.maximum, max(roster.expected, self._journal.workers))
         parts = (self._journal, roster, Balancer.of(self._journal, self._plan))
         self._members = self.members_kind(*parts, config.stall_limit, config.max_incidents)

@@ -129,8 +129,8 @@ def cpu(flags: re.Pattern[str] = VECTOR) -> str:
 
 
 def kind_of(device: torch.device) -> str:
-    """What a run's record calls a device."""
-    return f"{'tpu' if device.type == 'xla' else device.type}, {machine(device)}"
+    """What a run's record calls a device; torch's version, for other versions have other kernels."""
+    return f"{'tpu' if device.type == 'xla' else device.type}, {machine(device)}, torch {torch.__version__}"
 
 
 def seed(device: torch.device, number: int) -> None:

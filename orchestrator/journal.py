@@ -58,6 +58,8 @@ class Journal:
         self._listener = listener or Listener()
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
         self.flush = self._folder.flush
+        # A coordinator that was lost before it had taken the run over has left nothing that this one goes on from.
+        self.again = again = again and self._folder.belongs(token)
         self.superseded, self._check_at_s = False, 0.0
         self.recorded = 0  # newest step in metrics.jsonl
         self.best = 0  # the most it ever was
@@ -148,8 +150,9 @@ class Journal:
         return self.recorded >= self._plan.total_steps
 
     def error(self, text: str) -> None:
-        """Append to logs/errors.log."""
-        self._folder.error(text)
+        """Append to logs/errors.log, unless that is another command's by now."""
+        if not self.check_owner():
+            self._folder.error(text)
 
     def check_owner(self) -> bool:
         """Whether another command has taken the run over (the driver of this one may have been killed)."""

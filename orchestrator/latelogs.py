@@ -27,6 +27,7 @@ class LateLogs:
     Attributes:
         owned_by: what `owner` held when it was last read; None: nothing yet.
         problem: why nothing is written any more, "" while all is well.
+        token: what the owner is while these logs are to be written; "": anybody.
     """
 
     def __init__(self, folder: Folder, names: Sequence[str], owner: str) -> None:
@@ -35,6 +36,7 @@ class LateLogs:
         self._unwritten: set[str] = set()
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self.owned_by: str | None = None
+        self.token = ""
         self.problem = ""
         self._thread: threading.Thread | None = None
 
@@ -71,6 +73,8 @@ class LateLogs:
         with self._writing:
             if self.problem:  # nobody is asked again who was asked for long enough
                 raise StorageError(self.problem)
+            if self.token and self.owned_by not in (None, self.token):  # what is there is another command's
+                return
             with self._lock:
                 todo = {name: self._joined(name) for name in self._unwritten}
                 self._unwritten.clear()
@@ -86,12 +90,12 @@ class LateLogs:
         waiting, due_s = threading.Event(), 0.0
         while not self.problem and not waiting.wait(EVERY_S):
             try:
+                self.owned_by = self._folder.read_text(self._owner)
                 began_s = time.monotonic()
                 if began_s >= due_s:
                     self.flush()
                     ended_s = time.monotonic()
                     due_s = ended_s + REST * (ended_s - began_s)
-                self.owned_by = self._folder.read_text(self._owner)
             except StorageError as error:
                 self.problem = str(error)
             except Exception as error:

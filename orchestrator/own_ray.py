@@ -30,9 +30,14 @@ def few_processes(environment: Mapping[str, str]) -> Iterator[None]:
     Args:
         environment: variables that the node and all its processes have besides this process's.
     """
-    from ray._private import node, parameter, utils
+    from ray._private import node, parameter, services, utils
 
     whole = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
+    # A terminal that goes, and `timeout`, signal the whole group: without Ray the workers could write no checkpoint.
+    popen, services.ConsolePopen = (
+        services.ConsolePopen,
+        functools.partial(services.ConsolePopen, start_new_session=True),
+    )
     parameter.RayParams = functools.partial(whole[0], no_monitor=True, include_log_monitor=False)
     node.Node.start_api_server = lambda *_, **__: None
     utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")
@@ -46,4 +51,5 @@ def few_processes(environment: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+        services.ConsolePopen = popen
         parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error = whole

@@ -108,9 +108,15 @@ class RunFolder:
 
     def take_ownership(self, token: str) -> None:
         """From now on the run belongs to the command with this token; the end of an earlier one is void."""
-        self.folder.write(OWNER, token.encode())
         self.folder.delete(RESULT)
+        self.folder.write(OWNER, token.encode())
         self.mend_logs()
+
+    def belongs(self, token: str) -> bool:
+        """Whether the run is of the command with this token, in whose name logs are written from now on."""
+        if self._late:
+            self._late.token = token
+        return self.folder.read_text(OWNER) == token
 
     def owner(self) -> str | None:
         """The token of the command that the run belongs to; None: not known."""

@@ -7,6 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,6 +181,11 @@ class Folder:
         _sync(target.parent)  # a rename survives a power cut only when the folder itself is flushed
 
     def _put(self, name: str, pieces: Pieces) -> None:
+        """In a thread, which no signal interrupts: a stream that is left makes an object of what it has got."""
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self._put_whole, name, pieces).result()
+
+    def _put_whole(self, name: str, pieces: Pieces) -> None:
         with self._fs.open_output_stream(self.path(name)) as stream:
             for piece in pieces:
                 stream.write(piece)

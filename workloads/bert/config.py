@@ -43,7 +43,8 @@ class BertConfig(RunConfig):
     blank lines separate documents, or parquet:URI (either, prepared by orchestrator.prepare)."""
 
     model: str = setting("tiny", choices=tuple(SIZES))
-    """Model size of Turc et al. 2019; the four settings below replace single numbers of it."""
+    """Model size of Turc et al. 2019; --hidden-size, --layers, --heads and --intermediate-size replace
+    single numbers of it."""
 
     hidden_size: int = setting(0, low=0, high=65536)
     """Width of the network. 0: by model."""
