@@ -34,10 +34,8 @@ def few_processes(environment: Mapping[str, str]) -> Iterator[None]:
 
     whole = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
     # A terminal that goes, and `timeout`, signal the whole group: without Ray the workers could write no checkpoint.
-    popen, services.ConsolePopen = (
-        services.ConsolePopen,
-        functools.partial(services.ConsolePopen, start_new_session=True),
-    )
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
     parameter.RayParams = functools.partial(whole[0], no_monitor=True, include_log_monitor=False)
     node.Node.start_api_server = lambda *_, **__: None
     utils.get_dashboard_dependency_error = lambda: ImportError("not wanted here")

@@ -1,7 +1,9 @@
 """What a run leaves behind when it ends before its time: its incidents, all its steps, weights that are numbers."""
 
 import asyncio
+import contextlib
 import math
+import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -243,3 +245,31 @@ def test_an_evaluation_asks_for_room_before_anybody_is_hired(monkeypatch):
     assert scoring._room() == 2
     scoring._left_out.add("n1")
     assert scoring._room() == 0
+
+
+@pytest.mark.parametrize("earlier", ["none", "stopped", "killed"])
+def test_a_coordinator_that_was_lost_before_it_had_begun_has_a_successor_that_begins(tmp_path, earlier):
+    """Ray says that it was started anew, and there is nothing of this command's to go on from."""
+    if earlier != "none":
+        before = Journal(toy_plan(), str(tmp_path), "before", "", 0.0, again=False)
+        before.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])
+        if earlier == "stopped":
+            before.end("stopped", "on request", "", {})
+    journal = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=True)
+    assert not journal.again
+    assert journal.ended_as() == ("", "", 0)
+    assert not journal.check_owner()
+    assert RunFolder(Folder(str(tmp_path))).owner() == "token"
+    assert [event["event"] for event in journal._folder.every("coordinator_restarted")] == []
+    assert Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=True).again
+
+
+def test_an_object_is_written_where_no_signal_interrupts(monkeypatch):
+    """A stream that is left becomes an object, of what it has got by then."""
+    wrote = []
+    folder = object.__new__(Folder)
+    stream = SimpleNamespace(write=lambda piece: wrote.append((piece, threading.current_thread())))
+    folder._root, folder._fs = "b", SimpleNamespace(open_output_stream=lambda path: contextlib.nullcontext(stream))
+    folder._put("x", [b"1", b"2"])
+    assert [piece for piece, _ in wrote] == [b"1", b"2"]
+    assert threading.main_thread() not in {thread for _, thread in wrote}

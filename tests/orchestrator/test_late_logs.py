@@ -65,3 +65,19 @@ def test_what_takes_long_to_write_is_written_seldom(quick: None, tmp_path: Path)
     logs.append("a", "third\n")
     logs.flush()
     assert folder.read_text("a") == "first\nsecond\nthird\n", "the end does not wait"
+
+
+def test_what_another_command_has_written_stays(quick: None, tmp_path: Path) -> None:
+    """This one was asleep while that took the run over and ended it."""
+    folder = Folder(str(tmp_path))
+    folder.write("owner", b"mine")
+    logs = LateLogs(folder, ("a",), "owner")
+    logs.token = "mine"
+    logs.append("a", "of mine\n")
+    until(lambda: folder.read_text("a") == "of mine\n")
+    folder.write("owner", b"another")
+    folder.write("a", b"of mine and another\n")
+    logs.append("a", "late\n")
+    until(lambda: logs.owned_by == "another")
+    logs.flush()
+    assert folder.read_text("a") == "of mine and another\n"

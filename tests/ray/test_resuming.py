@@ -56,15 +56,17 @@ def assert_as_undisturbed(done: Done, folder: Path, undisturbed: Path) -> None:
 
 
 def test_asked_to_stop_it_checkpoints_first(undisturbed: Path, tmp_path: Path) -> None:
-    """By either signal, one after the other; with a Ray of the command's own. TensorBoard has every step once."""
+    """By each signal, one after the other; with a Ray of the command's own. TensorBoard has every step once.
+
+    Each to the whole group: as Ctrl-C and a terminal that is closed send it, and coreutils' timeout.
+    """
     folder, last, stops = tmp_path / "run", 0, []
     of_others = ray_processes(UNUSED)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = start(arguments(tmp_path, "run", "--checkpoint-every", "600s", "--workers", "2", *LOG))
         wait_for_step(folder, last + 5)
         assert ray_processes(UNUSED) <= of_others
-        # SIGINT to the whole session, as from a terminal.
-        os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+        os.killpg(process.pid, number)
         done = finish(process)
         assert done.status == 130, done.err
         assert result(folder)["status"] == "stopped"
