@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 import time
 import tomllib
@@ -20,6 +21,9 @@ AUTO = "auto"
 OWNER, ERRORS = "logs/owner", "logs/errors.log"
 
 LAST_BYTES = 8192  # of metrics.jsonl: several records
+
+
+HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")  # see Folder
 
 
 class RunFolder:
@@ -227,7 +231,10 @@ class RunFolder:
         self._append(ERRORS, redact(text).rstrip() + "\n")
 
     def save_model(self, local: Path) -> None:
-        """Copy the files of a local folder to model/."""
+        """Copy the files of a local folder to model/, and delete what a worker that was killed has left half written."""
+        model = self.folder.child("model")
+        for name in filter(HALF_WRITTEN.fullmatch, model.names()):
+            model.delete(name)
         for file in sorted(local.rglob("*")):
             if file.is_file():
                 self.folder.write(f"model/{file.relative_to(local)}", file.read_bytes())

@@ -92,7 +92,10 @@ def test_results_errors_and_models(folder, tmp_path):
     assert (tmp_path / "logs" / "errors.log").read_text() == "first\nsecond\n"
     (tmp_path / "local" / "deep").mkdir(parents=True)
     (tmp_path / "local" / "deep" / "model.safetensors").write_bytes(b"\x00weights")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / ".w.bin.0a1b2c3d").write_bytes(b"half")
     folder.save_model(tmp_path / "local")
+    assert not list((tmp_path / "model").glob(".*"))
     assert (tmp_path / "model" / "deep" / "model.safetensors").read_bytes() == b"\x00weights"
 
 
