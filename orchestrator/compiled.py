@@ -122,6 +122,8 @@ def _cache(threads: int, device: torch.device, shapes: str) -> Iterator[str]:
     """
     folder = cache_folder() / "compiled"
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    # What is set below holds for this thread alone; a GPU's backward pass may be compiled in autograd's.
+    os.environ |= {"TORCHINDUCTOR_DETERMINISTIC": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     import torch._dynamo
     import torch._inductor.config as inductor
 

@@ -50,7 +50,7 @@ class Group:
     _process_group: dist.ProcessGroup | None = None  # None: that of all workers
     _store: dist.Store | None = None
     _timeout: datetime.timedelta = datetime.timedelta()
-    _broken: bool = False
+    broken: bool = False
     _ending: Any = field(default_factory=threading.Lock)
     _errands: Errands = field(init=False)
 
@@ -139,9 +139,9 @@ class Group:
         self._over.set()
         if self.world == 1:
             return
-        self._end_nccl()
         self.hang_up()
-        self._lines.cut_store()
+        self._lines.cut_store()  # whoever closes this group may wait there for the others
+        self._end_nccl()
 
     def hang_up(self) -> None:
         """Leave in the middle of a message: whoever waits for this worker, or here for others, gets an error."""
@@ -155,8 +155,9 @@ class Group:
         with self._ending:
             if self.device.type != "cuda" or not dist.is_initialized() or self._store is None:
                 return
-            if not (self._broken or self._over.is_set()):
+            if not (self.broken or self._over.is_set()):
                 with contextlib.suppress(RuntimeError):
+                    self._store.set_timeout(CONNECT_TIMEOUT)  # a worker's own store has minutes
                     meet(self._store, "done", self.rank, self.world)
             abort_communicators()
             self._store = None
@@ -202,7 +203,7 @@ class Group:
                     if self._over.is_set():
                         raise PeerLostError("the generation was ended")
             except RuntimeError as error:
-                self._broken = True
+                self.broken = True
                 raise PeerLostError(str(error)) from error
 
     def settle(self) -> None:

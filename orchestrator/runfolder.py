@@ -231,7 +231,7 @@ class RunFolder:
         self._append(ERRORS, redact(text).rstrip() + "\n")
 
     def save_model(self, local: Path) -> None:
-        """Copy the files of a local folder to model/, and delete what a worker that was killed has left half written."""
+        """Copy the files of a local folder to model/; what a worker that was killed has left half written goes."""
         model = self.folder.child("model")
         for name in filter(HALF_WRITTEN.fullmatch, model.names()):
             model.delete(name)

@@ -35,6 +35,11 @@ class TogetherGradients(ShardedGradients):
         self._part.seating.inside.sum(asked)  # no part takes a step whose gradient another one may not get
         return totals
 
+    def _all_rows(self) -> Tensor:
+        """See ShardedGradients; where there is one replica group, nothing has told yet whether its sums are real."""
+        self._part.seating.inside.settle()
+        return super()._all_rows()
+
     def _waits_of_all(self, rows: torch.Tensor) -> list[float]:
         """Not told: the parts of a group wait for each other within the passes."""
         return [0.0]

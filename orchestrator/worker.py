@@ -206,6 +206,7 @@ class Worker:
             has_state = True
             return self._train(workload, group, seat), True
         except Exception as error:
+            group.broken = True  # others wait for this worker, and it for none of them
             lost = isinstance(error, actor_lost())  # the coordinator, which will be back
             excused = isinstance(error, RuntimeError) and group.excuses(error)
             if isinstance(error, GivenUpError) or not (lost or excused):
