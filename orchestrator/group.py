@@ -34,6 +34,7 @@ class Group:
         waiting: whether it waits for the others in a collective.
         clock: of its own computing.
         drag: called with the pieces of work that come next; a rehearsal makes a worker slow by it.
+        broken: whether a collective has failed, or this worker leaves in the middle of one.
         inside: the "xla" group of this worker's TPU slice; None: there is no other worker in it.
     """
 
