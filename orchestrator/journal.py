@@ -58,8 +58,9 @@ class Journal:
         self._listener = listener or Listener()
         self._folder = RunFolder(Folder(uri, patience_s=plan.config.storage_patience), late=True)
         self.flush = self._folder.flush
-        # A coordinator that was lost before it had taken the run over has left nothing that this one goes on from.
-        self.again = again = again and self._folder.belongs(token)
+        # One that was lost before it had taken the run over has left nothing to go on from; nor has anybody since then.
+        mine, taken = self._folder.belongs(token), [event["time_s"] for event in self._folder.every("run_started")]
+        self.again = again = again and (mine or closing or max(taken, default=-math.inf) >= started_s)
         self.superseded, self._check_at_s = False, 0.0
         self.recorded = 0  # newest step in metrics.jsonl
         self.best = 0  # the most it ever was

@@ -93,16 +93,17 @@ def launch(
     )
     coordinator = _start_coordinator(assignment)
 
-    tried = workers
+    tried = last = workers
 
     def again() -> int:
-        nonlocal tried
+        nonlocal tried, last
         try:
             found = choose(config, accelerator, nodes(), offered)
         except UserError:  # a node has gone without which the least do not fit: it may come back
             return workers
         # What is free may lie in parts that no worker fits into; with some of them the others are asked for later.
-        tried = fewer(config, found) if found == tried and not accelerator.shape else found
+        tried = fewer(config, tried) if found == last and not accelerator.shape else found
+        last = found
         return tried
 
     trainer = Training(assignment, coordinator, accelerator, offered, again)

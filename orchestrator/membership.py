@@ -33,7 +33,8 @@ class Membership:
         self, journal: Journal, roster: Roster, balancer: Balancer, stall_s: float, max_incidents: int
     ) -> None:
         self.roster, self._journal, self._balancer = roster, journal, balancer
-        self.desk = Desk(secrets.token_hex(16), self._heard, self._gone)
+        gone = lambda member_id: self.lose(member_id, "worker_killed", "its process ended")  # noqa: E731
+        self.desk = Desk(secrets.token_hex(16), self._heard, gone)
         self.end_run: Callable[..., None]
         self.kill: Callable[[Member], None]
         self.stopping = self.over = self.begun = False
@@ -43,7 +44,8 @@ class Membership:
         self._pulses, self._answers = dict[str, Pulse](), dict[str, Seat | Order]()
         self._excluded = set[str]()
         self._newcomers = set[str]()  # in a generation whose others have the state
-        self._pausing, self._last = "", ""  # the kind of incident that it will be; who leads the end of a stop
+        # The kind of incident that it will be; who leads the end of a stop; who writes down what nobody else has.
+        self._pausing, self._last, self._saving = "", "", ""
         self.changed, self.broken_s = asyncio.Condition(), time.time()
         self._failures, self._unreachable, self._stillness = 0, Unreachable(), Stillness()
         self.start = Background(journal.error).start
@@ -71,7 +73,7 @@ class Membership:
                 self._note_fruitless(member.id, why)
             if self.excluded(member.id):
                 return Order("excluded")
-        now = time.time()
+        now, self._saving = time.time(), "" if member.id == self._saving else self._saving
         self.roster.join(member, now)
         self._pulses[member.id] = Pulse(now, now, Beat(0, member.step, 0, True))
         self.seat()
@@ -123,7 +125,7 @@ class Membership:
         if self.stopping:
             self._order_stop()
             return
-        if (order := self.roster.form(time.time())) is not None:
+        if self._saving not in self.roster.ready and (order := self.roster.form(time.time())) is not None:
             self._give_seats(order)
 
     def _give_seats(self, order: list[Member]) -> None:
@@ -163,7 +165,7 @@ class Membership:
         """Nodes will go: where nobody trains, who has the newest state writes it down, and waits on."""
         there = [] if self.roster.seated or not self.begun else self.roster.by_state()
         if there and there[0].step > self._journal.saved and not self.stopping:
-            self._answers[there[0].id] = Order("save")
+            self._answers[there[0].id], self._saving = Order("save"), there[0].id
             self.notify()
 
     def pause(self, kind: str = "workers_joined") -> None:
@@ -184,9 +186,6 @@ class Membership:
             moved = beat.place != pulse.beat.place or beat.generation != pulse.beat.generation or beat.waiting
             self._pulses[member_id] = Pulse(now, now if moved else pulse.moved_s, beat)
             self._balancer.heard(member_id, pulse.beat, beat)
-
-    def _gone(self, member_id: str) -> None:
-        self.lose(member_id, "worker_killed", "its process ended")
 
     def lose(self, member_id: str, kind: str, detail: str) -> None:
         """A worker is lost, for good: `kind` as in events.Incident."""

@@ -15,8 +15,8 @@ VARIABLE = re.compile(rf"(?i){NAMES}")
 SHAPES = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), GONE),
     # AWS's keys may have a slash in them; digits and a slash are a port.
-    (re.compile(r"(\w://)[^\s/@:\"',]{1,200}:(?!\d+(?:[/\"',\s]|$))[^\s@\"',]{1,200}@"), rf"\1{GONE}@"),
-    (re.compile(r"(https?://)[^\s/@:\"',]{1,200}@"), rf"\1{GONE}@"),
+    (re.compile(r"(\w://)[^\s/@:\"',]{1,200}:(?!\d+(?:[/\"',\s]|$))[^\s@\"]{1,500}@"), rf"\1{GONE}@"),
+    (re.compile(r"(https?://)[^\s/@:\"',]{1,500}@"), rf"\1{GONE}@"),
     (re.compile(r"(?i)\b(bearer|basic|authorization[\"']?\s*[=:]\s*[\"']?\w+)\s+[\w.~+/=-]{8,}"), rf"\1 {GONE}"),
     (re.compile(r"([?&]sig=)[^\s&\"']+"), rf"\1{GONE}"),  # Azure's
     (re.compile(rf"(?i)((?<![\w-])--(?:[\w-]{{1,40}}-)?{NAMES}\s+)(?!-)\S{{6,}}"), rf"\1{GONE}"),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 import threading
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -255,7 +256,7 @@ def test_a_coordinator_that_was_lost_before_it_had_begun_has_a_successor_that_be
         before.generation_begins(GenerationStarted(1, 0, 1, [], [], [], "cpu"), 0.0, 0.0, [])
         if earlier == "stopped":
             before.end("stopped", "on request", "", {})
-    journal = Journal(toy_plan(), str(tmp_path), "token", "", 0.0, again=True)
+    journal = Journal(toy_plan(), str(tmp_path), "token", "", time.time(), again=True)
     assert not journal.again
     assert journal.ended_as() == ("", "", 0)
     assert not journal.check_owner()
@@ -273,3 +274,15 @@ def test_an_object_is_written_where_no_signal_interrupts(monkeypatch):
     folder._put("x", [b"1", b"2"])
     assert [piece for piece, _ in wrote] == [b"1", b"2"]
     assert threading.main_thread() not in {thread for _, thread in wrote}
+
+
+def test_a_coordinator_that_is_started_anew_takes_nothing_back(tmp_path):
+    """Another command has taken the run over while it was away."""
+    began_s = time.time()
+    Journal(toy_plan(), str(tmp_path), "mine", "", began_s, again=False)
+    theirs = Journal(toy_plan(), str(tmp_path), "theirs", "", began_s + 1, again=False)
+    theirs.end("finished", "", "ab", {})
+    again = Journal(toy_plan(), str(tmp_path), "mine", "", began_s, again=True)
+    assert again.check_owner()
+    assert RunFolder(Folder(str(tmp_path))).owner() == "theirs"
+    assert RunFolder(Folder(str(tmp_path))).result()["status"] == "finished"

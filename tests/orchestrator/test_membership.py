@@ -184,15 +184,16 @@ def test_a_notice_while_too_few_train_has_the_state_written_down(tmp_path):
         await asyncio.wait([waiting], timeout=0)
         run.members.save()
         assert await waiting == Order("save")
+        c = asyncio.create_task(run.worker("c").join())
+        await asyncio.wait([c], timeout=0.2)
+        assert not c.done(), "who writes sits nowhere"
+        assert not run.members.roster.seated
         run.journal.log(CheckpointSaved(3, 1, 0.0, 0.0))
         waiting = asyncio.create_task(a.join())
-        await asyncio.wait([waiting], timeout=0)
         run.members.save()
-        await asyncio.wait([waiting], timeout=0.2)
-        assert not waiting.done(), "it is written down"
-        c = run.worker("c")
-        await c.join()
-        assert (await waiting).step == 3
+        assert (await waiting).step == (await c).step == 3
+        assert (await c).generation == 2, "one generation, and no connection that was lost"
+        assert run.journal.open.kind == "worker_killed"
 
     play(story, tmp_path)
 

@@ -27,6 +27,7 @@ from orchestrator.storage import Folder
         ("abfs://c@a.dfs.core.windows.net/r?sv=2024&sig=x%2Fyz12&se=1", "x%2Fyz12"),
         ("'s3://AK1A:wJalrXUtnFEMI/K7MDENG/bPx@bucket/runs': cannot be parsed", "MDENG"),
         ("cloning https://0123abcdef@git.example.com/x", "0123abcdef"),
+        ("postgres://me:pa,ss'word1@host/db", "word1"),
         ('password="correct horse battery staple"', "battery"),
         ("password=abc);defghijkl", "defghi"),
         ("Authorization: Token abcdefgh12345678", "abcdefgh"),
