@@ -178,7 +178,7 @@ class Worker:
         while True:
             if self._line_broke:
                 self._connect_line()
-            store = self._door.store().address
+            store = self._door.serve().address
             here = (store, self._host, self._speed, self._holds, self._spot.slice, self._spot.place)
             member = Member(self.id, self._node, os.getpid(), device, step, self.rank, *here)
             try:

@@ -30,8 +30,8 @@ class Door:
         """The store has lost its connection to itself: the next who asks gets a new one."""
         self._served = None
 
-    def store(self) -> Any:
-        """The store; by that interface gloo connects, too."""
+    def serve(self) -> Any:
+        """The OwnStore; by that interface gloo connects, too."""
         from orchestrator.stores import OwnStore
 
         if name := interface_of(self._host):
@@ -45,7 +45,7 @@ class Door:
 
         if seat.workers == 1:
             return None
-        return self.store() if seat.rank == 0 else reach_store(seat.store)
+        return self.serve().store if seat.rank == 0 else reach_store(seat.store)
 
 
 @dataclass(frozen=True)

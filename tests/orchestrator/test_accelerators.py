@@ -1,5 +1,6 @@
 """What a run computes on, which GPU is a worker's, and what is said of mixed devices."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -19,9 +20,10 @@ from orchestrator.events import GenerationStarted
 from orchestrator.journal import Journal
 from orchestrator.progress import Progress
 from orchestrator.resume import settle_accelerator
-from orchestrator.seats import Status
+from orchestrator.seats import Seat, Status
+from orchestrator.shards import Placement
 from orchestrator.slices import shape_of
-from orchestrator.worker_device import torch_xla_problem
+from orchestrator.worker_device import Door, torch_xla_problem
 
 CPUS, GPUS = Node({"CPU": 4.0}, {"zone": "a"}), Node({"CPU": 8.0, "GPU": 2.0}, {"zone": "b"})
 
@@ -164,3 +166,17 @@ def test_cpus_that_kernels_tell_apart_are_two_kinds(tmp_path, monkeypatch):
     assert all(name.startswith("V Seven ") for name in told.values())
     (tmp_path / "cpuinfo").unlink()
     assert devices.cpu.__wrapped__() == ""
+
+
+def test_the_others_meet_at_the_door_of_rank_0():
+    door, other = Door("127.0.0.1"), Door("127.0.0.1")
+    seat = Seat(1, 0, Placement((0, 4, 8)), door.serve().address, 0, False, 0)
+    store = door.of(seat)
+    other.of(dataclasses.replace(seat, rank=1)).set("key", "value")
+    assert store.get("key") == b"value"
+    assert store.port == seat.store[1]
+    assert door.of(dataclasses.replace(seat, placement=Placement((0, 8)))) is None
+    before = door.serve()
+    assert door.serve() is before
+    door.close()
+    assert door.serve() is not before
