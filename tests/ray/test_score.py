@@ -101,7 +101,7 @@ def test_a_frozen_worker_is_replaced(cluster: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_nodes_come_and_go(tmp_path: Path) -> None:
     """One of two nodes is lost, and a third one joins: it gets workers too."""
-    folder, out = many(tmp_path / "many", 40_000), tmp_path / "found.json"
+    folder, out = many(tmp_path / "many", 200_000), tmp_path / "found.json"
     with stage("", 2, 1) as nodes:
         alone = scored(folder, "--workers", "1", "--address", nodes.address)
         process = begin([*SCORE, str(folder), "--address", nodes.address, "--out", str(out)])
