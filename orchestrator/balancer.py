@@ -93,8 +93,8 @@ class Balancer:
 
     def judges(self, now: float) -> bool:
         """Whether it is time to look again, and there is enough to go by."""
-        self._begun_at = min(self._begun_at, self._journal.recorded)
-        settled = self._journal.recorded - self._begun_at >= SETTLE_STEPS  # at once after a checkpoint was loaded
+        self._begun_at = min(self._begun_at, self._journal.recorded)  # which goes back where a checkpoint is loaded
+        settled = self._journal.recorded - self._begun_at >= SETTLE_STEPS
         settled &= len(self._journal.step_seconds()) >= SETTLE_STEPS
         if not (self._enabled and settled) or now - self._looked_s < EVERY_S:
             return False

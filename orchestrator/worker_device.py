@@ -34,9 +34,10 @@ class Door:
         """The OwnStore; by that interface gloo connects, too."""
         from orchestrator.stores import OwnStore
 
-        if name := interface_of(self._host):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        self._served = self._served or OwnStore(self._host)
+        if self._served is None:
+            if name := interface_of(self._host):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            self._served = OwnStore(self._host)
         return self._served
 
     def of(self, seat: Seat) -> Any:
