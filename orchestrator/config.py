@@ -181,6 +181,13 @@ class RunConfig:
     address: str = setting("", result=False)
     """Ray cluster to use. Empty: RAY_ADDRESS, else the cluster on this machine, else a new local one."""
 
+    @property
+    def arithmetic(self) -> int:
+        """Counts up where a version of this software computes other numbers from these settings: runs that an earlier
+        one began are not gone on with.
+        """
+        return 1
+
     def check_split(self) -> None:
         """Whether this model can be held in the parts of --parallel; raises UserError with one line."""
 

@@ -88,7 +88,8 @@ class Plan:
             for name, f in settings(type(self.config)).items()
             if f.metadata["result"]
         }
-        return digest([self.workload, self.fingerprint, decisive])
+        version = self.config.arithmetic
+        return digest([self.workload, self.fingerprint, decisive, *([version] if version > 1 else [])])
 
     def with_config(self, **changes: object) -> "Plan":
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))  # type: ignore[arg-type]

@@ -20,6 +20,8 @@ from orchestrator.resume import fewer
 from orchestrator.schedule import learning_rate
 from orchestrator.settings import settings
 from orchestrator.values import WorkerRange
+from workloads.bert.config import BertConfig
+from workloads.resnet.config import ResnetConfig
 
 SCHEDULES = ("cosine", "step", "linear", "constant")
 
@@ -228,6 +230,22 @@ def test_the_identity_is_of_what_decides_the_result():
     assert set(other) <= decided
     assert Plan("toy", config(), 100, 10, "abd").identity() != plan().identity()
     assert Plan("yot", config(), 100, 10, "abc").identity() != plan().identity()
+
+
+def test_a_version_with_other_arithmetic_does_not_go_on_with_a_run(monkeypatch):
+    before = plan().identity()
+    monkeypatch.setattr(RunConfig, "arithmetic", 2)
+    assert plan().identity() != before
+    monkeypatch.undo()
+    assert ResnetConfig().arithmetic == 1, "as runs of before have it"
+
+
+@pytest.mark.parametrize(
+    ("settled", "arithmetic"),
+    [({}, 2), ({"accelerator": "cpu"}, 2), ({"dropout": 0.0}, 1), ({"accelerator": "cuda"}, 1)],
+)
+def test_what_draws_as_before_is_gone_on_with(settled, arithmetic):
+    assert BertConfig(**settled).arithmetic == arithmetic
 
 
 def test_the_length_of_a_plan():

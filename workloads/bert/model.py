@@ -2,7 +2,8 @@
 
 Our own module rather than transformers' BertForMaskedLM, whose import takes every worker 3.7 s of processor time
 before its first step. Names and shapes of the parameters are transformers', and so is the order in which dropout
-draws: the logits have the same bits (tests/bert/test_bert_training.py), and export.py saves it as transformers' model.
+draws: the hidden states have the same bits, in training with our layers of dropout in theirs
+(tests/bert/test_bert_training.py). export.py saves it as transformers' model.
 
 B = microbatch, T = tokens, D = width, H = heads, F = width inside the feed-forward block, K = masked tokens of the
 microbatch, V = vocabulary.
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from workloads.bert.attention import attend
 from workloads.bert.config import Architecture, BertConfig
+from workloads.bert.dropout import Dropout
 from workloads.workload import Batch, Piece
 
 EPSILON = 1e-12  # of LayerNorm, as in the authors' code (github.com/google-research/bert, modeling.py)
@@ -33,7 +35,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(positions, size.hidden_size)
         self.token_type_embeddings = nn.Embedding(2, size.hidden_size)
         self.LayerNorm = nn.LayerNorm(size.hidden_size, eps=EPSILON)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         hidden_BTD = self.word_embeddings(input_ids_BT) + self.token_type_embeddings.weight[0]
@@ -90,7 +92,7 @@ class Residual(nn.Module):
         super().__init__()
         self.dense = nn.Linear(inner, size.hidden_size)
         self.LayerNorm = nn.LayerNorm(size.hidden_size, eps=EPSILON)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, inner_BTF: Tensor, before_BTD: Tensor) -> Tensor:
         normal_BTD: Tensor = self.LayerNorm(self.dropout(self.dense(inner_BTF)) + before_BTD)
