@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from orchestrator.devices import sent
 from orchestrator.errors import OrchestratorError
+from orchestrator.heap import return_large_blocks
 from orchestrator.plan import Request
 from orchestrator.stopwatch import Stopwatch
 from workloads.workload import Batch, Samples
@@ -33,6 +34,7 @@ AHEAD = 4  # microbatches a process, as many as bridge a step that takes longer 
 MEMORY_SHARE = 0.125  # of this worker's part of the machine's memory, for what lies ready; as much for an evaluation
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 TRIM_EVERY_S = 20.0  # in a thread of its own
+LARGE_BLOCK = 2**20  # bytes, in a loader process: of a file that is fetched, and of its tables while it is unpacked
 SHARED, MB = Path("/dev/shm"), 10**6  # where torch lays what loader processes hand over
 log = logging.getLogger("orchestrator.feed")
 LOST = re.compile(r"DataLoader worker \(pid")  # torch's words where one has ended by itself
@@ -166,6 +168,7 @@ def _look_after(_: int) -> None:
     """In a loader process, whose own parent is the fork server: end when the worker has, however that ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    return_large_blocks(LARGE_BLOCK)
 
     def watch() -> None:
         while not wait([parent.sentinel], TRIM_EVERY_S):

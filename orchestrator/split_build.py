@@ -1,6 +1,5 @@
 """From a whole model to a worker's part of it: fully_shard, parallelize_module, stages of a pipeline."""
 
-import ctypes
 import functools
 import itertools
 from typing import Any
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 from orchestrator.group import Group
+from orchestrator.heap import return_large_blocks
 from orchestrator.layout import layout_of
 from orchestrator.optimizer import parameter_order
 from orchestrator.pipeline import build_stage
@@ -46,7 +46,9 @@ def build_part(plan: Plan, workload: Workload, group: Group) -> TrainingState:
 
 
 MESHES = itertools.count()
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 4 * 2**20  # malloc.h; bytes
+# Bytes of what is gathered and sent. On the heap, between pieces of gradients that stay, there is no room for the next:
+# a worker of BERT-base took 3.1 GB where it takes 1.7 now, for a state of 0.7.
+LARGE_BLOCK = 4 * 2**20
 VECTOR = 16  # fp32 numbers of AVX-512; AVX2 has 8
 SMALL = 2**16  # numbers of a parameter that all workers may hold
 
@@ -69,7 +71,7 @@ def spread(model: nn.Module, workload: Workload, inside: Group) -> frozenset[str
 
     Returns the names of those that lie channels last in a whole model, and here do not.
     """
-    return_large_blocks()
+    return_large_blocks(LARGE_BLOCK)
     last = frozenset(name for name, p in model.named_parameters() if p.ndim == 4 and lies_channels_last(p))
     # fully_shard takes contiguous parameters only; a convolution rounds otherwise where its weights lie otherwise.
     for module in model.modules():
@@ -84,17 +86,6 @@ def spread(model: nn.Module, workload: Workload, inside: Group) -> frozenset[str
         found.set_gradient_divide_factor(1.0)
         found.set_force_sum_reduction_for_comms(True)
     return last
-
-
-def return_large_blocks() -> None:
-    """Let what is gathered and sent be pages of its own, which go when it does; for as long as this process lives.
-
-    On the heap, between pieces of gradients that stay, its places are too small for the next: a worker of BERT-base
-    took 3.1 GB where it takes 1.7 now, for a state of 0.7. See mallopt(3); a C library without it has other heaps.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def lies_channels_last(weight: Tensor) -> bool:

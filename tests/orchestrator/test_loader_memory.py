@@ -18,6 +18,11 @@ from orchestrator.plan import Request
 CPU = torch.device("cpu")
 
 
+def held_mb():
+    words = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
+    return next(int(kb) / 1e3 for name, kb, *_ in words if name == "Private_Dirty:")
+
+
 class Leftovers:
     """A batch frees 100 MB below something that stays, which C's allocator keeps; each tells what is held."""
 
@@ -33,11 +38,10 @@ class Leftovers:
     def microbatch(self, indices, epoch, progress=1.0):
         if epoch and not self.seen:
             self.kept = [bytearray(b"x" * 100_000) for _ in range(1000)][-1]
-        words = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
-        held_mb = next(int(kb) / 1e3 for name, kb, *_ in words if name == "Private_Dirty:")
-        self.before = self.before or held_mb
-        self.seen |= held_mb > self.before + 50  # unless it was given back in between
-        return {"held_mb": torch.tensor([held_mb])}
+        held = held_mb()
+        self.before = self.before or held
+        self.seen |= held > self.before + 50  # unless it was given back in between
+        return {"held_mb": torch.tensor([held])}
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this kernel does not tell what is held")
@@ -54,6 +58,42 @@ def test_a_loader_process_gives_memory_back_that_it_no_longer_uses():
     assert next(mb for mb in held if mb > before + 50)
     assert next(mb for mb in held if mb < before + 20)  # or the test's time is up
     made.close()
+
+
+class Large:
+    """Frees large blocks, between which small ones stay; tells what was held before, with them and afterwards."""
+
+    modules = ("test_loader_memory",)
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def __setstate__(self, state):  # in a loader process, before it begins
+        self.__dict__ = state
+        feed.TRIM_EVERY_S = 1000.0
+
+    def microbatch(self, indices, epoch, progress=1.0):
+        if not epoch:
+            return {"held_mb": torch.zeros(3)}
+        bytearray(b"x" * 3_000_000)  # what was freed once lies on the heap from then on, unless C's allocator is told
+        held, large, self.kept = [held_mb()], [], []
+        for _ in range(30):
+            large.append(bytearray(b"x" * 3_000_000))
+            self.kept.append(bytearray(b"x" * 10_000))
+        held.append(held_mb())
+        large.clear()
+        return {"held_mb": torch.tensor([*held, held_mb()])}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this kernel does not tell what is held")
+@pytest.mark.timeout(60)
+def test_a_loader_process_keeps_no_large_block_that_it_has_freed():
+    """Files that are fetched come and go for weeks: on the heap each would make its own hole."""
+    requests = iter([Request(0, np.arange(1), 0.0), Request(1, np.arange(1), 0.0)])
+    *_, (_, batch) = batches(Large(), requests, 1, CPU)
+    before, between, after = batch["held_mb"].tolist()
+    assert between > before + 80, "the test itself"
+    assert after < before + 10
 
 
 class Counting:
