@@ -5,7 +5,6 @@ workers. They demand the token of ~/.ray, as any cluster that `ray start` starts
 ends it.
 """
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from orchestrator.command import Parser, leave, refuse
+from orchestrator.errors import OrchestratorError
 
 MARK = "ORCHESTRATOR_LOCAL_CLUSTER"  # in the environment of all its processes
 STOP_S = 10.0
@@ -77,7 +79,7 @@ def start(nodes: int, cpus: float, least: int, idle_s: float, port: int) -> str:
         stop(str(folder))  # not one that runs here already, which may be why
         shutil.rmtree(folder, ignore_errors=True)
         reason = (done.stderr or done.stdout).strip().splitlines()
-        raise SystemExit(f"error: Ray did not start: {reason[-1] if reason else 'no reason given'}")
+        raise OrchestratorError(f"Ray did not start: {reason[-1] if reason else 'no reason given'}")
     return address
 
 
@@ -111,21 +113,26 @@ def stop(mark: str = "") -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.local", description=(__doc__ or "").split("\n\n")[1])
+    parser = Parser(prog="python -m cluster.local", description=(__doc__ or "").split("\n\n")[1], allow_abbrev=False)
     parser.add_argument("--nodes", type=int, default=3, help="most nodes beside the head [3]")
     parser.add_argument("--cpus", type=float, default=1, help="CPUs that each declares [1]")
     parser.add_argument("--least", type=int, default=0, help="nodes that stay also when they are idle [0]")
     parser.add_argument("--idle", type=float, default=60, help="seconds after which an idle node goes [60]")
     parser.add_argument("--port", type=int, default=6379, help="of Ray's control store [6379]")
     parser.add_argument("--stop", action="store_true", help="end it")
-    given = parser.parse_args(arguments)
-    if given.stop:
-        count = stop()
-        print(f"ended {count} processes" if count else "there was none")
-        return 0
-    if not (0 <= given.least <= given.nodes and given.nodes > 0 and given.cpus > 0 and given.idle > 0):
-        parser.error("--nodes, --cpus and --idle have to be above 0, and --least from 0 to --nodes")
-    address = start(given.nodes, given.cpus, given.least, given.idle, given.port)
+    try:
+        given = parser.parse_args(arguments)
+        if given.stop:
+            count = stop()
+            print(f"ended {count} processes" if count else "there was none")
+            return 0
+        if not (0 <= given.least <= given.nodes and given.nodes > 0 and given.cpus > 0 and given.idle > 0):
+            parser.error("--nodes, --cpus and --idle have to be above 0, and --least from 0 to --nodes")
+        if given.cpus % 1:  # the autoscaler would try to start such a node for ever
+            parser.error(f"--cpus {given.cpus:g}: Ray's nodes have whole ones; give 1 or more")
+        address = start(given.nodes, given.cpus, given.least, given.idle, given.port)
+    except OrchestratorError as error:
+        return refuse(error)
     print(f"a cluster of up to {given.nodes} nodes at {address}; nodes come when they are asked for")
     print("next: python -m orchestrator.run resnet --workers 1:2")
     print("stop: python -m cluster.local --stop")
@@ -133,4 +140,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

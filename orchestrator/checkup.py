@@ -74,7 +74,7 @@ def packages(version_of: Callable[[str], str] = importlib.metadata.version) -> I
 
 def token(file: Path) -> Finding:
     """Whether others can read the token that lets them run code on the cluster."""
-    if not file.exists():
+    if not _is_there(file):
         return ok(f"no token yet ({file}); Ray makes one when it first starts a cluster")
     # Ray writes it with the usual mode, which only a closed folder above it makes good.
     reachable = all(folder.stat().st_mode & 0o011 for folder in file.parents)

@@ -1,16 +1,22 @@
 """The process that writes a run to loggers (--log), as the command starts and ends it: orchestrator.track."""
 
 import contextlib
+import fcntl
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.digest import digest
+from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.redact import redact
 from orchestrator.runfolder import ERRORS, RunFolder
+from orchestrator.storage import cache_folder
 
 TOLD = "orchestrator.track: "  # begins the lines that the process has for the user
 FINISH_S = 120.0  # for what is left to be written at the end
@@ -46,6 +52,24 @@ def clerk(loggers: str, folder: RunFolder, token: str) -> Iterator[None]:
         patience_s = FINISH_S
     finally:
         _end(process, patience_s, loggers, folder, said)
+
+
+@contextlib.contextmanager
+def alone(uri: str, wait: bool) -> Iterator[None]:
+    """Nobody else on this machine writes this run's logbooks; raises UserError where somebody does, unless `wait`."""
+    name = f"{digest(uri)[:16]}.lock"
+    try:
+        folder = cache_folder() / "track"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / name).open("w")
+    except OSError:  # a home that cannot be written
+        lock = (Path(tempfile.gettempdir()) / f"orchestrator-{os.getuid()}-{name}").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{uri}: another process is writing it to loggers; let it end") from None
+        yield
 
 
 def _listen(process: "subprocess.Popen[str]", said: deque[str]) -> None:

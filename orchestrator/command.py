@@ -59,6 +59,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
 
     The interpreter's last look through all that ray.train has imported, 0.8 s of a core, is left out.
     """
+    _open_streams()
     try:
         status = _status_of(main)
         sys.stdout.flush()
@@ -70,11 +71,29 @@ def leave(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def _open_streams() -> None:
+    """Where one was closed (`>&-`) its text goes nowhere, and what a terminal cannot show is written as an escape."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            _to_nobody(number)
+            setattr(sys, name, os.fdopen(number, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _status_of(main: Callable[[], int]) -> int:
     """argparse's --help leaves by an exception, and so does Ctrl-C where a command has nothing to put in order."""
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        return refuse(UserError("the working directory is gone; cd to one that exists"))
+    try:
         return main()
     except SystemExit as end:
+        if end.code == signal.SIGTERM:  # Ray's handler, while it starts
+            print("stopped", file=sys.stderr)
+            return 128 + signal.SIGINT
         return int(end.code or 0)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -118,5 +137,6 @@ class Lasting(io.TextIOWrapper):
 def _to_nobody(descriptor: int) -> None:
     """What is still in a buffer goes somewhere: else the interpreter says so at its end."""
     nobody = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nobody, descriptor)
-    os.close(nobody)
+    if nobody != descriptor:  # it is where that one was closed
+        os.dup2(nobody, descriptor)
+        os.close(nobody)

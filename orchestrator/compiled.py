@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from orchestrator import toolchain
 from orchestrator.batchnorm import RunningStatistics
-from orchestrator.devices import cpu, kind_of
+from orchestrator.devices import chosen, cpu, kind_of
 from orchestrator.digest import digest
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.events import Event, ModelCompiled
@@ -109,7 +109,7 @@ def compile_for(
         raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
     missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
     report([], [ModelCompiled(node, os.getpid(), machine, round(time.monotonic() - started, 3), not missed)])
-    return f"{device.type}, {machine}, torch {torch.__version__}"
+    return ", ".join([device.type, machine, *chosen(), f"torch {torch.__version__}"])
 
 
 @contextmanager

@@ -62,8 +62,10 @@ def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None 
     try:
         with few_processes(environment or {}) if own else contextlib.nullcontext():
             ray.init(**arguments)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise _no_cluster(named or "local", " ".join(str(error).split())[:300]) from None
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise (_cannot_start(reason) if own else _no_cluster(named, reason)) from None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ray.init has put its own there, which says nothing
     try:
         yield own
     finally:
@@ -73,7 +75,15 @@ def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None 
 def _no_cluster(address: str, reason: str) -> UserError:
     return UserError(
         f"--address {address}: no Ray cluster answers ({reason}); start one with `ray start --head`, set "
-        "RAY_AUTH_MODE=token if it demands a token, or leave --address out"
+        "RAY_AUTH_MODE=token if it demands a token, or give --address local for one of this command's own"
+    )
+
+
+def _cannot_start(reason: str) -> UserError:
+    """Such as a temporary folder whose name leaves no room for that of a socket, or a home that cannot be written."""
+    return UserError(
+        f"Ray cannot start on this machine ({reason}); set RAY_TMPDIR to a short folder that can be written, "
+        "RAY_AUTH_TOKEN_PATH to a file in one, or give --address of a cluster that runs"
     )
 
 

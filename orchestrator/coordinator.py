@@ -198,10 +198,11 @@ class Coordinator:
         current = lambda: generation == roster.generation and roster.training  # noqa: E731
         if not self._outcome and current():
             self._finished[member_id] = sha256
-            if len(set(self._finished.values())) > 1:
+            mixed = len({m.device for m in roster.seated.values()}) > 1  # which was told
+            if len(set(self._finished.values())) > 1 and not mixed:
                 self._fail(f"workers disagree on the final weights: {self._finished}", 1, "different_weights")
             elif set(roster.seated) <= set(self._finished):
-                self._end("finished", "", 0, sha256, metrics)
+                self._end("finished", "", 0, self._finished[roster.by_rank[0].id], metrics)
         async with changed:
             await changed.wait_for(lambda: self._outcome or not current())
         return bool(self._outcome)
@@ -229,7 +230,7 @@ class Coordinator:
         self._message, self._exit_status = message, exit_status
         try:
             self._journal.end(outcome, message, sha256, metrics or {}, failure)
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             log.exception("the run's end cannot be written down")
             outcome, self._exit_status = "failed", 1
             self._message = f"{error}; what was there before is kept"

@@ -14,6 +14,18 @@ from orchestrator.digest import digest
 CPUINFO = Path("/proc/cpuinfo")
 # By these oneDNN, MKL and ATen choose kernels: of CPUs with AVX512, those with AMX have other products in bf16.
 CHOOSING = {"vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features"}
+# Variables of oneDNN, MKL, cuBLAS and OpenMP; ATen's own is in what it says of the CPU.
+CHOSEN_BY = (
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_DYNAMIC",
+    "OMP_THREAD_LIMIT",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
 VECTOR = re.compile(r"sse|avx|amx|fma|f16c|asimd|sve|sme|bf16|i8mm|fphp")
 
 
@@ -128,9 +140,15 @@ def cpu(flags: re.Pattern[str] = VECTOR) -> str:
     return " ".join(filter(None, (told.get("model name", ""), digest(chosen)[:6])))
 
 
+def chosen() -> list[str]:
+    """What this process's variables say of kernels."""
+    return [f"{name}={os.environ[name]}" for name in CHOSEN_BY if os.environ.get(name)]
+
+
 def kind_of(device: torch.device) -> str:
-    """What a run's record calls a device; torch's version, for other versions have other kernels."""
-    return f"{'tpu' if device.type == 'xla' else device.type}, {machine(device)}, torch {torch.__version__}"
+    """What a run's record calls a device: with what chooses its kernels, as torch's version does."""
+    kind = "tpu" if device.type == "xla" else device.type
+    return ", ".join([kind, machine(device), *chosen(), f"torch {torch.__version__}"])
 
 
 def seed(device: torch.device, number: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import threading
 import time
@@ -32,6 +33,8 @@ TEARDOWN_S = 20.0
 # (RAY_metrics_report_interval_ms), as Prometheus wants the step at which a run has ended.
 LAST_NUMBERS_S = 2.5
 COORDINATOR_BACK_S = 60.0
+FROZEN_S = 90.0  # of a coordinator, at least: its workers give it up after 150 s
+log = logging.getLogger("orchestrator.launch")
 
 
 @dataclass(frozen=True)
@@ -176,21 +179,28 @@ def _signals(coordinator: Any) -> Iterator[list[int]]:
 def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted: list[int]) -> Status:
     import ray
 
+    # While it begins it reads the run's logs, however long that takes; then it waits for storage alone.
+    limit_s, told, back_s = max(FROZEN_S, 1.5 * plan.config.storage_patience), False, COORDINATOR_BACK_S
     silent_since, again = time.monotonic(), False
     with Progress(plan.total_steps, lambda: len(nodes())) as progress:
         while True:
             alive = trainer.is_alive()
             try:
-                status: Status = ray.get(coordinator.status.remote())
-                silent_since = time.monotonic()
+                status: Status = ray.get(coordinator.status.remote(), timeout=limit_s if told else None)
+                silent_since, told, back_s = time.monotonic(), True, COORDINATOR_BACK_S
                 if again and interrupted:  # its successor knows nothing of it
                     coordinator.request_stop.remote()
                 again = False
             except ray.exceptions.ActorUnavailableError:  # its process was lost: Ray starts another
-                if time.monotonic() - silent_since > COORDINATOR_BACK_S:
+                if time.monotonic() - silent_since > back_s:
                     raise
-                again = True
+                again, told = True, False
                 time.sleep(POLL_S)
+                continue
+            except ray.exceptions.GetTimeoutError:  # stopped, or starved: nobody else would notice
+                log.warning("the run's coordinator does not answer for %g s; it is started anew", limit_s)
+                ray.kill(coordinator, no_restart=False)
+                silent_since, again, told, back_s = time.monotonic(), True, False, limit_s
                 continue
             progress.show(status, stopping=bool(interrupted))
             if status.outcome:

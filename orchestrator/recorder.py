@@ -52,8 +52,9 @@ class Recorder(Observer):
         if self._seat is None or (seat.rank == 0 and not self.leads):
             self._checkpointed_s = time.monotonic() - seat.unsaved_s
         self._seat, self.pause, self.stopping = seat, False, False
-        if seat.step < 0:
-            self.reporter.forget()  # steps after the checkpoint are taken anew
+        # Steps after those of the state, or of a checkpoint, are taken anew: this worker may have waited since then.
+        self.reporter.forget(seat.step)
+        self._writer.newest_step = min(self._writer.newest_step, seat.step)
         self.reporter.take_over(seat.rank == 0, seat.recorded)
 
     def settle_precision(self, workload: Workload, state: TrainingState, group: Group) -> Plan:

@@ -1,5 +1,6 @@
 """What is written down for people to read and to send on has no keys in it: known ones, and what looks like one."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ def known_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if VARIABLE.search(name) and not PUBLIC.search(name) and len(value) >= SHORTEST:
             yield value
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if file.is_file() and os.access(file, os.R_OK):
+    with contextlib.suppress(OSError, RuntimeError):  # what cannot be read, or has no home, is in no text
+        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         token = file.read_text(errors="replace").strip()
         if len(token) >= SHORTEST:
             yield token

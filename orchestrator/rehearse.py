@@ -188,6 +188,10 @@ def rehearse(workload: str, arguments: Sequence[str]) -> int:
             f"--staleness {staleness}: the result depends on timing, so there are no equal weights to look for; "
             "rehearse with --staleness 0"
         )
+    if config.reduce == "ddp":
+        raise UserError(
+            "--reduce ddp: its sums depend on the workers, so there are no equal weights; rehearse with fixed"
+        )
     name = given.pop("name", time.strftime("rehearsal-%Y%m%d-%H%M%S"))
     storage, address = given.pop("storage", default_storage()), given.pop("address", "")
     shared = [f"{flag(key)}={value}" for key, value in given.items()]

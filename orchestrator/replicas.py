@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from orchestrator.config import RunConfig
 from orchestrator.layout import usable
-from orchestrator.recovery import GATHER_S, SETTLE_S, START_GRACE_S, Member, Roster
+from orchestrator.recovery import GATHER_S, SETTLE_S, START_GRACE_S, Holding, Member, Roster
 from orchestrator.sliced import SliceRoster
 from orchestrator.slices import shape_of
 from orchestrator.values import Parallel
@@ -91,6 +91,8 @@ class ReplicaRoster(Roster):
         order = [dataclasses.replace(m, step=m.step if step >= 0 else -1) for m in order]
         self.seated = {m.id: m for m in order}
         self.ready = {key: m for key, m in self.ready.items() if key not in self.seated}
+        if step < 0:  # what those who wait on have is of steps that are taken anew
+            self.ready = {k: dataclasses.replace(m, step=-1, holds=Holding()) for k, m in self.ready.items()}
         self.generation += 1
         self.training = True
         return order

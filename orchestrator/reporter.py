@@ -22,7 +22,7 @@ class Reporter:
         self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._records: list[dict[str, Any]] = []
         self._events: list[Event] = []
-        self._evaluated: list[Event] = []  # the newest evaluation, if any
+        self._evaluated: list[Evaluated] = []  # the newest evaluation, if any
         self._closing = False
         self._hurry = threading.Event()
         self._speaks = False
@@ -43,13 +43,14 @@ class Reporter:
             # The one before may have been lost before it told of the evaluation that all had done.
             self._events = [*self._events, *self._evaluated] if speaks else []
 
-    def forget(self) -> None:
-        """The steps that were taken are void: the run goes on from a checkpoint."""
+    def forget(self, step: int = -1) -> None:
+        """The steps that were taken after `step` are void: the run goes on from there, or (-1) from a checkpoint."""
         with self._lock:
-            self._kept.clear()
-            self._evaluated = []
-            self._events = [event for event in self._events if not isinstance(event, Evaluated)]
-            self._records, self._turns = [], self._turns + 1
+            while self._kept and self._kept[-1]["step"] > step:
+                self._kept.pop()
+            self._evaluated = [event for event in self._evaluated if event.step <= step]
+            self._events = [e for e in self._events if not isinstance(e, Evaluated) or e.step <= step]
+            self._records, self._turns = [r for r in self._records if r["step"] <= step], self._turns + 1
 
     def step(self, record: dict[str, Any], hurry: bool) -> None:
         """A committed step; `hurry` sends it at once."""

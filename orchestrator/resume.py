@@ -13,7 +13,7 @@ from orchestrator.assembly import assemble, check_together
 from orchestrator.cluster_fit import Node, Offer, choose_workers
 from orchestrator.config import RunConfig
 from orchestrator.errors import UserError
-from orchestrator.runfolder import RunFolder
+from orchestrator.runfolder import CONFIG, RunFolder
 from orchestrator.settings import flag, settings
 from orchestrator.slices import choose_slices, whole_range
 from orchestrator.uris import local_path
@@ -99,9 +99,14 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
     """
     stored = folder.config()
     if stored is None:
+        if there := folder.remains():
+            raise UserError(
+                f"--name {config.name}: {folder.uri} has {there} and no {CONFIG}, so that it is of something else; use "
+                "another --name"
+            )
         check_together(config)
         return settle_threads(config)
-    was = stored.pop("workload", workload)
+    was = stored.pop("workload", "something else")
     if was != workload:
         raise UserError(f"--name {config.name}: is a run of {was} in {folder.uri}; use another --name")
     known = {name: value for name, value in stored.items() if name in settings(type(config))}

@@ -58,6 +58,10 @@ class RunFolder:
         except PermissionError as error:
             raise UserError(f"{self.uri}: cannot be read ({error.strerror}); give one that can") from None
 
+    def remains(self) -> str:
+        """What is there where no run was begun, "" if nothing: a run would cut or replace it. Logs are added to."""
+        return next((name for name in self.folder.names() if name in ("checkpoints", "model", METRICS, RESULT)), "")
+
     def identities(self) -> set[str]:
         """Of the plans that its checkpoints are of (Plan.identity)."""
         checkpoints = self.folder.child("checkpoints")

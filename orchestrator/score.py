@@ -6,6 +6,7 @@ training those of the run's result.json. Exit status: 0 evaluated; 2 refused; 1 
 
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
 import time
@@ -198,25 +199,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--workers {settings.workers}: give a number from 1, or 0 for as many as there is room for"
             )
         out = Path(settings.out) if settings.out else None
-        if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        if out and (
+            out.is_dir() or not out.absolute().parent.is_dir() or (out.exists() and not os.access(out, os.W_OK))
+        ):
             raise UserError(f"--out {out}: no file can be written there; give a file in a folder that exists")
         if out:
             Folder(str(out.absolute().parent), "--out").check_writable()
         found = score(settings)
-        if out:
-            out.write_text(dumps(found, indent=1) + "\n")
     except OrchestratorError as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("stopped; nothing was kept", file=sys.stderr)
         return 130
-    if settings.json:
-        print(dumps(found))
-        return 0
+    problem = ""
+    try:
+        if out:
+            out.write_text(dumps(found, indent=1) + "\n")
+    except OSError as error:  # the disk has filled meanwhile
+        problem = f"--out {out}: cannot be written ({error.strerror}); what was found is above"
+    _tell(found, settings.json)
+    return refuse(UserError(problem)) if problem else 0
+
+
+def _tell(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(dumps(found), flush=True)
+        return
     lost = f", {found['workers_lost']} lost" if found["workers_lost"] else ""
     print(f"{found['samples']:,} held-out samples, {found['workers']} workers{lost}, {found['wall_s']:.1f} s")
-    print("held-out: " + "  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()))
-    return 0
+    print("held-out: " + "  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items()), flush=True)
 
 
 if __name__ == "__main__":

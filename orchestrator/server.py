@@ -4,6 +4,8 @@ What the dispatcher asks are calls of the actor, one at a time; workers pull and
 (orchestrator.wire), each in a thread. A lock keeps them apart.
 """
 
+import functools
+import logging
 import os
 import threading
 import time
@@ -26,6 +28,18 @@ from orchestrator.storage import Folder
 from orchestrator.wire import Answer, Asked, Hatch
 from workloads.registry import WORKLOADS
 
+log = logging.getLogger("orchestrator.server")
+
+
+def _keep_logs(dispatcher: Any, _: int) -> None:
+    """Of a checkpoint that is about to be whole, what was said of its steps is in storage."""
+    import ray
+
+    try:
+        ray.get(dispatcher.report.remote([], [], True))
+    except ray.exceptions.RayError:
+        log.warning("the logs are not in storage yet", exc_info=True)
+
 
 class Server:
     """See the module. What is said of another era than the server's is void: None is answered."""
@@ -39,7 +53,8 @@ class Server:
         self._run = (uri, token, ray.util.get_node_ip_address())
         self._workload = WORKLOADS[plan.workload].build(plan.config)
         folder = Folder(uri, patience_s=plan.config.storage_patience).child("checkpoints")
-        self._store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints)
+        told = functools.partial(_keep_logs, dispatcher)
+        self._store = CheckpointStore(folder, plan.identity(), plan.config.keep_checkpoints, told)
         self._writer = BackgroundWriter(self._store, lambda saved: dispatcher.saved.remote(saved))
         self._era = 0
         self._part: ServerPart

@@ -19,6 +19,7 @@ from orchestrator.group import Group
 from orchestrator.injector import Saboteur
 from orchestrator.plan import Plan
 from orchestrator.recorder import Recorder
+from orchestrator.seats import Seat
 from orchestrator.state import TrainingState
 
 
@@ -56,6 +57,11 @@ class SplitRecorder(Recorder):
     def writing(self) -> bool:
         """See Recorder."""
         return super().writing or self._pending is not None or self._finishing is not None
+
+    def take_seat(self, seat: Seat) -> None:
+        """See Recorder."""
+        super().take_seat(seat)
+        self._saved_step = min(self._saved_step, seat.step)
 
     def join(self, state: Any, first: bool) -> None:
         """A generation begins with a state that this worker has built.

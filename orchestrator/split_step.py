@@ -111,4 +111,5 @@ class SideBySideGradients(TogetherGradients):
         if not counts:
             extra.zero_()
         self._reducer.add_extra(*self._summed([extra]))
-        (sums.loss / nominal * float(counts)).backward()
+        with self._group.others_wait():  # the sum has ended that of the whole
+            (sums.loss / nominal * float(counts)).backward()

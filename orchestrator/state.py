@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.checkpoint import Described, Loaded, whole
-from orchestrator.devices import host_of
+from orchestrator.devices import host_of, kind_of
 from orchestrator.finite import check_finite
 from orchestrator.group import Group
 from orchestrator.precision import Precision
@@ -149,7 +149,8 @@ class TrainingState:
         Args:
             halfway: called with the number of steps before the middle one of the messages.
         """
-        self._receive(group, self.tensors() if group.rank == 0 else {}, halfway, self.load)
+        mixed = len(set(group.gather_objects(kind_of(group.device)))) > 1
+        self._receive(group, self.tensors() if group.rank == 0 else {}, halfway, self.load, alike=not mixed)
 
     def _receive(
         self,
@@ -158,6 +159,7 @@ class TrainingState:
         halfway: Callable[[int], None],
         load: Callable[[Mapping[str, Tensor], int], None],
         cut: Callable[[str, Tensor], Tensor | None] = lambda name, tensor: tensor,
+        alike: bool = True,
     ) -> None:
         """See receive.
 
@@ -165,11 +167,13 @@ class TrainingState:
             tensors: on rank 0, what is handed over.
             load: takes over what has come, and the number of its steps.
             cut: what of a tensor that has come is kept until then.
+            alike: whether the workers' machines draw the same initial weights.
         """
         described = [(name, t.shape, t.dtype) for name, t in tensors.items()]
         described, step, evaluated = group.broadcast_object((described, self.step, self.evaluated_step))
-        if not step:
+        if not step and alike:
             return  # everybody has the initial state
+        lacks = self.step != step or (not step and group.rank > 0)
         received: dict[str, Tensor] = {}
         device = host_of(group.device)
         parts = list(_parts(described))
@@ -183,7 +187,7 @@ class TrainingState:
                 flat = torch.empty(sum(_size(shape, dtype) for _, shape, dtype in part), dtype=torch.uint8)
                 flat = flat.to(device)
             group.broadcast(flat, 0)
-            if self.step != step:
+            if lacks:
                 start = 0
                 for name, shape, dtype in part:
                     raw_tensor = flat[start : start + _size(shape, dtype)].clone()
@@ -191,7 +195,7 @@ class TrainingState:
                     if kept is not None:
                         received[name] = kept
                     start += _size(shape, dtype)
-        if self.step != step:
+        if lacks:
             load(received, step)
         self.evaluated_step = evaluated
 

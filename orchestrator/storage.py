@@ -53,7 +53,7 @@ class Folder:
             return
         address, mark, query = uri.partition("?")
         self._query, self._address = mark + query, address.rstrip("/")
-        self._fs, self._root = open_uri(uri, flag)
+        self._fs, self._root = self._patiently(lambda: open_uri(uri, flag))
         self._patiently(lambda: try_azure(uri, self._fs, self._root))
 
     @property

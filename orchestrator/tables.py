@@ -167,6 +167,7 @@ class Table:
     def __init__(self, uri: str, manifest: Manifest, split: str, config: RunConfig) -> None:
         window = config.shuffle_window
         self._folder = Folder(uri, "--data", config.storage_patience)
+        self._folder.mounted = True  # or a disk, which has no such errors that pass
         self._hurried = Folder(uri, "--data")  # who needs a file waits for it, not who may need it
         self._files, self.fingerprint = manifest.files[split], manifest.fingerprint
         self.order = BlockOrder([file.samples for file in self._files], window)

@@ -17,6 +17,9 @@ def name() -> str:
 
 def problem() -> str:
     """Why nothing can be compiled here, and what to do, on one line; "" where it can."""
+    off = [name for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE") if os.environ.get(name) == "1"]
+    if off:  # the run would go on without it, and say that it had compiled
+        return f"torch's compiler is switched off by {off[0]}=1; unset that, or leave --compile out"
     headers = sysconfig.get_paths()["include"]
     command = [name(), "-fsyntax-only", "-fopenmp", "-x", "c++", "-I", headers, "-"]
     try:

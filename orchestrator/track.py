@@ -7,7 +7,6 @@ Exit status: 0 written; 1 a logger failed; 2 there is no run, or a package is mi
 
 import argparse
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.clerk import TOLD
+from orchestrator.clerk import TOLD, alone
 from orchestrator.command import Parser, leave, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import OrchestratorError, UserError
@@ -27,7 +26,7 @@ from orchestrator.history import ALIVE_S, SLOW_STEPS
 from orchestrator.logbooks import BOOKS, Logbook, need
 from orchestrator.redact import redact
 from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder, loads
-from orchestrator.storage import Folder, cache_folder
+from orchestrator.storage import Folder
 from orchestrator.values import LOGGERS, Loggers
 
 EVERY_S = 1.0
@@ -201,19 +200,6 @@ def follow(
         if upload:
             upload.send(now=True)
         return follower.failed
-
-
-@contextlib.contextmanager
-def alone(uri: str, wait: bool) -> Iterator[None]:
-    """Nobody else on this machine writes this run's logbooks; raises UserError where somebody does, unless `wait`."""
-    file = cache_folder() / "track" / f"{digest(uri)[:16]}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"{uri}: another process is writing it to loggers; let it end") from None
-        yield
 
 
 def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> None:

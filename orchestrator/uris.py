@@ -13,8 +13,9 @@ GCS_RETRY_S = 8
 # What pyarrow says of a server that is down, overloaded or cut off (S3's words, then Google Cloud's and Azure's); not
 # of keys, buckets and files that are wrong.
 PASSING = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|HTTP status 5\d\d|"
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CURL error|TransportException"
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|"
+    r"HTTP status (?:429|5\d\d)|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CURL error|TransportException|"
+    r"Azure Error: \[\w*\] (?:429|5\d\d)"
 )
 
 
@@ -34,7 +35,10 @@ def local_path(uri: str, flag: str) -> str:
 
 
 def open_uri(uri: str, flag: str) -> tuple[Any, str]:
-    """(pyarrow's file system, the path in it) of an address that is no local folder; raises UserError."""
+    """(pyarrow's file system, the path in it) of an address that is no local folder.
+
+    Raises UserError, and OSError where a server is away.
+    """
     from pyarrow import ArrowException, fs
 
     address, mark, query = uri.partition("?")
@@ -44,12 +48,16 @@ def open_uri(uri: str, flag: str) -> tuple[Any, str]:
         raise UserError(f"{flag} {scheme}://...: keys do not belong in a URI; use the cloud's own variables")
     if not rest.strip("/"):  # pyarrow takes what is left of it, s3:, for a local folder
         raise UserError(f"{flag} {uri}: names no bucket; {ALLOWED}")
+    if "#" in uri:  # pyarrow takes it for the beginning of a fragment, and would use what stands before it
+        raise UserError(f"{flag} {uri}: a # cannot be in an address; {ALLOWED}")
     asked = uri.rstrip("/")
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
         asked += f"{'&' if mark else '?'}retry_limit_seconds={GCS_RETRY_S}"
     try:
         found, root = fs.FileSystem.from_uri(asked)
     except (ValueError, OSError, NotImplementedError, ArrowException) as error:
+        if PASSING.search(str(error)):  # S3 is asked where a bucket is
+            raise OSError(one_line(error)) from None
         raise UserError(f"{flag} {uri}: {one_line(error)}; {ALLOWED}") from None
     return found, root.rstrip("/")
 

@@ -227,6 +227,19 @@ def test_paths_are_made_absolute(config, monkeypatch, text):
         assert data.absolute_paths(untouched) == untouched
 
 
+def test_brackets_of_a_folder_are_no_pattern(config, monkeypatch, tmp_path):
+    folder = tmp_path / "corpus[2024]"
+    folder.mkdir()
+    for name in ("a.txt", "b[1].txt"):
+        (folder / name).write_text("some text")
+    monkeypatch.chdir(folder)
+    for pattern, found in (("*.txt", ["a.txt", "b[1].txt"]), ("b[1].txt", ["b[1].txt"]), ("[a].txt", ["a.txt"])):
+        absolute = data.absolute_paths(dataclasses.replace(config, data=f"text:{pattern}")).data
+        monkeypatch.chdir(tmp_path)
+        assert [file.name for file in corpus.find_corpus(absolute).files] == found
+        monkeypatch.chdir(folder)
+
+
 def test_the_driver_needs_neither_torch_nor_transformers(config):
     code = (
         "import sys\n"

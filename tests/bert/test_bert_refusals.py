@@ -138,3 +138,32 @@ def test_a_vocabulary_that_begins_with_a_byte_order_mark_is_read(tmp_path):
     tokens = [*SPECIAL, "good"]
     (tmp_path / "vocab.txt").write_bytes("\n".join(tokens).encode("utf-8-sig"))
     assert read_tokenizer(tmp_path)[1].tokens == tuple(tokens)
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "tokens"),
+    [
+        (None, "\xdcber", ["uber"]),
+        ('{"strip_accents": false}', "\xdcber", ["\xfcber"]),
+        ('{"strip_accents": null, "do_lower_case": true}', "\xdcber", ["uber"]),
+        ('{"do_lower_case": false}', "\xdcber", ["[UNK]"]),
+        ('{"tokenize_chinese_chars": false}', "\u4e2d\u6587", ["\u4e2d\u6587"]),
+        ('["of another kind"]', "\xdcber", ["uber"]),
+    ],
+)
+def test_what_lies_beside_a_vocabulary_says_how_text_is_normalized(config, tmp_path, said, text, tokens):
+    vocabulary = [*SPECIAL, "uber", "\xfcber", "\u4e2d\u6587"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    of = dataclasses.replace(config, tokenizer=str(tmp_path))
+    before = data._tokenizer_identity(of)
+    if said:
+        (tmp_path / "tokenizer_config.json").write_text(said)
+    assert read_tokenizer(tmp_path)[0].encode(text, add_special_tokens=False).tokens == tokens
+    decides = said is not None and not said.startswith("[")
+    assert (data._tokenizer_identity(of) != before) == decides, "a prepared text of before is not taken"
+
+
+def test_what_lies_beside_a_vocabulary_is_json(config, tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "good"]))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json beside vocab.txt is no JSON" in refusal(config, tokenizer=str(tmp_path))

@@ -2,8 +2,10 @@
 
 import os
 
+import pytest
 from ray._private import node, parameter, utils
 
+from cluster import local
 from orchestrator.own_ray import few_processes
 
 
@@ -26,3 +28,21 @@ def test_while_ray_starts_and_no_longer(monkeypatch):
     assert named() == whole
     assert os.environ["KEPT"] == "before"
     assert "NEW" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--cpus", "1.5"], "--cpus 1.5: Ray's nodes have whole ones; give 1 or more"),
+        (["--cpus", "0"], "--nodes, --cpus and --idle have to be above 0"),
+        (["--nodse", "2"], "--nodse: not known here; did you mean --nodes?"),
+        (["--cpus", "two"], "invalid float value: 'two'"),
+    ],
+)
+def test_a_local_cluster_that_cannot_be_is_one_line(given, said, capsys, monkeypatch):
+    """The autoscaler would try to start nodes with half a CPU for ever."""
+    monkeypatch.setattr(local, "start", lambda *_: pytest.fail("was started"))
+    assert local.main(given) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1

@@ -177,3 +177,26 @@ def test_prepared_text_has_to_have_the_model_s_tokenizer(tmp_path):
         exporting.settings_for(f"parquet:{tmp_path}/other", about, model)
     with pytest.raises(UserError, match="sequences of 24 tokens; the model takes 16"):
         exporting.settings_for(f"parquet:{tmp_path}/long", about, model)
+
+
+def test_figures_are_told_where_their_file_cannot_be_written(tmp_path, capsys, monkeypatch):
+    """The disk has filled while they were computed."""
+    found = {"samples": 3, "workers": 1, "workers_lost": 0, "wall_s": 1.0, "metrics": {"accuracy": 0.5}}
+    monkeypatch.setattr("orchestrator.score.score", lambda settings: found)
+    given = [str(tmp_path), "--data", "digits", "--out"]
+    assert main([*given, str(tmp_path / "figures.json")]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["metrics"] == {"accuracy": 0.5}
+    capsys.readouterr()
+    (tmp_path / "full").symlink_to("/dev/full")
+    assert main([*given, str(tmp_path / "full")]) == 2
+    told = capsys.readouterr()
+    assert "held-out: accuracy 0.5000" in told.out
+    assert "--out" in told.err
+    assert "cannot be written (No space left on device); what was found is above" in told.err
+
+
+def test_a_file_that_may_not_be_written_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "theirs").write_text("theirs")
+    monkeypatch.setattr(os, "access", lambda file, mode: False)
+    assert main([str(tmp_path), "--data", "digits", "--out", str(tmp_path / "theirs")]) == 2
+    assert "theirs: no file can be written there" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 from toys import toy_plan
 from tpu_nodes import hosts_of
 
@@ -117,6 +118,19 @@ def test_a_gpu_that_is_not_there(ids, visible):
 
 def journal_of(folder) -> Journal:
     return Journal(toy_plan(), str(folder), "token", "toy data", 0.0, False)
+
+
+@pytest.mark.parametrize("name", devices.CHOSEN_BY)
+def test_what_chooses_kernels_is_part_of_a_kind(monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    before = devices.kind_of(torch.device("cpu"))
+    monkeypatch.setenv(name, "BF16")
+    kind = devices.kind_of(torch.device("cpu"))
+    assert f", {name}=BF16, torch " in kind
+    assert SeenDevices().see(1, [before, kind]), "a node of its own has it"
+    resumed = SeenDevices()
+    resumed.see(0, [before], earlier=True)
+    assert resumed.see(1, [kind])
 
 
 def test_a_run_says_that_its_devices_are_mixed(tmp_path, capsys):

@@ -164,6 +164,14 @@ def test_without_a_compiler(monkeypatch, cache):
     assert "cannot compile for Python" in toolchain.problem()
 
 
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_where_torch_s_compiler_is_switched_off(monkeypatch, cache, name):
+    """The run would be computed without it, and say that it was compiled."""
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(TrainingError, match=f"torch's compiler is switched off by {name}=1; unset that"):
+        compiled_state(net_plan(), cache)
+
+
 @pytest.mark.parametrize("given", [{"reduce": "ddp"}, {"sync": "parameter-server"}])
 def test_what_it_does_not_go_with(given):
     with pytest.raises(UserError, match="--compile true: goes with"):

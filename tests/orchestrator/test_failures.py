@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +139,32 @@ def test_a_mistake_of_ours_is_a_short_story(monkeypatch, tmp_path, capsys):
     assert told.err.splitlines()[0] == "failed: ZeroDivisionError: ours"
     assert told.err.splitlines()[-1].startswith("resume with: python -m orchestrator.run resnet --storage ")
     assert "Traceback" in (tmp_path / "a" / "logs" / "errors.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("", "Ray cannot start on this machine (AF_UNIX path too long); set RAY_TMPDIR to a short folder"),
+        ("127.0.0.1:{}", "--address 127.0.0.1:{}: no Ray cluster answers (AF_UNIX path too long); start one with"),
+    ],
+)
+def test_a_machine_on_which_ray_cannot_start_is_one_line(monkeypatch, tmp_path, capsys, address, said):
+    """A temporary folder with a long name, a home that cannot be written; the name stays free."""
+
+    def init(**_: object) -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("orchestrator.connect._quiet_ray", lambda file: None)
+    monkeypatch.setattr("orchestrator.connect._known_here", lambda: "")
+    before = signal.getsignal(signal.SIGTERM)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        given = ["--steps", "2", "--storage", str(tmp_path), "--name", "a", "--address", address.format(port)]
+        assert command.main(["resnet", *given]) == 2
+    signal.signal(signal.SIGTERM, before)
+    assert f"error: {said.format(port)}" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "config.toml").exists()
 
 
 def test_the_end_of_a_run_whose_coordinator_is_lost_for_good_is_written_down(tmp_path):

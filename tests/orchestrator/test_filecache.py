@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table_files import Store, described, encoded
 
+from orchestrator import filecache
 from orchestrator.errors import DataError, MachineError
 from orchestrator.filecache import FileCache
 from orchestrator.storage import Folder
@@ -125,6 +126,22 @@ def test_a_copy_that_another_process_threw_away_is_fetched_again(tmp_path, monke
     monkeypatch.setattr(FileCache, "ensure", lambda *_: tmp_path / "never")
     with pytest.raises(DataError, match="give a larger --data-cache"):
         FileCache(tmp_path / "c", 10**9, 4).table(file, store)
+
+
+def test_a_copy_may_be_thrown_away_while_it_is_looked_at(tmp_path, monkeypatch):
+    """Where the cache is small beside what the processes of a node have open."""
+    data = encoded([1, 2])
+    store, file = Store(data), described(data, 2)
+    cache = FileCache(tmp_path / "c", 10**9, 4)
+    path, look = cache.ensure(file, store), filecache.whole_since_boot
+
+    def slow(*given):
+        path.unlink()
+        return look(*given)
+
+    monkeypatch.setattr(filecache, "whole_since_boot", slow)
+    assert cache.table(file, store).column("x").to_pylist() == [1, 2]
+    assert store.fetched == 1
 
 
 def test_a_file_that_stays_damaged_stops_with_its_name(tmp_path):

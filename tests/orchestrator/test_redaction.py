@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,16 @@ def test_keys_of_this_process_are_gone(monkeypatch, tmp_path):
     folder = RunFolder(Folder(str(tmp_path / "run")))
     folder.error("ValueError: not-to-be-seen\n")
     assert (tmp_path / "run" / "logs" / "errors.log").read_text() == f"ValueError: {GONE}\n"
+
+
+@pytest.mark.parametrize("odd", ["closed", "no home"])
+def test_a_token_that_cannot_be_read_is_no_error(monkeypatch, tmp_path, odd):
+    def refuse(*_, **__):
+        raise PermissionError if odd == "closed" else RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setattr(Path, "read_text" if odd == "closed" else "home", refuse)
+    assert redact("password=abcdefgh") == f"password={GONE}"
 
 
 def test_the_log_of_the_command_has_no_keys(monkeypatch):

@@ -210,3 +210,27 @@ def test_the_newest_state_is_handed_to_who_has_less(given):
         assert kept == (7.0 if rank == 1 else 1.0), "who has the step keeps its own"
         assert (step, evaluated) == (4, 3)
         assert weights == reference.sha256
+
+
+def begin_mixed(group: Group, plan: Plan, kinds: list[str]) -> list[str]:
+    """Each machine draws other initial weights; before and after one was told of another's."""
+    state = toy_state(plan)
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter += group.rank
+    found = [weights_sha256(state.model)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("orchestrator.state.kind_of", lambda device: kinds[group.rank])
+        state.receive(group)
+    assert state.step == 0
+    return [*found, weights_sha256(state.model)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("kinds", "alike"), [(["a", "a", "b"], True), (["a", "a", "a"], False)])
+def test_machines_of_several_kinds_begin_with_the_weights_of_one(optimizer, kinds, alike):
+    """They may draw otherwise; those of one kind do not, and nothing is sent."""
+    found = run_distributed(begin_mixed, 3, toy_plan(optimizer=optimizer), kinds)
+    before, after = zip(*found, strict=True)
+    assert len(set(before)) == 3
+    assert after == ((before[0],) * 3 if alike else before)

@@ -109,6 +109,14 @@ def test_a_node_has_whole_cpus(tmp_path, capsys, cpus):
     assert f"--cpus-per-node {cpus}: Ray's nodes have whole ones" in capsys.readouterr().err
 
 
+def test_sums_that_depend_on_the_workers_are_refused_before_anything_is_trained(tmp_path, capsys):
+    faults = tmp_path / "faults.toml"
+    faults.write_text('[[fault]]\nkind = "kill"\nrank = 0\nstep = 20\n')
+    assert main(["resnet", "--faults", str(faults), "--storage", str(tmp_path), "--reduce", "ddp"]) == 2
+    assert "--reduce ddp: its sums depend on the workers" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["faults.toml"]
+
+
 def test_a_node_for_somebody_elses_cluster_is_refused_before_anything_is_trained(tmp_path, capsys):
     (tmp_path / "faults.toml").write_text('[[fault]]\nkind = "add-node"\nstep = 20\n')
     given = [

@@ -32,6 +32,31 @@ def again(folder: RunFolder, tmp_path: Path, workload: str = "resnet", **given_n
     return take_up(config, given_now, folder, workload)
 
 
+@pytest.mark.parametrize("left", ["result.json", "metrics.jsonl", "checkpoints/step-500/theirs", "model/theirs.bin"])
+def test_what_another_program_has_in_the_folder_is_not_touched(tmp_path, left):
+    file = tmp_path / "r" / left
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("theirs")
+    with pytest.raises(UserError, match=rf"--name r: .*/r has {left.split('/')[0]} and no config.toml.*another --name"):
+        started(tmp_path)
+    assert [f for f in (tmp_path / "r").rglob("*") if f.is_file()] == [file]
+    assert file.read_text() == "theirs"
+
+
+def test_logs_of_a_start_that_was_refused_leave_the_name_free(tmp_path):
+    (tmp_path / "r" / "logs").mkdir(parents=True)
+    (tmp_path / "r" / "logs" / "ray.log").write_text("x")
+    assert started(tmp_path).config()
+
+
+def test_a_config_of_another_program_is_no_run(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / CONFIG).write_text("epochs = 30\n")
+    folder = RunFolder(Folder(str(tmp_path)).child("r"))
+    with pytest.raises(UserError, match=r"--name r: is a run of something else in .*; use another --name"):
+        again(folder, tmp_path)
+
+
 def test_what_is_not_given_keeps_its_stored_value(tmp_path):
     then = {"lr": "0.03", "steps": "40", "shards": "16", "batch_size": "64", "seed": "5", "keep_checkpoints": "7"}
     folder = started(tmp_path, **then)

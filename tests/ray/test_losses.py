@@ -150,6 +150,19 @@ def test_the_coordinator_is_killed(nodes: Any, node_pair: Any, undisturbed: str,
     wait_until(lambda: lost_once_and_finished(nodes.head_node.metrics_export_port), 15, "its metrics")
 
 
+@pytest.mark.long  # the command looks for 90 s
+def test_a_coordinator_that_stands_still_is_started_anew(
+    nodes: Any, node_pair: Any, undisturbed: str, tmp_path: Path
+) -> None:
+    """Nobody else would notice: Ray does not watch a process that is stopped."""
+    process = start(command(tmp_path, "--address", nodes.address, "--workers", "2"))
+    wait_for_step(tmp_path / "run", 50)
+    os.kill(events(tmp_path / "run", "run_started")[0]["coordinator_pid"], signal.SIGSTOP)
+    assert_as_undisturbed(finish(process), tmp_path, undisturbed)
+    assert len(events(tmp_path / "run", "coordinator_restarted")) == 1
+    assert not events(tmp_path / "run", "checkpoint_loaded"), "the workers have kept the state"
+
+
 def lost_once_and_finished(port: int) -> bool:
     """Whether the new coordinator's metrics go on where the old one's were; Ray keeps those of processes for 20 s."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:

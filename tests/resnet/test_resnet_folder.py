@@ -2,6 +2,8 @@
 
 import errno
 import os
+import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +12,8 @@ from PIL import Image
 from preparing import do, job
 
 from orchestrator import tables
-from orchestrator.errors import DataError, UserError
-from workloads.resnet import data, preparing
+from orchestrator.errors import DataError, StorageError, UserError
+from workloads.resnet import data, folder, preparing
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.folder import decode, without_ends
 
@@ -163,3 +165,50 @@ def test_a_worker_waits_for_the_manifest_and_a_user_does_not(tmp_path, monkeypat
     assert asked == [7.0, 7.0]
     data.check(config)
     assert asked[2] is None
+
+
+def away(monkeypatch, times):
+    """The server of a mounted folder does not answer so often; returns how often it is asked."""
+    asked, read = [], Path.read_bytes
+
+    def answer(path):
+        asked.append(path)
+        if len(asked) <= times:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", answer)
+    monkeypatch.setattr(folder, "PAUSES_S", (0.0,))
+    return asked
+
+
+def test_a_server_that_is_away_for_a_moment_breaks_no_image(tmp_path, monkeypatch, image_folder):
+    """A prepared image that is left out stays out; one that is trained on is no reason to stop."""
+    images = image_folder("png")
+    asked = away(monkeypatch, 3)
+    preparing_job = job("resnet", f"imagefolder:{images}", tmp_path / "out")
+    do(preparing_job)
+    assert not preparing_job.broken()
+    asked.clear()
+    assert decode(str(images / "train" / "cat" / "0.png")).mode == "RGB"
+    assert len(asked) == 4
+
+
+def test_a_server_that_stays_away_is_no_broken_image(monkeypatch, image_folder):
+    images = image_folder("png")
+    away(monkeypatch, 10**9)
+    monkeypatch.setattr(folder, "PATIENCE_S", 0.0)
+    with pytest.raises(StorageError, match=r"0.png cannot be read for 0 s \(Stale file handle\); look at the disk"):
+        decode(str(images / "train" / "cat" / "0.png"))
+
+
+@pytest.mark.parametrize(("pixels", "grey"), [(b"\xff\xff\xff", 255), (b"\x80\x08\x00", 128), (b"\x00\x00\x00", 0)])
+def test_tiffs_with_twelve_bits_keep_their_upper_eight(tmp_path, pixels, grey):
+    """Pillow opens them as 16 bits, of which the upper four are 0."""
+    values = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values)
+    head = b"II*\0" + struct.pack("<I", 12) + pixels + b"\0"
+    (tmp_path / "x.tif").write_bytes(head + struct.pack("<H", len(values)) + entries + b"\0\0\0\0")
+    with Image.open(tmp_path / "x.tif") as opened:
+        assert opened.mode == "I;16"
+    assert np.asarray(decode(str(tmp_path / "x.tif"), mode="L")).tolist() == [[grey, grey]]

@@ -59,6 +59,15 @@ class Corpus:
         yield from _docs(self.root, self.files) if self.kind == "docs" else _paragraphs(self.files)
 
 
+def absolute_pattern(pattern: str, is_glob: bool) -> str:
+    """The same files from any folder; a working directory with brackets in its name is not part of a pattern."""
+    expanded = os.path.expanduser(pattern)
+    whole = os.path.abspath(expanded)
+    if not is_glob or os.path.isabs(expanded) or os.path.exists(whole):
+        return whole
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), expanded))
+
+
 def find_corpus(data: str) -> Corpus:
     """The files that `--data` names. Raises UserError where it names nothing that can be read."""
     kind, _, pattern = data.partition(":")
@@ -74,7 +83,7 @@ def find_corpus(data: str) -> Corpus:
     found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
     files = tuple(Path(name) for name in found if os.path.isfile(name))
     if not files:
-        raise UserError(f"--data {data}: no file matches; give a pattern that matches text files, in quotes")
+        raise UserError(f"--data {data}: no file matches; give a pattern of text files, here or mounted, in quotes")
     return Corpus(kind, Path(), files)
 
 

@@ -25,7 +25,7 @@ from orchestrator.settings import parse_value, settings
 from orchestrator.tables import SPLITS, Table, check_whole, read_manifest
 from workloads.bert import cache, prepared
 from workloads.bert.config import BertConfig
-from workloads.bert.corpus import Corpus, find_corpus, fingerprint, is_heldout
+from workloads.bert.corpus import Corpus, absolute_pattern, find_corpus, fingerprint, is_heldout
 from workloads.bert.wordpiece import (
     CLS,
     DOCUMENTS_AT_ONCE,
@@ -33,6 +33,7 @@ from workloads.bert.wordpiece import (
     Vocabulary,
     build_tokenizer,
     read_tokenizer,
+    rules_beside,
     token_ids,
     tokenizer_file,
     train_vocabulary,
@@ -137,9 +138,8 @@ def prepared_data(config: BertConfig) -> Prepared:
 def absolute_paths(config: BertConfig) -> BertConfig:
     """The configuration with the paths in `data` and `tokenizer` absolute: workers run in other folders."""
     kind, _, pattern = config.data.partition(":")
-    is_text = kind == "text" and pattern
-    here = is_text or (kind == "parquet" and pattern and "://" not in pattern)
-    data = f"{kind}:{os.path.abspath(os.path.expanduser(pattern))}" if here else config.data
+    here = pattern and (kind == "text" or (kind == "parquet" and "://" not in pattern))
+    data = f"{kind}:{absolute_pattern(pattern, kind == 'text')}" if here else config.data
     tokenizer = os.path.abspath(os.path.expanduser(config.tokenizer)) if config.tokenizer else ""
     return replace(config, data=data, tokenizer=tokenizer)
 
@@ -206,7 +206,11 @@ def _tokenizer_identity(config: BertConfig) -> list[Any]:
         return [config.vocab_size]
     file = tokenizer_file(Path(config.tokenizer).expanduser())
     try:
-        return [file.suffix, cache.file_sha256(file)]
+        return [file.suffix, cache.file_sha256(file), *sorted(rules_beside(file).items())]
+    except ValueError:
+        raise UserError(
+            f"--tokenizer {config.tokenizer}: tokenizer_config.json beside {file.name} is no JSON; mend or remove it"
+        ) from None
     except OSError as error:
         raise UserError(
             f"--tokenizer {config.tokenizer}: {file.name} cannot be read ({error.strerror}); give another"

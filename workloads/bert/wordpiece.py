@@ -7,7 +7,7 @@ single-character piece in a fixed order removes the one source of chance.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK
 PREFIX = "##"  # of a piece that continues a word (Wu et al. 2016, as in Devlin et al. 2019)
 DOCUMENTS_AT_ONCE = 512  # bounds the memory of tokenization
 LETTERS_AT_ONCE = 2**20  # likewise: what is known of a text while it is cut takes up to 200 times its bytes
+RULES = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 ALPHABET_LIMIT = 1000  # characters; bert-base-uncased has 997
 
 
@@ -39,16 +44,19 @@ class Vocabulary:
         return tuple(self.id(token) for token in SPECIAL)
 
 
-def build_tokenizer(tokens: Sequence[str], lowercase: bool = True) -> Any:
+def build_tokenizer(tokens: Sequence[str], lowercase: bool = True, **rules: bool) -> Any:
     """A `tokenizers.Tokenizer` that splits text as BERT does, with `tokens` by id.
 
     Without a post-processor: [CLS] and [SEP] are placed by the packing.
+
+    Args:
+        rules: others of normalizers.BertNormalizer.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNK, continuing_subword_prefix=PREFIX))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, **rules)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)
     tokenizer.add_special_tokens(list(SPECIAL))
@@ -89,13 +97,14 @@ def train_vocabulary(documents: Iterable[str], vocab_size: int) -> tuple[str, ..
 def read_tokenizer(path: Path) -> tuple[Any, Vocabulary]:
     """The tokenizer in a vocab.txt, or in a folder with tokenizer.json or vocab.txt, and its vocabulary.
 
-    A vocab.txt with a capital letter in any token is cased, every other one lower-cases the text.
+    A vocab.txt with a capital letter in any token is cased, every other one lower-cases the text and takes its accents
+    off; a tokenizer_config.json beside it comes first.
     Raises UserError where it cannot be used for masked-language modelling.
     """
     file = tokenizer_file(path)
     try:
         text = file.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
-        tokenizer = load_tokenizer(text) if file.suffix == ".json" else _from_vocab(text)
+        tokenizer = load_tokenizer(text) if file.suffix == ".json" else _from_vocab(text, rules_beside(file))
     except (OSError, ValueError) as error:
         raise UserError(f"--tokenizer {path}: {file.name} cannot be used ({_line(error)}); {_WANTED}") from None
     by_token = tokenizer.get_vocab(with_added_tokens=True)
@@ -122,7 +131,17 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _from_vocab(text: str) -> Any:
+def rules_beside(file: Path) -> dict[str, bool]:
+    """How text is normalized, as tokenizer_config.json beside a vocab.txt says (transformers' BertTokenizer), by
+    normalizers.BertNormalizer's names; raises ValueError where it is no JSON.
+    """
+    beside = file.with_name("tokenizer_config.json")
+    said = json.loads(beside.read_text(encoding="utf-8-sig")) if file.suffix != ".json" and beside.is_file() else {}
+    found = {RULES[key]: said[key] for key in RULES if isinstance(said, dict) and key in said}
+    return {name: value for name, value in found.items() if isinstance(value, bool)}
+
+
+def _from_vocab(text: str, rules: Mapping[str, bool]) -> Any:
     # Not splitlines(): a vocabulary may hold other line separators as tokens.
     tokens = [token.rstrip("\r") for token in text.split("\n")]
     while tokens and not tokens[-1]:
@@ -134,7 +153,7 @@ def _from_vocab(text: str) -> Any:
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
     cased = any(token != token.lower() for token in tokens if not token.startswith("["))
-    return build_tokenizer(tokens, lowercase=not cased)
+    return build_tokenizer(tokens, **{"lowercase": not cased, **rules})
 
 
 def load_tokenizer(text: str) -> Any:

@@ -1,20 +1,24 @@
 """Image files in one folder per class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; Pillow, no torch."""
 
 import io
+import itertools
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, StorageError
+from orchestrator.storage import AWAY, PATIENCE_S, PAUSES_S
 from workloads.resnet.readers import ImageSet, Split, UnusableDataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": "train", "heldout": "val"}
 SIXTEEN_BITS = ("PPM", "PNG")  # formats of which Pillow opens, or once opened, 16-bit grey with 32 bits a pixel
+BITS_PER_SAMPLE = 258  # a tag of TIFF 6.0
 LONGEST = 8  # times the shorter side
 HEADERS_CHECKED = 1000  # of each split, before a run: about a second from a local disk
 
@@ -29,7 +33,9 @@ def read_image_folder(folder: Path, split: Split) -> ImageSet:
         found = sorted(_image_files(root / name))
         if not found:
             allowed = " ".join(EXTENSIONS)
-            raise UnusableDataError(f"{root / name} holds no images ({allowed}); add some or remove the class")
+            raise UnusableDataError(
+                f"{root / name} holds no images ({allowed}; not in folders of its own); add some or remove the class"
+            )
         paths += found
         labels += [label] * len(found)
     return ImageSet(paths, np.asarray(labels, dtype=np.int64), names)
@@ -91,13 +97,29 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+def read(path: str) -> bytes:
+    """A file's bytes; raises OSError, and StorageError where the server of a mounted folder stays away."""
+    until = time.monotonic() + PATIENCE_S
+    for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            if error.errno not in AWAY:
+                raise
+            if time.monotonic() > until:
+                told = f"{printable(path)} cannot be read for {PATIENCE_S:g} s ({error.strerror})"
+                raise StorageError(f"{told}; look at the disk or server that has it") from error
+        time.sleep(pause_s)
+    raise AssertionError("the pauses do not end")
+
+
 def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Image:
     """An image of a file or of encoded bytes; raises DataError naming it where it cannot be read or is truncated."""
     named = printable(name or str(source))
     try:
-        with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
+        with Image.open(io.BytesIO(read(source) if isinstance(source, str) else source)) as image:
             return _eight_bits(image, named).convert(mode)
-    except DataError:
+    except (DataError, StorageError):
         raise
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -121,11 +143,13 @@ def without_ends(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image, named: str) -> Image.Image:
     """A 16-bit grey image in 8 bits, by their upper half; Pillow's own conversion cuts off at 255.
 
-    Pillow opens those of two formats with 32 bits a pixel. What really has 32 bits has no known white.
+    Pillow opens those of two formats with 32 bits a pixel, and TIFFs with 12 as if they had 16. What really has 32
+    bits has no known white.
     """
     if image.mode[0] not in "IF":
         return image
     pixels = np.asarray(image)
     if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
         raise DataError(f"{named} has 32-bit pixels; save it with 8 or 16 bits")
-    return Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
+    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+    return Image.fromarray((pixels.astype(np.uint16) >> (bits - 8)).astype(np.uint8))

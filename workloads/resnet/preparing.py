@@ -7,7 +7,6 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from orchestrator.tables import Table
 from workloads.preparation import Made, Part, changed
 from workloads.resnet import data
 from workloads.resnet.config import ResnetConfig
-from workloads.resnet.folder import decode, printable
+from workloads.resnet.folder import decode, printable, read
 from workloads.resnet.readers import ImageSet, Split
 
 MIXING_SEED = derive_seed("prepare")
@@ -145,7 +144,7 @@ def _encoded(images: ImageSet, index: int, root: str) -> tuple[bytes, str]:
     if isinstance(images.images, list):
         path = images.images[index]
         try:
-            raw = Path(path).read_bytes()
+            raw = read(path)
         except OSError as error:
             raise DataError(f"{printable(path)} cannot be read ({error.strerror})") from None
         decode(raw, path)
