@@ -1,6 +1,16 @@
 """The errors that have a meaning to the user, each with the exit status it ends the command with."""
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, on one line and cut off after `most` characters; its type's name where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """Of its text, which may be a traceback."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
 class OrchestratorError(Exception):
     """Base of what this package raises on purpose; its text is one line for the user."""
 

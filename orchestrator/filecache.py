@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import DataError, MachineError
+from orchestrator.errors import DataError, MachineError, one_line
 from orchestrator.sealed import DIGEST, seal, whole_since_boot
 
 MEND = "prepare the data again with --verify, which mends this file alone"
@@ -94,31 +94,31 @@ class FileCache:
         each_time = f"{file.name}: its copy in {self._folder} is gone or damaged each time"
         raise MachineError(f"{each_time}; give a larger --data-cache, or look at that disk")
 
-    def _throw_away(self, path: Path) -> None:
+    def _throw_away(self, path: str) -> None:
         try:
-            path.unlink(missing_ok=True)
+            _remove(path)
         except OSError as error:
             raise self._unusable(error) from error
 
-    def ensure(self, file: TableFile, fetch: Callable[[str], bytes], needed: bool = True) -> Path:
+    def ensure(self, file: TableFile, fetch: Callable[[str], bytes], needed: bool = True) -> str:
         """The local file, fetched if it is not here; raises as `table` does.
 
         Args:
             needed: whether others are thrown away for it where the disk is full.
         """
-        path = self._folder / f"{file.sha256}.arrow"
+        path = f"{self._folder}/{file.sha256}.arrow"
         if _touched(path):
             return path
         try:
             with self._alone(file.sha256):
-                if not path.exists():  # else another process was first
+                if not os.path.exists(path):  # else another process was first
                     self._fill(path, _checked(file, fetch), needed)
             self._make_room(path)
         except OSError as error:
             raise self._unusable(error) from error
         return path
 
-    def _fill(self, path: Path, data: bytes, needed: bool) -> None:
+    def _fill(self, path: str, data: bytes, needed: bool) -> None:
         """Write a file; where the disk is full, in the place of the oldest others."""
         try:
             self._write(data, path)
@@ -135,15 +135,15 @@ class FileCache:
         return MachineError(f"the data cache {self._folder} cannot be used ({reason}); {advice}")
 
     @staticmethod
-    def _map(path: Path, file: TableFile) -> Any:
+    def _map(path: str, file: TableFile) -> Any:
         import pyarrow as pa
 
-        with path.open("rb") as held:  # others may throw it away while it is looked at
-            here = Path(f"/proc/self/fd/{held.fileno()}")
-            here = here if here.exists() else path  # not every system has that
+        with open(path, "rb") as held:  # others may throw it away while it is looked at
+            here = f"/proc/self/fd/{held.fileno()}"
+            here = here if os.path.exists(here) else path  # not every system has that
             if not whole_since_boot(here, _mark(path)):
                 raise pa.ArrowInvalid("not what was written")
-            whole = pa.memory_map(str(here)).read_buffer()
+            whole = pa.memory_map(here).read_buffer()
         content = len(whole) - DIGEST
         table = pa.ipc.open_file(pa.BufferReader(whole.slice(0, content))).read_all()
         if table.num_rows != file.samples:
@@ -156,34 +156,36 @@ class FileCache:
     def _alone(self, name: str) -> Iterator[None]:
         """Others that want the same file wait."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        lock = self._folder / f".{name}.lock"
+        lock = f"{self._folder}/.{name}.lock"
         while True:
-            with lock.open("w") as held:
+            with open(lock, "w") as held:
                 fcntl.flock(held, fcntl.LOCK_EX)
                 if not _is(held.fileno(), lock):  # who held it has thrown it away: others lock another one by now
                     continue
                 try:
-                    for path in self._folder.glob(f".{name}.arrow.*"):  # of a process that was killed while it wrote
-                        path.unlink(missing_ok=True)
+                    for entry in os.listdir(self._folder):
+                        if entry.startswith(f".{name}.arrow."):  # of a process that was killed while it wrote
+                            _remove(f"{self._folder}/{entry}")
                     yield
                 finally:
-                    lock.unlink(missing_ok=True)
+                    _remove(lock)
                 return
 
     @staticmethod
-    def _write(data: bytes, path: Path) -> None:
+    def _write(data: bytes, path: str) -> None:
         import pyarrow as pa
         from pyarrow import parquet
 
         table = parquet.read_table(pa.BufferReader(data)).combine_chunks()
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        folder, name = os.path.split(path)
+        beside = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}"
         try:
-            with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            with pa.OSFile(beside, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table, max_chunksize=max(1, table.num_rows))
             seal(beside)
-            beside.replace(path)
+            os.replace(beside, path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            _remove(beside)
             raise
 
     def _found(self) -> list[tuple[int, int, Path]]:
@@ -195,7 +197,7 @@ class FileCache:
                 found.append((status.st_atime_ns, status.st_size, path))
         return found
 
-    def _make_room(self, newest: Path, limit_bytes: int | None = None) -> None:
+    def _make_room(self, newest: str, limit_bytes: int | None = None) -> None:
         """Throw away what is too much; maps of it that are open stay good."""
         limit_bytes = self._limit_bytes if limit_bytes is None else limit_bytes
         for path in self._folder.glob(".*.arrow.*"):  # of processes that were killed while they wrote
@@ -207,11 +209,11 @@ class FileCache:
         for _, size, path in sorted(found):
             if total <= limit_bytes:
                 return
-            if path != newest:
+            if str(path) != newest:
                 with contextlib.suppress(PermissionError):  # another user's
                     path.unlink(missing_ok=True)
                     total -= size
-                    _mark(path).unlink(missing_ok=True)
+                    _remove(_mark(str(path)))
 
 
 def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
@@ -221,7 +223,7 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
         try:
             data = fetch(file.name)
         except OSError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise DataError(f"{file.name} cannot be read: {reason}; {MEND}") from None
         found = hashlib.sha256(data).hexdigest()
         if found == file.sha256:
@@ -231,18 +233,18 @@ def _checked(file: TableFile, fetch: Callable[[str], bytes]) -> bytes:
     raise DataError(f"{file.name} is damaged: {problem}; {MEND}")
 
 
-def _is(descriptor: int, path: Path) -> bool:
+def _is(descriptor: int, path: str) -> bool:
     """Whether what is open is still what goes by this name."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _touched(path: Path) -> bool:
+def _touched(path: str) -> bool:
     """Whether a file is there; it counts as used now, and as written when it was."""
     try:
-        written_ns = path.stat().st_mtime_ns
+        written_ns = os.stat(path).st_mtime_ns
     except OSError:  # it is not there; or what is there cannot be used, and is found so when it is to be written
         return False
     with contextlib.suppress(OSError):  # thrown away since then, and found so when it is opened; or another user's
@@ -250,6 +252,13 @@ def _touched(path: Path) -> bool:
     return True
 
 
-def _mark(path: Path) -> Path:
+def _mark(path: str) -> str:
     """Where it is noted that a file was found whole."""
-    return path.parent.with_name(f"{path.parent.name}-checked") / path.stem
+    folder, name = os.path.split(path)
+    return f"{folder}-checked/{name.removesuffix('.arrow')}"
+
+
+def _remove(path: str) -> None:
+    """Delete a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)

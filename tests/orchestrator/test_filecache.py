@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -48,7 +49,7 @@ def test_a_copy_that_a_power_cut_left_empty_is_fetched_again(tmp_path):
     data = encoded([1, 2])
     store, file = Store(data), described(data, 2)
     cache = FileCache(tmp_path / "c", 10**9, 4)
-    cache.ensure(file, store).write_bytes(b"")
+    Path(cache.ensure(file, store)).write_bytes(b"")
     assert cache.table(file, store).column("x").to_pylist() == [1, 2]
     assert store.fetched == 2
 
@@ -74,7 +75,7 @@ def flipped(raw: bytes, at: int) -> bytes:
 def test_a_damaged_copy_is_fetched_again_when_it_is_opened(tmp_path, damage):
     data = encoded([1, 2])
     store, file = Store(data), described(data, 2)
-    copy = FileCache(tmp_path / "c", 10**9, 4).ensure(file, store)
+    copy = Path(FileCache(tmp_path / "c", 10**9, 4).ensure(file, store))
     whole = copy.read_bytes()
     assert hashlib.sha256(whole[:-32]).digest() == whole[-32:]
     copy.write_bytes(damage(whole))
@@ -88,7 +89,7 @@ def test_any_byte_of_a_copy_is_checked(tmp_path_factory, data):
     content = encoded([1, 2])
     store, file = Store(content), described(content, 2)
     folder = tmp_path_factory.mktemp("cache")
-    copy = FileCache(folder, 10**9, 4).ensure(file, store)
+    copy = Path(FileCache(folder, 10**9, 4).ensure(file, store))
     whole = copy.read_bytes()
     copy.write_bytes(flipped(whole, data.draw(st.integers(0, len(whole) - 1))))
     assert FileCache(folder, 10**9, 4).table(file, store).column("x").to_pylist() == [1, 2]
@@ -117,13 +118,13 @@ def test_a_copy_that_another_process_threw_away_is_fetched_again(tmp_path, monke
     def thrown_away_at_first(*given):
         path = ensure(*given)
         if store.fetched < 3:
-            path.unlink()
+            os.remove(path)
         return path
 
     monkeypatch.setattr(FileCache, "ensure", thrown_away_at_first)
     assert FileCache(tmp_path / "c", 10**9, 4).table(file, store).num_rows == 2
     assert store.fetched == 3
-    monkeypatch.setattr(FileCache, "ensure", lambda *_: tmp_path / "never")
+    monkeypatch.setattr(FileCache, "ensure", lambda *_: str(tmp_path / "never"))
     with pytest.raises(DataError, match="give a larger --data-cache"):
         FileCache(tmp_path / "c", 10**9, 4).table(file, store)
 
@@ -136,7 +137,7 @@ def test_a_copy_may_be_thrown_away_while_it_is_looked_at(tmp_path, monkeypatch):
     path, look = cache.ensure(file, store), filecache.whole_since_boot
 
     def slow(*given):
-        path.unlink()
+        os.remove(path)
         return look(*given)
 
     monkeypatch.setattr(filecache, "whole_since_boot", slow)
@@ -157,7 +158,7 @@ def test_a_file_that_stays_damaged_stops_with_its_name(tmp_path):
 def test_the_cache_keeps_its_limit_and_what_was_used_last(tmp_path):
     contents = [encoded(list(range(n * 1000, n * 1000 + 1000))) for n in range(6)]
     files = [described(data, 1000, f"train-{n:05d}.parquet") for n, data in enumerate(contents)]
-    each = FileCache(tmp_path / "one", 10**9, 1).ensure(files[5], Store(contents[5])).stat().st_size
+    each = os.path.getsize(FileCache(tmp_path / "one", 10**9, 1).ensure(files[5], Store(contents[5])))
     cache = FileCache(tmp_path / "c", 3 * each, keep_open=1)
     for file, data in zip(files, contents, strict=True):
         cache.ensure(files[0], Store(contents[0]))  # used again and again
