@@ -18,6 +18,8 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
+from orchestrator.nodewatch import drain_node
+
 EVERY_S = 2.0
 ANSWER_S = 5.0
 AWS, AWS_TOKEN_S = "http://169.254.169.254", "21600"
@@ -80,17 +82,13 @@ def drain(seconds: float, reason: str) -> list[str]:
         RuntimeError: there are none, or Ray refuses.
     """
     from ray._private import services
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated import autoscaler_pb2
 
     nodes = sorted(services.find_node_ids())  # of the Ray processes here
     if not nodes:
         raise RuntimeError("no Ray runs on this machine")
-    client = GcsClient(address=services.canonicalize_bootstrap_address_or_die(None))
-    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    address = services.canonicalize_bootstrap_address_or_die(None)
     for node in nodes:
-        accepted, why = client.drain_node(node, preemption, reason, int((time.time() + seconds) * 1000))
-        if not accepted:
+        if why := drain_node(address, node, seconds, reason):
             raise RuntimeError(f"Ray does not drain node {node}: {why}")
     return nodes
 

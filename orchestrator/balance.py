@@ -27,7 +27,7 @@ SLOW = 1.5  # a worker that needs so many times the median is a straggler
 
 
 @dataclass
-class Pace:
+class ShardPace:
     """How long a worker computes for a shard, waiting for nobody; an exponential average over SMOOTH_S seconds.
 
     Attributes:
@@ -124,7 +124,9 @@ class Move:
     gain: float
 
 
-def better(counts: Sequence[int], paces: Sequence[Pace], step_s: float, steps_left: int, cost_s: float) -> Move | None:
+def better(
+    counts: Sequence[int], paces: Sequence[ShardPace], step_s: float, steps_left: int, cost_s: float
+) -> Move | None:
     """Other shares, if they win more than moving costs; None: stay.
 
     Args:
@@ -146,7 +148,7 @@ def better(counts: Sequence[int], paces: Sequence[Pace], step_s: float, steps_le
     return Move(new, gain)
 
 
-def speeds(paces: Sequence[Pace], declared: Sequence[float]) -> list[float]:
+def speeds(paces: Sequence[ShardPace], declared: Sequence[float]) -> list[float]:
     """Shards a second of each worker, as measured; one that is not known yet by what is declared of it.
 
     Args:
@@ -185,7 +187,7 @@ class Straggler:
     worse_than_none: bool
 
 
-def stragglers(shards: int, paces: Sequence[Pace]) -> list[Straggler]:
+def stragglers(shards: int, paces: Sequence[ShardPace]) -> list[Straggler]:
     """Who is slow, judged by the best shares that each may have; nobody until all paces are known."""
     if len(paces) < 2 or any(pace.known_s < KNOWN_S for pace in paces):
         return []

@@ -41,7 +41,7 @@ class Balancer:
     ) -> None:
         self._parallel = parallel
         self._journal, self._shards, self._total_steps, self._enabled = journal, shards, total_steps, enabled
-        self._paces: dict[str, balance.Pace] = {}
+        self._paces: dict[str, balance.ShardPace] = {}
         self._slow_since: dict[str, float] = {}
         self._measured_s: dict[str, float] = {}  # when each pace was, monotonic
         self._move: balance.Move | None = None
@@ -64,7 +64,7 @@ class Balancer:
         if beat.shards > shards and member_id not in self._measured_s:  # its caches are cold
             self._measured_s[member_id] = time.monotonic()
         elif beat.shards > shards:
-            pace, now = self._paces.setdefault(member_id, balance.Pace()), time.monotonic()
+            pace, now = self._paces.setdefault(member_id, balance.ShardPace()), time.monotonic()
             since_s = now - self._measured_s.get(member_id, now)
             pace.measured(beat.shards - shards, (beat.busy_ms - busy_ms) / 1000, since_s)
             self._measured_s[member_id] = now
@@ -74,8 +74,8 @@ class Balancer:
         for known in (self._paces, self._slow_since, self._measured_s):
             known.pop(member_id, None)
 
-    def _of(self, order: Sequence[Member]) -> list[balance.Pace]:
-        return [self._paces.get(m.id, balance.Pace()) for m in order]
+    def _of(self, order: Sequence[Member]) -> list[balance.ShardPace]:
+        return [self._paces.get(m.id, balance.ShardPace()) for m in order]
 
     def placement(self, order: Sequence[Member]) -> Placement:
         """Shards for the members of the next generation, in rank order."""

@@ -119,7 +119,8 @@ class Line:
 
         Args:
             look: gives the beat to send.
-            told: gets an order and a generation: "end", "pause", "stop", "checkpoint", "dump"; "gone": the wire broke.
+            told: gets an order and a generation: "end", "pause", "stop", "checkpoint", "dump"; "fault" and its number;
+                "gone": the wire broke.
 
         Raises:
             OSError: nobody answers at `address`.

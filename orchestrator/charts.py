@@ -1,5 +1,6 @@
 """The charts of a report, drawn with plotly from a run's history."""
 
+import bisect
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from orchestrator.history import Floats, History, thin, training_shares
+from orchestrator.history import STEP_PARTS, Floats, History, thin, training_shares
 
 POINTS = 1500
 ROWS = 64  # of the strip of shards: runs of neighbouring shards are drawn as one row
@@ -37,10 +38,10 @@ def colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def add_curve(chart: Any, x: Floats, y: Floats, name: str, i: int, band: bool = True) -> None:
+def add_curve(chart: Any, x: Floats, y: Floats, name: str, i: int) -> None:
     """A line through the means, over a band from the smallest to the largest value of each stretch."""
     curve = thin(x, y, POINTS)
-    if band and len(curve.x) < len(x):
+    if len(curve.x) < len(x):
         around = np.concatenate([curve.x, curve.x[::-1]]), np.concatenate([curve.high, curve.low[::-1]])
         chart.add_scatter(
             x=rounded(around[0]),
@@ -145,11 +146,12 @@ def spans(history: History) -> list[tuple[float, float, dict[str, Any]]]:
     ends = [(e["time_s"], e["time_s"]) for e in history.of_kind("generation_started", "run_ended")]
     # A command that was killed wrote nothing of its end: it was there until the last thing that it wrote.
     ends += [(e["time_s"], history.newest_before(e["time_s"])) for e in history.of_kind("run_started")]
+    ends.sort()
     found = []
     for event in started:
         begin = float(event["time_s"])
-        later = [end for end in ends if end[0] > begin]
-        found.append((begin, max(begin, float(min(later)[1] if later else history.last_s)), event))
+        later = bisect.bisect_right(ends, begin, key=lambda end: end[0])
+        found.append((begin, max(begin, float(ends[later][1] if later < len(ends) else history.last_s)), event))
     return found
 
 
@@ -219,14 +221,13 @@ def shares_chart(history: History) -> Any:
     """Where the time of steps goes, over the run."""
     chart = figure("share of a step")
     steps = history.column("step")
-    parts = [("data", "data_share"), ("forward and backward", "compute_share"), ("reduction", "reduce_share")]
     total = np.zeros(len(steps))
-    for i, (name, key) in enumerate(parts):
+    for i, (name, key) in enumerate(STEP_PARTS.items()):
         if key not in history.steps:
             continue
         total = total + history.column(key)
         _stack(chart, steps, history.column(key), name, i)
-    _stack(chart, steps, np.clip(1.0 - total, 0.0, 1.0), "optimizer and the rest", len(parts))
+    _stack(chart, steps, np.clip(1.0 - total, 0.0, 1.0), "optimizer and the rest", len(STEP_PARTS))
     chart.update_yaxes(range=[0, 1], tickformat=".0%")
     return chart
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from orchestrator.errors import OrchestratorError, UserError
+from orchestrator.errors import OrchestratorError, UserError, one_line
+from orchestrator.nodewatch import on_node
 from orchestrator.storage import Folder, cache_folder
 
 GB = 1e9
@@ -122,7 +123,7 @@ def storage(folder: Folder) -> Finding:
         read = time.perf_counter()
         folder.delete(name)
     except (OSError, OrchestratorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         return Finding("problem", f"storage {folder.uri}: {reason}", "check its address, your rights and credentials")
     if not same:
         return Finding("problem", f"storage {folder.uri} gave back other bytes than were written", "do not train on it")
@@ -166,7 +167,7 @@ def look_at_node(probe: tuple[str, str]) -> dict[str, Any]:
     try:
         found["sees_storage"] = Folder(probe[0]).read_text(probe[1]) is not None
     except Exception as error:
-        found["sees_storage"], found["storage_error"] = False, " ".join(str(error).split())[:200]
+        found["sees_storage"], found["storage_error"] = False, one_line(error, 200)
     if os.path.exists("/dev/nvidia0"):
         import torch
 
@@ -209,11 +210,6 @@ def judge_node(name: str, found: dict[str, Any], asked: tuple[float, float], min
 def on_nodes(where: str) -> Iterator[Finding]:
     """Every node of the connected cluster, and the way to it from the first."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    def task(function: Any, node: str) -> Any:
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(function).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
 
     alive = [node for node in ray.nodes() if node["Alive"]]
     total = ray.cluster_resources()
@@ -228,7 +224,7 @@ def on_nodes(where: str) -> Iterator[Finding]:
         for node in alive:
             name, started = node["NodeManagerAddress"], time.time()
             try:
-                said = ray.get(task(look_at_node, node["NodeID"]).remote((folder.uri, probe)), timeout=ASKED_S)
+                said = ray.get(on_node(look_at_node, node["NodeID"]).remote((folder.uri, probe)), timeout=ASKED_S)
             except ray.exceptions.RayError as error:
                 reason = str(error).splitlines()[-1][:200]
                 yield Finding("problem", f"node {name} does not do what it is told: {reason}", "see its raylet's log")
@@ -240,10 +236,10 @@ def on_nodes(where: str) -> Iterator[Finding]:
             folder.delete(probe)
     for node in answered[1:NODES_TIMED]:
         one, other = answered[0]["NodeManagerAddress"], node["NodeManagerAddress"]
-        sent = task(os.urandom, answered[0]["NodeID"]).remote(SENT_BYTES)
+        sent = on_node(os.urandom, answered[0]["NodeID"]).remote(SENT_BYTES)
         try:
             ray.wait([sent], fetch_local=False, timeout=ASKED_S)
-            seconds = ray.get(task(_receive, node["NodeID"]).remote([sent]), timeout=ASKED_S)
+            seconds = ray.get(on_node(_receive, node["NodeID"]).remote([sent]), timeout=ASKED_S)
         except ray.exceptions.RayError as error:
             said = f"{one} to {other}: {SENT_BYTES / 1e6:g} MB do not arrive ({type(error).__name__})"
             yield Finding("problem", said, "see the network between them, and the raylets' logs")

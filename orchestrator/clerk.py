@@ -55,20 +55,22 @@ def clerk(loggers: str, folder: RunFolder, token: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(uri: str, wait: bool) -> Iterator[None]:
-    """Nobody else on this machine writes this run's logbooks; raises UserError where somebody does, unless `wait`."""
+def alone(what: str, uri: str, refusal: str, wait: bool = False) -> Iterator[None]:
+    """Nobody else on this machine does `what` with a folder; raises UserError where somebody does, unless `wait`."""
     name = f"{digest(uri)[:16]}.lock"
     try:
-        folder = cache_folder() / "track"
+        folder = cache_folder() / what
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / name).open("w")
     except OSError:  # a home that cannot be written
-        lock = (Path(tempfile.gettempdir()) / f"orchestrator-{os.getuid()}-{name}").open("w")
+        lock = (Path(tempfile.gettempdir()) / f"orchestrator-{os.getuid()}-{what}-{name}").open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{uri}: another process is writing it to loggers; let it end") from None
+            raise UserError(f"{uri}: {refusal}") from None
+        except OSError:
+            log.warning("no locks can be had in %s", lock.name, exc_info=True)
         yield
 
 

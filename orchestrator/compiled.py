@@ -23,7 +23,7 @@ from orchestrator import toolchain
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.devices import chosen, cpu, kind_of
 from orchestrator.digest import digest
-from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.errors import OrchestratorError, TrainingError, one_line
 from orchestrator.events import Event, ModelCompiled
 from orchestrator.feed import batches
 from orchestrator.plan import Plan, Request
@@ -105,7 +105,7 @@ def compile_for(
     except OrchestratorError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
+        said = one_line(error)
         raise TrainingError(f"--compile true: node {node}: {type(error).__name__}: {said}") from error
     missed = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
     report([], [ModelCompiled(node, os.getpid(), machine, round(time.monotonic() - started, 3), not missed)])

@@ -6,12 +6,10 @@ the result (workers, placement, cadence): a resumed run takes them as they are g
 
 import json
 from dataclasses import dataclass
-from typing import TypeVar
 
 from orchestrator.settings import setting, settings
 from orchestrator.values import Cadence, Loggers, Pairs, Parallel, Staleness, WorkerRange
 
-C = TypeVar("C", bound="RunConfig")
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 
 
@@ -164,7 +162,8 @@ class RunConfig:
     """How many checkpoints are kept."""
 
     max_incidents: int = setting(100, result=False, low=0)
-    """How many lost workers or nodes a run survives before it stops."""
+    """How many incidents a run survives before it stops; workers lost by one generation are one, with parameter servers
+    each of them."""
 
     stall_limit: float = setting(0.0, result=False, low=0)
     """Seconds without a heartbeat, or without progress, until a worker is replaced. 0: without a heartbeat 2 steps, 5

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.command import Lasting
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, one_line
 from orchestrator.own_ray import few_processes
 from orchestrator.redact import redact
 
@@ -63,7 +63,7 @@ def cluster(address: str, log_file: Path, environment: Mapping[str, str] | None 
         with few_processes(environment or {}) if own else contextlib.nullcontext():
             ray.init(**arguments)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise (_cannot_start(reason) if own else _no_cluster(named, reason)) from None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ray.init has put its own there, which says nothing
     try:

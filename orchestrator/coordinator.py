@@ -13,7 +13,7 @@ from orchestrator.balancer import Balancer
 from orchestrator.errors import StorageError
 from orchestrator.events import Event, GenerationStarted, NodeDraining, PhaseBegan, WorkerFailed
 from orchestrator.failure import Failure, Place
-from orchestrator.injector import Schedule
+from orchestrator.injector import FaultSchedule
 from orchestrator.journal import Journal
 from orchestrator.lastwords import at_fault, describe, last_loss, what_is_kept
 from orchestrator.membership import Membership
@@ -38,12 +38,12 @@ class Coordinator:
     def __init__(self, assignment: Assignment) -> None:
         import ray
 
-        from orchestrator.prometheus import exporter
+        from orchestrator.prometheus import listener_for
 
         again = ray.get_runtime_context().was_current_actor_reconstructed
         self._plan, config = assignment.plan, assignment.plan.config
         self._host = "127.0.0.1" if assignment.loopback else ray.util.get_node_ip_address()
-        told = (assignment.description, assignment.started_s, again, exporter(self._plan, assignment.loopback))
+        told = (assignment.description, assignment.started_s, again, listener_for(self._plan, assignment.loopback))
         self._journal = Journal(self._plan, assignment.uri, assignment.token, *told)
         roster = roster_of(config, assignment.maximum, assignment.expected)
         roster.generation, roster.gather = self._journal.generation, self._journal.again
@@ -54,7 +54,7 @@ class Coordinator:
         patience_s = config.storage_patience + MORE_S  # twice: one may wait for another, who waits in vain
         self._members.read_s, self._members.still_s = max(FIRST_STEP_S, 2 * patience_s), max(STILL_S, patience_s)
         self._members.kill = lambda member: self._members.start(self._end_process(member))
-        self._watch, self._faults = NodeWatch(), Schedule(assignment.faults, self._journal, self._members)
+        self._watch, self._faults = NodeWatch(), FaultSchedule(assignment.faults, self._journal, self._members)
         self._listening: asyncio.Future[int] | None = None
         self._finished, self._phase, self._newcomers = dict[str, str](), "starting workers", Newcomers()
         self._noted: PhaseBegan | None = None

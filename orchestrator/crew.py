@@ -79,9 +79,8 @@ class Crew:
     async def _restored(self, number: int, step: int | None, limit_s: float) -> Restored:
         """One server; one that is there, and is not ready in time, is ended."""
         await self.handles[number].address.remote()  # data may have to be made, a machine to come
-        asked = _answer(self.handles[number].restore.remote(self.era, step))
         try:
-            found: Restored = await asyncio.wait_for(asked, limit_s)
+            found: Restored = await asyncio.wait_for(self.handles[number].restore.remote(self.era, step), limit_s)
         except TimeoutError:
             self.end(number)
             raise
@@ -90,7 +89,7 @@ class Crew:
     async def missing(self) -> list[int]:
         """Numbers of the servers that do not answer; raises what one says is wrong with it."""
 
-        pings = [asyncio.wait_for(_answer(handle.ping.remote()), SILENT_S) for handle in self.handles]
+        pings = [asyncio.wait_for(handle.ping.remote(), SILENT_S) for handle in self.handles]
         answers = await asyncio.gather(*pings, return_exceptions=True)
         lost = []
         for number, answer in enumerate(answers):
@@ -144,7 +143,3 @@ class Crew:
         parts = [handle.snapshot.remote() for handle in self.handles]
         sha256: str = await self.handles[0].weights_sha256.remote(*parts)
         return sha256
-
-
-async def _answer(reference: Any) -> Any:
-    return await reference

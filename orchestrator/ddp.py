@@ -16,7 +16,7 @@ from orchestrator.group import Group
 from orchestrator.plan import Plan, Request
 from orchestrator.shards import derive_seed
 from orchestrator.state import TrainingState
-from orchestrator.step import ROW, StepTotals, ledger_of, of_the_slowest, seal
+from orchestrator.step import ROW, StepTotals, ledger_of, of_the_slowest, sealed_rows
 from workloads.workload import Batch, Sums, Workload
 
 
@@ -132,7 +132,7 @@ class DdpGradients:
             mine = f"; samples of this worker: {indices.tolist()}" if self._group.rank in bad else ""
             raise NonFiniteLossError(f"step {step}: loss is not finite on ranks {bad} (--reduce ddp){mine}")
         total = rows[:, 1].sum().item() or 1.0
-        stopping, ledger = bool(rows[:, 2].sum() > 0), seal(rows.cpu(), samples, step)
+        stopping, ledger = bool(rows[:, 2].sum() > 0), sealed_rows(rows.cpu(), samples, step)
         return StepTotals(
             rows[:, 0].sum().item() / total,
             samples,

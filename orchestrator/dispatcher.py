@@ -56,7 +56,7 @@ class Dispatcher(Keeper):
         self._saved_step = restored.step
         self._loaded = (max(load_s, 1e-6), list(restored.rejected))
         if self._members.begun:
-            self._journal.go_back(restored.step)  # there may be too few workers for a generation
+            self._journal.go_back(max(0, restored.step))  # there may be too few workers for a generation
         self._regroup()
         if self._handout.complete:
             self._members.start(self._ripen())
@@ -234,6 +234,8 @@ class Dispatcher(Keeper):
 
     async def _stop(self) -> None:
         if self._handout is None or not self._members.begun:
+            if self._members.begun:  # servers are being put back: what came after the checkpoint is gone
+                self._journal.go_back(max(0, self._journal.saved))
             self._end_by_members("")
         elif (sha256 := await self._last_checkpoint(hashed=True)) is not None:
             await self.stopped(self._handout.oldest, sha256)

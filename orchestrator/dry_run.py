@@ -1,6 +1,7 @@
 """`--dry-run`: the complete plan. No Ray is started; with --address that cluster is asked what it has."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -130,7 +131,7 @@ def _placement(config: RunConfig, on: Sequence[Node], workers: int) -> Placement
         return group_placement(config.parallel, layout_of(config.parallel, workers), config.shards)
     if not follows_speed(config):
         return even_placement(config.shards, workers)
-    return balance.placement(config.shards, balance.speeds([balance.Pace()] * workers, declared))
+    return balance.placement(config.shards, balance.speeds([balance.ShardPace()] * workers, declared))
 
 
 def _gradients(config: RunConfig, parameters: int, state: int, placement: Placement) -> int:
@@ -173,7 +174,8 @@ def _measure(plan: Plan) -> tuple[int, int]:
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     samples = min(2, plan.train_samples)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in training, where they go to Ray's log
         workload.sums(model.train(), workload.samples("train").microbatch(np.arange(samples), 0))
     activations = sum(size for address, size in kept.items() if address not in own)
     microbatch = plan.schedule.microbatch_size

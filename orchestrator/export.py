@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import json
 import math
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,17 +19,16 @@ from orchestrator.assembly import assemble
 from orchestrator.command import Parser, check_threads, leave, refuse
 from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.exported import ABOUT, ONNX, PACKAGES, PROGRAM, need
-from orchestrator.runfolder import CONFIG, RunFolder
+from orchestrator.exported import ABOUT, ONNX, PACKAGES, PROGRAM, loading, need
+from orchestrator.runfolder import RunFolder
 from orchestrator.settings import flag
-from orchestrator.storage import Folder
+from orchestrator.storage import PATIENCE_S, Folder, half_written
 from workloads.exporting import Exporting
 from workloads.registry import WORKLOADS
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MODES = ("none", "dynamic", "static")
 UNFINISHED = "export.unfinished.json"
-HALF_WRITTEN = re.compile(rf"\.probe-.*|\.{re.escape(UNFINISHED)}\.[0-9a-f]{{8}}")  # see Folder
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,8 @@ class Trained:
 
 def find_run(uri: str) -> Trained:
     """The run in a folder; raises UserError where there is none, or it has not finished."""
-    try:
-        run = RunFolder(Folder(uri, "RUN"))
-    except UserError as error:
-        raise UserError(str(error).replace("RUN ", "", 1)) from None
-    settings = run.config()
-    if settings is None:
-        raise UserError(f"{uri}: no run is there (no {CONFIG}); give a run's folder, such as runs/NAME")
+    run = RunFolder(Folder(uri, "RUN"))
+    settings = run.settings()
     workload = str(settings.pop("workload", ""))
     if workload not in WORKLOADS:
         raise UserError(f"{uri}: of the workload {workload!r}, which is not one of {', '.join(WORKLOADS)}")
@@ -74,10 +67,10 @@ def settle_out(trained: Trained, given: str, mode: str) -> Folder:
     """Where the files go; raises UserError where something else is there, or it cannot be written."""
     out = Folder(given, "--out") if given else trained.folder.child("export").child(mode)
     out.check_writable()
-    others = [name for name in out.names() if not HALF_WRITTEN.fullmatch(name)]
+    others = [name for name in out.names() if not name.startswith(".probe-") and half_written(name) != UNFINISHED]
     if others and not any(out.read_text(sign) for sign in (ABOUT, UNFINISHED)):
         raise UserError(f"--out {out.uri}: holds other files; give an empty folder, or one that an export has made")
-    return out
+    return out if out.is_local else Folder(out.uri, "--out", PATIENCE_S)  # much has been computed when it is written
 
 
 def fetch_model(trained: Trained, local: Path) -> None:
@@ -109,11 +102,8 @@ def room_for_files() -> Iterator[None]:
 
 def about_of(exporting: Exporting, config: RunConfig, folder: Path, named: str) -> dict[str, Any]:
     """What the workload says of the model in a folder; raises UserError where its files are damaged."""
-    try:
+    with loading(named):
         return exporting.about(config, folder)
-    except Exception as error:  # of JSON, safetensors or torch: the files are not what a run has written
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{named} cannot be loaded ({reason}); train again under another --name") from None
 
 
 def store(local: Path, out: Folder) -> None:
@@ -124,9 +114,8 @@ def store(local: Path, out: Folder) -> None:
     before, names = _written(out), sorted(file.name for file in local.iterdir() if file.name != ABOUT)
     out.write(UNFINISHED, json.dumps({"written": sorted({*before, *names})}).encode())
     out.delete(ABOUT)
-    mine = re.compile("|".join(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}" for name in (*before, ABOUT, UNFINISHED)))
     for name in out.names():
-        if name in before - set(names) or mine.fullmatch(name):
+        if name in before - set(names) or half_written(name) in {*before, ABOUT, UNFINISHED}:
             out.delete(name)
     for name in names:
         out.write(name, (local / name).read_bytes())

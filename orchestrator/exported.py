@@ -5,15 +5,17 @@ model.onnx     what `orchestrator.predict` runs
 model.pt2      the same as a torch.export program
 """
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, one_line
 from orchestrator.storage import Folder
 
 ABOUT, ONNX, PROGRAM = "export.json", "model.onnx", "model.pt2"
@@ -78,19 +80,18 @@ def open_exported(uri: str, threads: int) -> Exported:
 
 
 def record_in(folder: Folder) -> str | None:
-    """An exported model's export.json; None: it is not there, "": it is no text."""
+    """An exported model's export.json; None: it is not there, "": it is no text. UserError: it cannot be read."""
     try:
         return folder.read_text(ABOUT)
-    except (OSError, ValueError):
+    except ValueError:
         return ""
+    except OSError as error:
+        raise UserError(f"{folder.uri}/{ABOUT}: cannot be read ({one_line(error)}); give one that can") from None
 
 
 def read_record(uri: str) -> tuple[Folder, dict[str, Any]]:
     """An exported model's folder, and its export.json; raises UserError where it cannot be used."""
-    try:
-        folder = Folder(uri, "MODEL")
-    except UserError as error:
-        raise UserError(str(error).replace("MODEL ", "", 1)) from None
+    folder = Folder(uri, "MODEL")
     text = record_in(folder)
     if text is None:
         given = "give the folder that python -m orchestrator.export runs/NAME has made, runs/NAME/export/none"
@@ -105,6 +106,16 @@ def read_record(uri: str) -> tuple[Folder, dict[str, Any]]:
     return folder, record
 
 
+@contextlib.contextmanager
+def loading(named: str) -> Iterator[None]:
+    """Something that reads the model of a run; raises UserError where its files are damaged."""
+    try:
+        yield
+    except Exception as error:  # of JSON, safetensors or torch: the files are not what a run has written
+        reason = one_line(error, 200)
+        raise UserError(f"{named} cannot be loaded ({reason}); train again under another --name") from None
+
+
 def _open(folder: Folder, record: dict[str, Any], threads: int) -> Any:
     if record["external_data"] and not folder.is_local:
         raise UserError(f"{folder.uri}: a model over 2 GB is opened from a local disk; copy the folder to one")
@@ -113,7 +124,7 @@ def _open(folder: Folder, record: dict[str, Any], threads: int) -> Any:
     try:
         return open_session(model, threads)
     except Exception as error:  # onnxruntime's have no common base
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{folder.uri}/{ONNX}: cannot be opened ({reason}); export the run again") from None
 
 

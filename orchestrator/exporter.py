@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import to_toml
-from orchestrator.errors import TrainingError, UserError
+from orchestrator.errors import TrainingError
 from orchestrator.exported import ABOUT, FORMAT, ONNX, PROGRAM
 from orchestrator.measured import (
     Candidate,
@@ -25,12 +25,12 @@ from orchestrator.measured import (
     heldout_metrics,
     latencies,
     load_program,
+    load_trained,
     onnx_model,
     table,
 )
 from orchestrator.programs import Program, program_of, save_onnx, save_program
 from orchestrator.shards import derive_seed
-from orchestrator.state import weights_sha256
 from workloads.exporting import Exporting
 from workloads.workload import Batch, Samples, Workload
 
@@ -91,7 +91,7 @@ class Exporter:
             run: where the run is, for the record.
             sha256: of the trained weights.
         """
-        model = self._load(sha256)
+        model = load_trained(self._exporting, self._trained, sha256)
         heldout = self._workload.samples("heldout")
         batch = heldout.microbatch(np.resize(np.arange(len(heldout)), EXAMPLES), 0)
         example = self._exporting.example(batch)
@@ -116,18 +116,6 @@ class Exporter:
         plain = compared(rows, self._exporting.accuracy)
         self._describe(run, sha256, difference, plain)
         return table(plain, [name for name in rows[0].metrics if name in self._exporting.shown])
-
-    def _load(self, sha256: str) -> nn.Module:
-        try:
-            model = self._exporting.load(self._trained)
-        except Exception as error:  # of JSON, safetensors or torch: the files are not what a run has written
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(
-                f"model/ of the run cannot be loaded ({reason}); train again under another --name"
-            ) from None
-        if weights_sha256(model) != sha256:
-            raise UserError("model/ of the run is not what its result.json tells; train again under another --name")
-        return model
 
     def _pair(self, kind: str, program: Program, folder: Path) -> list[Candidate]:
         """A program as both files, opened."""

@@ -39,7 +39,8 @@ class Failure:
     """What result.json has under "failure".
 
     Attributes:
-        kind: of the last incident (worker_killed, ...), or of the error (data_error, non_finite_loss_error, ...).
+        kind: of the last incident (worker_killed, ...), or of the error (data_error, ...), or what else
+            ended it: ray_train, different_weights, never_ready, workers_lost, command_failed, command_lost.
         error: one line.
         worker: rank of the worker; -1: it had none, or it was no worker.
         node, host: id and address of its node, "" where it was no worker.

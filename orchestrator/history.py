@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.json
 from numpy.typing import NDArray
 
-from orchestrator.errors import UserError
 from orchestrator.failure import Failure
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder, parse_line
+from orchestrator.jsonlines import parse_line, records
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 
 ALIVE_S = 60.0  # a run that has written something so lately is taken to be going on
+STEP_PARTS = {"data": "data_share", "forward and backward": "compute_share", "reduction": "reduce_share"}
 SLOW_STEPS = 10  # a run whose steps take long writes as seldom
 Floats = NDArray[np.float64]
 
@@ -121,23 +122,12 @@ class History:
 
 def read_history(uri: str) -> History:
     """Read a run folder, a local one or a URI; raises UserError where there is no run."""
-    try:
-        folder = RunFolder(Folder(uri, "RUN"))
-    except UserError as error:
-        raise UserError(str(error).replace("--storage ", "")) from None
-    config = folder.config()
-    if config is None:
-        raise UserError(f"{uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")
-    events = lines(folder.text(EVENTS) or "")
+    folder = RunFolder(Folder(uri, "RUN"))
+    config = folder.settings()
+    events = records(folder.text(EVENTS) or "")
     return History(
         uri, config, folder.result(), events, _columns(folder.folder.tail(METRICS, sys.maxsize)), time.time()
     )
-
-
-def lines(text: str) -> list[dict[str, Any]]:
-    """The records of a log; lines that are torn, or being written, are left out."""
-    whole = text[: text.rfind("\n") + 1]
-    return [found for line in whole.splitlines() if (found := parse_line(line)) is not None]
 
 
 def _columns(data: bytes) -> dict[str, Floats]:
@@ -190,8 +180,8 @@ def training_shares(history: History) -> dict[str, float]:
     if not len(seconds):
         return {}
     found = {
-        name: float(np.nansum(history.column(f"{key}_share") * seconds)) if f"{key}_share" in history.steps else 0.0
-        for name, key in (("data", "data"), ("forward and backward", "compute"), ("reduction", "reduce"))
+        name: float(np.nansum(history.column(key) * seconds)) if key in history.steps else 0.0
+        for name, key in STEP_PARTS.items()
     }
     found["optimizer and the rest"] = max(0.0, float(seconds.sum()) - sum(found.values()))
     found["checkpoints"] = float(sum(event["stall_s"] for event in history.of_kind("checkpoint_saved")))

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from orchestrator.events import FaultFired
 from orchestrator.faults import COORDINATOR, SERVER, WORKER_KINDS, Fault
 from orchestrator.journal import Journal
 from orchestrator.membership import Membership
+from orchestrator.nodewatch import drain_node
 from orchestrator.recovery import Member
 
 HOLD_S, HOLD_STEPS = 0.25, 120  # half a minute in all: replacements that are not there by then may never come
-PREEMPTION = 2  # autoscaler.proto: DRAIN_NODE_REASON_PREEMPTION
 log = logging.getLogger("orchestrator.injector")
 
 
@@ -26,7 +26,7 @@ class InjectedError(RuntimeError):
     """A fault of kind exception."""
 
 
-def target(fault: Fault, seated: Iterable[Member], nodes: Sequence[str]) -> Member | None:
+def target(fault: Fault, seated: Iterable[Member], nodes: Iterable[str]) -> Member | None:
     """Whom a fault is to befall; None: nobody has that rank or node now, a later generation may.
 
     Args:
@@ -37,7 +37,7 @@ def target(fault: Fault, seated: Iterable[Member], nodes: Sequence[str]) -> Memb
     return next((m for m in seated if m.rank == fault.rank or m.node == node), None)
 
 
-class Schedule:
+class FaultSchedule:
     """The coordinator's part: which faults are due, each once; what is not a worker's own doing is done here.
 
     Attributes:
@@ -105,7 +105,11 @@ class Schedule:
                 self._members.desk.tell(member.id, "fault", number)
 
     async def _drain(self, number: int, node: str, seconds: float) -> None:
-        self.note(number, -1, node, await asyncio.to_thread(drain_node, node, seconds))
+        import ray
+
+        address = ray.get_runtime_context().gcs_address
+        refused = await asyncio.to_thread(drain_node, address, node, seconds, "fault schedule")
+        self.note(number, -1, node, refused)
 
     async def _end_server(self, number: int, server: int) -> None:
         self.note(number, server, "", await self.end_server(server))
@@ -220,14 +224,3 @@ def cut_network() -> str:
         if done.returncode:
             return f"ip: {done.stderr.strip()}"
     return ""
-
-
-def drain_node(node: str, seconds: float) -> str:
-    """Ask Ray to drain a node within `seconds`; returns why it refused, or ""."""
-    import ray
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-    client: Any = GcsClient(address=ray.get_runtime_context().gcs_address)
-    deadline_ms = int((time.time() + seconds) * 1000)
-    accepted, reason = client.drain_node(node, PREEMPTION, "fault schedule", deadline_ms)
-    return "" if accepted else str(reason)

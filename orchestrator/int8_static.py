@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from orchestrator.programs import WEIGHT_RANGE, Axes, Program, program_of, quiet
+from orchestrator.programs import WEIGHT_RANGE, Asked, Axes, Program, program_of, quiet
 
 with quiet():  # it tells which CUDA kernels it cannot load
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -99,7 +99,7 @@ def fine_tune(
         lr: learning rate, falling linearly to 0.
     """
     prepared = _prepared(model, example, axes, fine_tune=True)
-    student = Trained(prepared)
+    student = Asked(prepared)
     optimizer = torch.optim.SGD(prepared.parameters(), lr, MOMENTUM)
     for number, batch in enumerate(batches):
         for group in optimizer.param_groups:
@@ -116,17 +116,6 @@ def fine_tune(
         if not all(value.isfinite().all() for value in (loss, *prepared.parameters())):
             return None
     return _converted(prepared, example, axes)
-
-
-class Trained(nn.Module):
-    """A graph that knows no modes, in training as far as a workload asks."""
-
-    def __init__(self, graph: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self._call = (graph,)  # in a tuple: not a submodule, whose train() would raise
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self._call[0](*inputs)
 
 
 def _prepared(model: nn.Module, example: tuple[Tensor, ...], axes: Axes, fine_tune: bool) -> GraphModule:

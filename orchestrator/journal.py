@@ -1,5 +1,6 @@
 """What a run writes down: steps, events, incidents with their phases, and the result. The coordinator's memory."""
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -27,10 +28,11 @@ from orchestrator.events import (
 )
 from orchestrator.failure import Failure
 from orchestrator.incident import KILLED, PAUSES, OpenIncident
+from orchestrator.jsonlines import dumps, lines, parse_line
 from orchestrator.outcome import Course, result_of
 from orchestrator.pace import Pace
 from orchestrator.plan import Plan
-from orchestrator.runfolder import EVENTS, METRICS, RunFolder, dumps, lines, loads
+from orchestrator.runfolder import EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 from orchestrator.values import Parallel
 
@@ -68,7 +70,7 @@ class Journal:
         self.saved = int((self._folder.newest("checkpoint_saved", "checkpoint_loaded") or {"step": -1})["step"])
         self.generation, self.stepped, self.loss = 0, 0, float("nan")  # `stepped`: the generation of the newest step
         self.workers = 0  # of the newest generation of an earlier coordinator
-        self.nodes: list[str] = []  # of all generations, one after the other
+        self.nodes: dict[str, None] = {}  # of all generations, in the order in which they came
         self.fired: set[int] = set()  # faults of a schedule that have happened
         self.incidents: list[Incident] = []
         self.open: OpenIncident | None = None
@@ -96,12 +98,14 @@ class Journal:
         """Read back what the earlier coordinator of this command wrote."""
         self._folder.mend_logs()
         newest, mine = dict[str, Any](), list[dict[str, Any]]()
-        events = [loads(line) for line in (self._folder.text(EVENTS) or "").splitlines()]
+        events = [event for line in lines(self._folder.text(EVENTS) or "") if (event := parse_line(line)) is not None]
         events = [event for event in events if event["time_s"] >= self._started_s]
         begun = [event["step"] for event in events if event["event"] == "generation_started"]
         first = min(begun, default=math.inf)  # steps have the clock of another machine
         for line in lines(self._folder.text(METRICS) or ""):  # one after the other: there may be millions
-            newest = loads(line)
+            if (found := parse_line(line)) is None:
+                continue
+            newest = found
             if newest["step"] > first:
                 self.first_step = newest["step"] - 1 if self.first_step < 0 else self.first_step
                 mine = [newest]
@@ -115,7 +119,7 @@ class Journal:
                 self.incidents.append(Incident(**{k: v for k, v in event.items() if k in fields}))
             elif event["event"] == "generation_started":
                 self.generation, self.workers = event["generation"], event["workers"]
-                self.nodes += event["nodes"]
+                self.nodes |= dict.fromkeys(event["nodes"])
             elif event["event"] == "fault_fired":
                 self.fired.add(event["fault"])
         silent_s = max(0.0, time.time() - newest["time_s"]) if newest else 0.0
@@ -144,11 +148,6 @@ class Journal:
     def problem(self) -> str:
         """Why nothing can be written down any more, "" while all is well."""
         return self._folder.problem
-
-    @property
-    def complete(self) -> bool:
-        """Whether all steps are recorded."""
-        return self.recorded >= self._plan.total_steps
 
     def error(self, text: str) -> None:
         """Append to logs/errors.log, unless that is another command's by now."""
@@ -206,7 +205,7 @@ class Journal:
             found.connected_s, found.begun_s = now - restore_s, now
             found.workers_after, found.generation = started.workers, started.generation
         self.log(started, *self.devices.see(started.generation, started.devices))
-        self.nodes += started.nodes
+        self.nodes |= dict.fromkeys(started.nodes)
         self.generation = started.generation
         if self.first_step < 0:
             self.first_step, self._saved_s = started.step, time.monotonic()
@@ -251,7 +250,7 @@ class Journal:
         """Write closed incidents down; what killed a worker was its node if that is not reachable any more."""
         while self._unsettled:
             incident, nodes = self._unsettled[0]
-            if incident.kind in KILLED and not all([await reachable(node) for node in nodes]):
+            if incident.kind in KILLED and not all(await asyncio.gather(*map(reachable, nodes))):
                 incident = dataclasses.replace(incident, kind="node_lost")
             if self._unsettled:
                 del self._unsettled[0]

@@ -11,7 +11,7 @@ from orchestrator.crew import Crew
 from orchestrator.crowd import Crowd
 from orchestrator.errors import OrchestratorError
 from orchestrator.events import CheckpointSaved
-from orchestrator.failure import Failure
+from orchestrator.failure import Failure, kind_of
 from orchestrator.handout import Handout
 from orchestrator.nodewatch import actor_lost
 from orchestrator.seats import Assignment
@@ -58,10 +58,10 @@ class Keeper(Coordinator):
                 )
                 continue
             except OrchestratorError as error:
-                await self.fail(str(error), error.exit_status, str(error))
+                await self.fail(str(error), error.exit_status, str(error), kind_of(error))
                 return
             except ray.exceptions.RayTaskError as error:
-                await self.fail(str(error.cause).splitlines()[0], 1, str(error))
+                await self._fail_for(error)
                 return
             self._restart(restored, time.perf_counter() - started)
             return
@@ -138,7 +138,13 @@ class Keeper(Coordinator):
         if isinstance(error, actor_lost()):  # it lives, but nobody knows whether it has done what it was asked
             await self._go_back(str(error).splitlines()[0])
         else:
-            await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
+            await self._fail_for(error)
+
+    async def _fail_for(self, error: Exception) -> None:
+        """What a server, or what was asked of it, says of why the run cannot go on."""
+        cause = getattr(error, "cause", None) or error
+        kind = kind_of(cause) if isinstance(cause, OrchestratorError) else "ray_train"
+        await self.fail(str(cause).splitlines()[0], 1, str(error), kind)
 
     async def server_missed(self, era: int, member_id: str, why: str) -> bool:
         """A worker could not reach a server; whether none is lost. Then, the fifth time, the worker is given up."""
@@ -159,7 +165,7 @@ class Keeper(Coordinator):
         try:
             lost = await self._crew.missing()
         except (ray.exceptions.RayError, OrchestratorError) as error:
-            await self.fail(str(getattr(error, "cause", error)).splitlines()[0], 1, str(error))
+            await self._fail_for(error)
             return
         if lost and era == self._crew.era and not self._recovering and not self._outcome:
             for number in lost:  # or who does not answer is waited for once more
@@ -178,7 +184,8 @@ class Keeper(Coordinator):
         self._servers_lost += 1
         allowed = self._plan.config.max_incidents
         if self._servers_lost > allowed:
-            self._end_by_members(f"{self._servers_lost} servers were lost, and --max-incidents allows {allowed}")
+            reason = f"{self._servers_lost} servers were lost, and --max-incidents allows {allowed}"
+            self._end_by_members(reason, "server_lost")
 
     def _end(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.errors import MachineError, OrchestratorError
 from orchestrator.failure import NONE, UNKNOWN, Failure, Place, kind_of, resume_command, short
 from orchestrator.journal import Journal
-from orchestrator.nodewatch import NodeWatch
+from orchestrator.nodewatch import NodeWatch, on_node
 from orchestrator.plan import Plan
 from orchestrator.recovery import Roster
 from orchestrator.redact import redact
@@ -161,14 +161,11 @@ def write_end(assignment: Assignment, folder: RunFolder, found: Failure) -> dict
 async def last_words_on(node: str, pid: int) -> list[str]:
     """`last_words` of a process of any node; one line that says why where they are not to be had."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if node == ray.get_runtime_context().get_node_id():
         return await asyncio.to_thread(last_words, pid)
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(last_words).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
     try:
-        lines: list[str] = await asyncio.wait_for(task.remote(pid), READ_S)
+        lines: list[str] = await asyncio.wait_for(on_node(last_words, node).remote(pid), READ_S)
         return lines
     except (ray.exceptions.RayError, TimeoutError) as error:
         return [f"(its log is on a node that cannot be asked any more: {type(error).__name__})"]

@@ -14,6 +14,7 @@ from orchestrator.storage import Folder, encoded
 
 EVERY_S = 1.0
 REST = 20.0  # times as long as the last writing took: at most about 5 % of a connection, however long the run
+MOST_S = 30.0  # who says nothing for twice that is taken to be gone (history.ALIVE_S)
 log = logging.getLogger("orchestrator.latelogs")
 
 
@@ -95,7 +96,7 @@ class LateLogs:
                 if began_s >= due_s:
                     self.flush()
                     ended_s = time.monotonic()
-                    due_s = ended_s + REST * (ended_s - began_s)
+                    due_s = ended_s + min(MOST_S, REST * (ended_s - began_s))
             except StorageError as error:
                 self.problem = str(error)
             except Exception as error:

@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.clerk import clerk
 from orchestrator.cluster_fit import Node
 from orchestrator.coordinator import Coordinator
-from orchestrator.errors import GoingOnError, UserError
+from orchestrator.errors import GoingOnError, UserError, last_line
 from orchestrator.failure import Failure
 from orchestrator.faults import Fault
 from orchestrator.lastwords import command_failed, write_end
@@ -23,7 +23,7 @@ from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.resume import choose, fewer, settle_accelerator
 from orchestrator.runfolder import RunFolder
-from orchestrator.seats import NAMESPACE, Assignment, Status
+from orchestrator.seats import NAMESPACE, READ_BACK_S, Assignment, Status
 from orchestrator.training import Training, coordinator_name
 from orchestrator.worker_device import check_torch_xla
 
@@ -122,6 +122,8 @@ def launch(
                 time.sleep(max(0.0, over_s + LAST_NUMBERS_S - time.monotonic()))
     except ray.exceptions.RayError as error:
         message = f"the run's coordinator was lost ({type(error).__name__})"
+        if getattr(error, "actor_init_failed", False):
+            message = f"the run's coordinator could not begin: {last_line(error)}"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)
         return Ending("failed", message, 1, write_end(assignment, folder, lost), lost)
     finally:
@@ -187,7 +189,8 @@ def _follow(plan: Plan, coordinator: Any, trainer: threading.Thread, interrupted
             alive = trainer.is_alive()
             try:
                 status: Status = ray.get(coordinator.status.remote(), timeout=limit_s if told else None)
-                silent_since, told, back_s = time.monotonic(), True, COORDINATOR_BACK_S
+                silent_since, told = time.monotonic(), True
+                back_s = COORDINATOR_BACK_S + status.step * READ_BACK_S
                 if again and interrupted:  # its successor knows nothing of it
                     coordinator.request_stop.remote()
                 again = False

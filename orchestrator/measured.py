@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orchestrator.errors import UserError
 from orchestrator.evaluate import evaluate
-from orchestrator.exported import open_session
+from orchestrator.exported import loading, open_session
 from orchestrator.feed import LoaderLostError
 from orchestrator.group import Group
 from orchestrator.pace import clock
 from orchestrator.precision import Precision
+from orchestrator.programs import Asked
+from orchestrator.state import weights_sha256
+from workloads.exporting import Exporting
 from workloads.workload import Samples, Workload
 
 BATCHES = (1, 32)
@@ -32,15 +36,13 @@ T = TypeVar("T")
 log = logging.getLogger("orchestrator.measured")
 
 
-class Asked(nn.Module):
-    """Something that computes a model's output from its inputs, as a model that a workload can evaluate."""
-
-    def __init__(self, ask: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self._ask = (ask,)  # in a tuple: not a submodule, for an exported program's eval() raises
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self._ask[0](*inputs)
+def load_trained(exporting: Exporting, folder: Path, sha256: str) -> nn.Module:
+    """The model of a run from its model/; raises UserError where that is not what the run has written."""
+    with loading("model/ of the run"):
+        model = exporting.load(folder)
+    if weights_sha256(model) != sha256:
+        raise UserError("model/ of the run is not what its result.json tells; train again under another --name")
+    return model
 
 
 def onnx_model(path: Path, names: Sequence[str], threads: int) -> Asked:

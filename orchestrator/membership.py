@@ -47,7 +47,7 @@ class Membership:
         # The kind of incident that it will be; who leads the end of a stop; who writes down what nobody else has.
         self._pausing, self._last, self._saving = "", "", ""
         self.changed, self.broken_s = asyncio.Condition(), time.time()
-        self._failures, self._unreachable, self._stillness = 0, Unreachable(), Stillness()
+        self._unreachable, self._stillness = Unreachable(), Stillness()
         self.start = Background(journal.error).start
 
     def notify(self) -> None:
@@ -200,7 +200,7 @@ class Membership:
                 self.kill(self.roster.ready[member_id])
             self.roster.lose(member_id)
             self._answers[member_id] = Order("excluded")  # it may be alive, and wait for a seat
-            if pulse is None:
+            if pulse is None and kind != "node_lost":
                 self.ended_early(self.came_s.get(member_id, now), detail)
             return self.notify()
         in_step = self.begun and self.roster.training and pulse is not None and not pulse.beat.waiting
@@ -212,15 +212,13 @@ class Membership:
         self._journal.log(WorkerLeft(kind, member.rank, member.node, member.pid, detail, member.home))
         if kind in ("worker_frozen", "worker_stuck"):
             self.kill(member)
-        self._failures, reason = self._failures + 1, ""
+        reason = ""
         if kind == "worker_killed" and in_step:
             seconds = self._journal.step_seconds()
             slack = 1 + int(REPORTS_LATE_S / max(1e-3, min(seconds))) if seconds else 1
             shards = self.placement.range_of(member.rank // self.roster.size)
             reason = self._suspicion.died(self._journal.best, slack, shards, self._journal.recorded)
-        if self._failures > self._max_incidents:
-            reason = f"{self._failures} workers were lost, and --max-incidents allows {self._max_incidents}"
-        self._end_if(reason)
+        self._end_if(self._suspicion.lost(self.roster.generation, self._max_incidents) or reason)
         self.seat()
 
     def failed(self, member_id: str, step: int, error: str) -> None:

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 DUMP_S = 20.0
@@ -109,14 +111,31 @@ def _beside_python(name: str) -> str | None:
     return path if os.path.exists(path) else None
 
 
-async def end_process(node: str, pid: int) -> str:
-    """Kill a process of another node with SIGKILL; returns its stack, or why there is none."""
+def on_node(function: Callable[..., Any], node: str) -> Any:
+    """A Ray task of a function that runs on one node, without resources, and is not tried again."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+    return ray.remote(function).options(num_cpus=0, scheduling_strategy=there, max_retries=0)
+
+
+async def end_process(node: str, pid: int) -> str:
+    """Kill a process of another node with SIGKILL; returns its stack, or why there is none."""
+    import ray
+
     try:
-        return str(await asyncio.wait_for(task.remote(pid), 2 * DUMP_S))
+        return str(await asyncio.wait_for(on_node(_end, node).remote(pid), 2 * DUMP_S))
     except (ray.exceptions.RayError, TimeoutError) as error:
         return f"not to be had: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def drain_node(address: str, node: str, seconds: float, reason: str) -> str:
+    """Ask the cluster at `address` to drain a node within `seconds`; returns why it refused, or ""."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated import autoscaler_pb2
+
+    preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    client: Any = GcsClient(address=address)
+    accepted, why = client.drain_node(node, preemption, reason, int((time.time() + seconds) * 1000))
+    return "" if accepted else str(why) or "it gives no reason"

@@ -6,6 +6,10 @@ from typing import Any
 
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 
+from orchestrator.errors import last_line
+
+NODE_DIED = "its node has died"  # GenNodeDiedCause in Ray's gcs_actor_manager.cc
+
 
 @dataclass
 class Opening:
@@ -42,6 +46,7 @@ class Filled:
             self.poll, self.asked_s = self.worker.actor.poll_status.remote(), time.monotonic()
 
 
-def last_line(error: Exception) -> str:
-    """Of its text, which may be a traceback."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+def tell_ended(coordinator: Any, came_s: float, error: Exception) -> None:
+    """A worker's process has ended; one that ended with its node says nothing of what may be wrong with the run."""
+    if NODE_DIED not in str(error):
+        coordinator.process_ended.remote(came_s, last_line(error))

@@ -11,9 +11,9 @@ import time
 from collections.abc import Container, Sequence
 from typing import Any
 
-from orchestrator.errors import DataError, UserError
+from orchestrator.errors import DataError, UserError, one_line
 from orchestrator.filecache import TableFile
-from orchestrator.storage import Folder
+from orchestrator.storage import Folder, half_written
 from orchestrator.tables import MANIFEST, SPLITS, parse_manifest, table_file
 
 log = logging.getLogger("orchestrator.outfolder")
@@ -22,7 +22,6 @@ LOOK_EVERY_S = 5.0
 PARTS, JOB = "parts", "prepare.json"
 OWN_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.parquet")
 OWN_RECORD = re.compile(r"\d{5,}\.json")
-UNFINISHED = re.compile(rf"\.({OWN_FILE.pattern}|{OWN_RECORD.pattern}|{MANIFEST}|{JOB})\.[0-9a-f]{{8}}")  # see Folder
 
 
 def record_name(number: int) -> str:
@@ -55,9 +54,7 @@ def check(folder: Folder, workload: str) -> None:
         manifest = folder.read(MANIFEST) if MANIFEST in names else None
         job = folder.read(JOB) if JOB in names else None
     except OSError as error:
-        raise UserError(
-            f"--out {folder.uri}: cannot be read ({' '.join(str(error).split())[:300]}); {advice}"
-        ) from None
+        raise UserError(f"--out {folder.uri}: cannot be read ({one_line(error)}); {advice}") from None
     if manifest is not None:
         try:
             parse_manifest(manifest, workload)
@@ -87,10 +84,10 @@ def clear(folder: Folder, files: Container[str], records: Container[str]) -> Non
     Also what was half written when its worker was killed.
     """
     for name in folder.names():
-        if (OWN_FILE.fullmatch(name) and name not in files) or UNFINISHED.fullmatch(name):
+        if (OWN_FILE.fullmatch(name) and name not in files) or _is_unfinished(name):
             folder.delete(name)
     for name in folder.child(PARTS).names():
-        if (OWN_RECORD.fullmatch(name) and f"{PARTS}/{name}" not in records) or UNFINISHED.fullmatch(name):
+        if (OWN_RECORD.fullmatch(name) and f"{PARTS}/{name}" not in records) or _is_unfinished(name):
             folder.delete(f"{PARTS}/{name}")
 
 
@@ -110,3 +107,8 @@ def wait_until_seen(folder: Folder, files: Sequence[TableFile]) -> None:
 def _sizes(folder: Folder, files: Sequence[TableFile]) -> list[tuple[TableFile, int | None]]:
     there = folder.sizes()
     return [(file, there.get(file.name)) for file in files]
+
+
+def _is_unfinished(name: str) -> bool:
+    own = half_written(name)
+    return bool(OWN_FILE.fullmatch(own) or OWN_RECORD.fullmatch(own)) or own in (MANIFEST, JOB)

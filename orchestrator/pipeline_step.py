@@ -75,6 +75,7 @@ class PipelineGradients(TogetherGradients):
 
     def _forwarded(self, number: int) -> None:
         """What the shard reports, before the next forward pass overwrites the statistics."""
+        self._group.step_on(0)
         shard, fed = self._on_way[number]
         samples = self._plan.schedule.places(self._step, shard)
         if self._stage.last and fed is not None:
@@ -92,6 +93,7 @@ class PipelineGradients(TogetherGradients):
 
     def _done(self, number: int) -> None:
         """A backward pass has left its gradients; that of a tied parameter is the sum over its stages."""
+        self._group.step_on(0)
         group = self._stage.side.process_group
         for parameter, stages in self._stage.tied:
             assert parameter.grad is not None

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.assembly import assemble
+from orchestrator.clerk import alone
 from orchestrator.command import Parser, check_text, leave, refuse
 from orchestrator.digest import digest
-from orchestrator.errors import DataError, OrchestratorError, UserError
+from orchestrator.errors import DataError, OrchestratorError, UserError, one_line
 from orchestrator.filecache import TableFile
 from orchestrator.outfolder import check, claim, clear, read_record, record_name, wait_until_seen
 from orchestrator.partmaker import Record, make_parts
+from orchestrator.resume import check_absolute
 from orchestrator.settings import flag
 from orchestrator.storage import PATIENCE_S, Folder
 from orchestrator.tables import MANIFEST, SPLITS, Manifest
@@ -167,7 +169,7 @@ def run(job: Job, address: str) -> None:
             if stopped.is_set():
                 raise KeyboardInterrupt from error
             log.exception("the job broke off")
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)
             raise DataError(f"the job broke off ({reason}); more is in {log_file}; {GO_ON}") from error
     log_file.unlink(missing_ok=True)
 
@@ -235,23 +237,24 @@ def prepare(workload: str, arguments: Sequence[str]) -> None:
         raise UserError("--file-mb has to be above 0, and --max-broken from 0 to 1")
     if not given.out.strip():
         raise UserError("--out: is empty; give a folder or a URI such as s3://bucket/data")
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and "://" not in given.out and given.out[0] not in "/~":
-        raise UserError(
-            f"--out {given.out}: a submitted job's folder is deleted after it; give an absolute path or s3://bucket/data"
-        )
-    check(Folder(given.out, "--out"), workload)
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        check_absolute("--out", given.out, "s3://bucket/data")
+    out = Folder(given.out, "--out")
+    check(out, workload)
+    if not out.is_local:  # a bucket may be missing; a local folder is made when the source is known to be usable
+        out.check_writable()
     config = entry.absolute_paths(assemble(entry.config_type(), {"data": given.source, **own}))
     job = Job(workload, entry.prepare(config), given)
-    Folder(given.out, "--out").check_writable()
-    job.find_done()
-    todo = job.missing()
-    print(
-        f"{workload} from {given.source}: {len(todo)} of {len(job.parts)} parts to do, to {job.folder.uri}", flush=True
-    )
-    if todo:
-        claim(job.folder, workload)
-        run(job, given.address)
-    found = job.finish()
+    out.check_writable()
+    with alone("prepare", job.folder.uri, "another job is writing to it; let it end, or give another --out"):
+        job.find_done()
+        todo = job.missing()
+        more = f"{len(todo)} of {len(job.parts)} parts to do, to {job.folder.uri}"
+        print(f"{workload} from {given.source}: {more}", flush=True)
+        if todo:
+            claim(job.folder, workload)
+            run(job, given.address)
+        found = job.finish()
     counts = " + ".join(f"{found.samples(split):,}" for split in SPLITS)
     print(f"{'prepared' if todo else 'prepared already'}: {counts} samples, {found.broken_count} broken")
     for name in found.broken:

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,17 @@ WEIGHT_RANGE = 64
 TALKATIVE = ("torch.onnx", "torch.export", "torch.utils._pytree", "torchao", "onnxscript", "onnx_ir")
 Axes = Sequence[Mapping[int, str]]
 Program = torch.export.ExportedProgram
+
+
+class Asked(nn.Module):
+    """Something that computes a model's output from its inputs, as a model that a workload can train or evaluate."""
+
+    def __init__(self, ask: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self._ask = (ask,)  # in a tuple: not a submodule, for an exported program's eval() and train() raise
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._ask[0](*inputs)
 
 
 @contextmanager

@@ -14,12 +14,12 @@ from orchestrator.plan import Plan
 AGAIN_EVERY_S = 1.0
 
 
-def exporter(plan: Plan, own_ray: bool) -> Listener:
-    """An Exporter, where there is an agent that serves: a Ray of the command's own has none."""
-    return Listener() if own_ray else Exporter(plan)
+def listener_for(plan: Plan, own_ray: bool) -> Listener:
+    """Gauges, where there is an agent that serves: a Ray of the command's own has none."""
+    return Listener() if own_ray else Gauges(plan)
 
 
-class Exporter(Listener):
+class Gauges(Listener):
     """Told by the journal of all that it writes down; costs some microseconds a report, off the workers' processes.
 
     Ray exports a gauge only in the interval in which it was set, and its agent drops it two intervals later: all are

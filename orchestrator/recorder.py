@@ -20,6 +20,7 @@ from orchestrator.runfolder import RunFolder
 from orchestrator.seats import Seat
 from orchestrator.state import TrainingState
 from orchestrator.step import StepTotals
+from orchestrator.stepbook import step_record
 from orchestrator.storage import Folder
 from orchestrator.trial import choose, measure
 from workloads.workload import Workload
@@ -159,24 +160,10 @@ class Recorder(Observer):
     def _record(self, step: int, totals: StepTotals, lr: float, now: float, step_s: float) -> dict[str, Any]:
         """A line of metrics.jsonl."""
         assert self._seat is not None
-        step_s = max(step_s, 1e-9)
+        shares = [part_s / max(step_s, 1e-9) for part_s in (totals.data_s, totals.compute_s, totals.reduce_s)]
+        about = step_record(self._plan, step, totals.loss, lr, totals.samples, totals.ledger, step_s, shares)
         return {
-            "step": step,
-            "epoch": self._plan.epoch_of(step - 1),
-            "loss": totals.loss,
-            "lr": lr,
-            "samples": totals.samples,
-            "ledger": totals.ledger,
-            "samples_per_s": round(totals.samples / step_s, 3),
-            "step_s": round(step_s, 6),
-            **{
-                f"{part}_share": round(min(1.0, seconds / step_s), 4)
-                for part, seconds in (
-                    ("data", totals.data_s),
-                    ("compute", totals.compute_s),
-                    ("reduce", totals.reduce_s),
-                )
-            },
+            **about,
             "workers": self._seat.workers,
             "generation": self._seat.generation,
             "time_s": round(now, 3),

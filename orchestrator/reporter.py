@@ -74,13 +74,8 @@ class Reporter:
 
     def keep(self) -> None:
         """Send what is left, and wait until storage has all that was sent, or is known to be away."""
-        import ray
-
         self._send()
-        try:
-            ray.get(self._coordinator.report.remote([], [], True))
-        except ray.exceptions.RayError:
-            log.warning("the logs are not in storage yet", exc_info=True)
+        keep_logs(self._coordinator)
 
     def close(self) -> None:
         """Send what is left and end."""
@@ -112,3 +107,13 @@ class Reporter:
                         self._events = events + self._events
                     if turns == self._turns:  # else these steps are among the others already, or void
                         self._records = records + self._records
+
+
+def keep_logs(coordinator: Any) -> None:
+    """Wait until storage has all that was sent to the coordinator, or is known to be away."""
+    import ray
+
+    try:
+        ray.get(coordinator.report.remote([], [], True))
+    except ray.exceptions.RayError:
+        log.warning("the logs are not in storage yet", exc_info=True)

@@ -28,16 +28,22 @@ def resolve(config: C) -> C:
     if not NAME.fullmatch(name):
         raise UserError(f"--name {name}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
     storage = config.storage or default_storage()
-    if in_package() and "://" not in storage and storage[0] not in "/~":
-        raise UserError(
-            f"--storage {storage}: a submitted job's folder is deleted after it; give an absolute path or s3://bucket/runs"
-        )
+    if in_package():
+        check_absolute("--storage", storage, "s3://bucket/runs")
     return dataclasses.replace(config, name=name, storage=local_path(storage, "--storage") or storage)
 
 
 def in_package() -> bool:
     """Whether this is a submitted job in the folder that was sent with it, which Ray deletes after it."""
     return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")) and "_ray_pkg_" in os.getcwd()
+
+
+def check_absolute(flag: str, uri: str, example: str) -> None:
+    """Refuse a relative folder of a submitted job, which Ray deletes after it."""
+    if "://" not in uri and uri[0] not in "/~":
+        raise UserError(
+            f"{flag} {uri}: a submitted job's folder is deleted after it; give an absolute path or {example}"
+        )
 
 
 def default_storage() -> str:
@@ -119,8 +125,11 @@ def take_up(config: C, given: Mapping[str, Any], folder: RunFolder, workload: st
         # Nothing has been computed before it is settled, which is when the command has seen the cluster.
         automatic |= name == "accelerator" and old.accelerator == "auto"
         if fields[name].metadata["result"] and not automatic and getattr(old, name) != getattr(config, name):
+            was = getattr(old, name)
+            if was is None and name in ("steps", "epochs"):  # it has the other one
+                was = f"--steps {old.steps}" if name == "epochs" else f"--epochs {old.epochs}"
             raise UserError(
-                f"{flag(name)} {getattr(config, name)}: run {config.name} was started with {getattr(old, name)}, and "
+                f"{flag(name)} {getattr(config, name)}: run {config.name} was started with {was}, and "
                 "another value changes its result; leave it out, or use another --name"
             )
     taken = {name: getattr(config, name) for name in given if not fields[name].metadata["result"]}

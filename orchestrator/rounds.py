@@ -19,7 +19,7 @@ from torch import Tensor
 
 from orchestrator import loop
 from orchestrator.devices import seed
-from orchestrator.errors import NonFiniteLossError, TrainingError
+from orchestrator.errors import NonFiniteLossError
 from orchestrator.evaluate import evaluate
 from orchestrator.feed import batches
 from orchestrator.group import Group
@@ -29,6 +29,7 @@ from orchestrator.schedule import learning_rate
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.state import TrainingState
 from orchestrator.step import EXACT, StepTotals, ledger_of
+from orchestrator.stepbook import seal
 from workloads.workload import Workload
 
 PER_STEP = 3  # loss, items, samples
@@ -184,12 +185,10 @@ class Rounds:
     def _totals(self, head: Tensor, seconds: Sequence[float]) -> list[StepTotals]:
         by_step, by_shard = self._split(head)
         self._check_finite(by_shard[:, 1])
-        ledger = f"{zlib.crc32(by_shard[:, 0].to(torch.int64).numpy().tobytes()):08x}"
+        ledgers = by_shard[:, 0].to(torch.int64).numpy()
         stop, totals = bool(by_shard[:, 2].sum() > 0), []
         for (loss, count, samples), step in zip(by_step.tolist(), self.steps, strict=False):
-            if round(samples) != self._plan.schedule.samples_in_step(step):
-                belong = self._plan.schedule.samples_in_step(step)
-                raise TrainingError(f"step {step}: {samples:.0f} samples were computed where {belong} belong")
+            ledger = seal(samples, self._plan.schedule.samples_in_step(step), ledgers, step)
             each = [second / len(self.steps) for second in seconds]
             totals.append(StepTotals(loss / (count or 1.0), round(samples), 1.0, stop, ledger, *each))
         return totals

@@ -2,28 +2,25 @@
 
 import json
 import math
-import re
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import StorageError, UserError
 from orchestrator.events import Event, record
+from orchestrator.jsonlines import dumps, lines, loads, parse_line
 from orchestrator.latelogs import LateLogs
 from orchestrator.redact import redact
-from orchestrator.storage import Folder
+from orchestrator.storage import Folder, half_written
 
 CONFIG, EVENTS, METRICS, RESULT = "config.toml", "events.jsonl", "metrics.jsonl", "result.json"
 AUTO = "auto"
 OWNER, ERRORS = "logs/owner", "logs/errors.log"
 
 LAST_BYTES = 8192  # of metrics.jsonl: several records
-
-
-HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}")  # see Folder
 
 
 class RunFolder:
@@ -57,6 +54,12 @@ class RunFolder:
             raise UserError(f"{self.uri}/{CONFIG}: not valid TOML ({error}); use another --name") from None
         except PermissionError as error:
             raise UserError(f"{self.uri}: cannot be read ({error.strerror}); give one that can") from None
+
+    def settings(self) -> dict[str, Any]:
+        """As config(); raises UserError where no run is there."""
+        if (found := self.config()) is None:
+            raise UserError(f"{self.uri}: no run is there (no {CONFIG}); give a run's folder, such as runs/NAME")
+        return found
 
     def remains(self) -> str:
         """What is there where no run was begun, "" if nothing: a run would cut or replace it. Logs are added to."""
@@ -217,6 +220,8 @@ class RunFolder:
             self._mended.add(name)
 
     def _keep_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        if self.folder.is_local and self._keep_first_lines(name, keep):
+            return
         text = self.text(name)
         if text is None:
             return
@@ -230,6 +235,27 @@ class RunFolder:
         else:
             self.folder.write(name, kept.encode())
 
+    def _keep_first_lines(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> bool:
+        """Cut off the end of a log: of one of many months no more is read than that. False: that is not enough."""
+        good = lambda line: (r := parse_line(line.decode(errors="replace"))) is not None and keep(r)  # noqa: E731
+        most, found, data = LAST_BYTES, list[bytes](), b""
+        while not (found and good(found[0])):
+            most *= 8
+            data = self.folder.tail(name, most)
+            found = data.splitlines(keepends=True)
+            if len(data) < most:  # all of it
+                break
+            found = found[1:]  # the first one may be a part of a line
+        kept = [good(line) for line in found]
+        first = kept.index(False) if False in kept else len(found)
+        if any(kept[first:]):
+            return False
+        if dropped := sum(map(len, found[first:])):
+            self.folder.cut(name, dropped)
+        elif found and not found[-1].endswith(b"\n"):
+            self.folder.append(name, "\n")
+        return True
+
     def error(self, text: str) -> None:
         """Append a traceback to logs/errors.log, keys redacted."""
         self._append(ERRORS, redact(text).rstrip() + "\n")
@@ -237,47 +263,8 @@ class RunFolder:
     def save_model(self, local: Path) -> None:
         """Copy the files of a local folder to model/; what a worker that was killed has left half written goes."""
         model = self.folder.child("model")
-        for name in filter(HALF_WRITTEN.fullmatch, model.names()):
+        for name in filter(half_written, model.names()):
             model.delete(name)
         for file in sorted(local.rglob("*")):
             if file.is_file():
                 self.folder.write(f"model/{file.relative_to(local)}", file.read_bytes())
-
-
-def lines(text: str) -> Iterator[str]:
-    """Each with its end, as of a file: io.StringIO would hold four bytes for every letter."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        yield text[start:end]
-        start = end
-
-
-def dumps(content: Any, indent: int | None = None) -> str:
-    """JSON as its standard has it: null for a number that is not finite, as a held-out loss may be."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
-
-
-def loads(text: str | bytes) -> Any:
-    """What `dumps` wrote: a held-out figure that was not finite is NaN again."""
-    found = json.loads(text)
-    if isinstance(found, dict) and isinstance(figures := found.get("metrics"), dict):
-        found["metrics"] = {name: math.nan if value is None else value for name, value in figures.items()}
-    return found
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def parse_line(line: str) -> dict[str, Any] | None:
-    """A record of a log; None: it is none, as where another machine sees what is being written."""
-    try:
-        found = loads(line)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None

@@ -4,27 +4,36 @@ import logging
 import os
 import time
 
-from orchestrator.errors import UserError
+from orchestrator.errors import OrchestratorError, UserError, one_line
 from orchestrator.nodewatch import psutil_of_ray
 from orchestrator.runfolder import OWNER
-from orchestrator.storage import Folder
+from orchestrator.storage import PATIENCE_S, Folder
 
 SEEN_WITHIN_S, LOOK_EVERY_S = 90.0, 1.0  # NFS may answer from what it knew of a folder for a minute (man nfs, acdirmax)
 OWN_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 log = logging.getLogger("orchestrator.samefolder")
 
 
-def check_same_storage(uri: str, token: str, host: str) -> None:
+def check_same_storage(uri: str, token: str, host: str, patience_s: float = PATIENCE_S) -> None:
     """Wait until this machine sees whose run the folder at `uri` is; raises UserError where it has another folder.
+
+    Also where it may not write to object storage: it may be its turn to write a checkpoint at any time.
 
     Args:
         token: what the run's coordinator has put into it (RunFolder.take_ownership).
         host: this machine, for people.
+        patience_s: see Folder.
     """
-    folder = Folder(uri)
-    if not folder.is_local or _owner(folder) == token:
-        return
-    until_s = time.monotonic() + (0.0 if on_own_disk(folder.uri) else SEEN_WITHIN_S)
+    try:
+        folder = Folder(uri, patience_s=patience_s)
+        if not folder.is_local:
+            folder.check_writable()
+        if _owner(folder) == token:
+            return
+    except OrchestratorError as error:
+        same = "give its machine the keys and the way to it that the command's has"
+        raise UserError(f"{host} cannot use the run's folder ({one_line(error)}); {same}") from None
+    until_s = time.monotonic() + (0.0 if folder.is_local and on_own_disk(folder.uri) else SEEN_WITHIN_S)
     while _owner(folder) != token:
         if time.monotonic() >= until_s:
             raise UserError(

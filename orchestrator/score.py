@@ -21,8 +21,8 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.export import about_of, fetch_model, find_run
 from orchestrator.exported import ONNX, need, read_file, read_record, record_in
+from orchestrator.jsonlines import dumps
 from orchestrator.progress import LINE_EVERY_S
-from orchestrator.runfolder import dumps
 from orchestrator.storage import Folder
 from orchestrator.values import Pairs
 from workloads.registry import WORKLOADS
@@ -55,10 +55,7 @@ class Model:
 
 def find_model(uri: str) -> Model:
     """The model of a finished run, or an exported one; raises UserError where there is neither."""
-    try:
-        folder = Folder(uri, "MODEL")
-    except UserError as error:
-        raise UserError(str(error).replace("MODEL ", "", 1)) from None
+    folder = Folder(uri, "MODEL")
     if record_in(folder) is not None:
         return _exported(uri)
     trained = find_run(uri)

@@ -15,9 +15,8 @@ from orchestrator.config import RunConfig
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.evaluate import sums_of, totals
 from orchestrator.exported import ONNX
-from orchestrator.measured import onnx_model
+from orchestrator.measured import load_trained, onnx_model
 from orchestrator.precision import Precision
-from orchestrator.state import weights_sha256
 from workloads.registry import WORKLOADS
 
 
@@ -92,9 +91,7 @@ class Scorer:
             raise UserError(f"--data {task.data}: {has}; give every node the same")
         self._samples = self._workload.samples("heldout")
         if task.weights_sha256:
-            model, kind = exporting.load(folder), task.config.precision
-            if weights_sha256(model) != task.weights_sha256:
-                raise UserError("model/ of the run is not what its result.json tells; train again under another --name")
+            model, kind = load_trained(exporting, folder, task.weights_sha256), task.config.precision
         else:
             model, kind = onnx_model(folder / ONNX, exporting.inputs, task.threads), "fp32"
         self._model = model.to(self._device)

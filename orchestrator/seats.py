@@ -8,6 +8,7 @@ from orchestrator.plan import Plan
 from orchestrator.shards import Placement
 
 NAMESPACE = "orchestrator"  # of the coordinator's name in Ray
+READ_BACK_S = 5e-5  # a step: what a coordinator that is started anew may need to read its record back
 OVER, LEFT = "the run is over", "this worker left the run"  # what the train function returns
 
 
@@ -72,8 +73,8 @@ class Order:
     """What a worker does instead of training.
 
     Attributes:
-        word: "over" (the run is), "leave" (its node goes), "stop" (on request), "excluded" (it was given up), or
-            "save": write down the state, and ask again.
+        word: "over" (the run is), "leave" (its node goes), "stop" (on request), "excluded" (it was given up), "save":
+            write down the state, and ask again, or "attach": ask for a seat anew (parameter servers).
         lead: whether it writes the checkpoint of a stop.
     """
 

@@ -79,7 +79,7 @@ class ServedWorker(Worker):
         device, _ = take_device(self._plan.config)
         self._workload = WORKLOADS[self._plan.workload].build(self._plan.config)
         check_same_data(self._plan, self._workload, self._host)
-        check_same_storage(self._task["uri"], self._task["token"], self._host)
+        check_same_storage(self._task["uri"], self._task["token"], self._host, self._plan.config.storage_patience)
         self._plan = settle_loader(self._plan, self._workload)
         self._state = build_state(self._plan, self._workload, device)
         self._group = Group(0, 1, device, waiting=True, drag=self._saboteur.drag)

@@ -21,6 +21,7 @@ from orchestrator.errors import UserError
 from orchestrator.handout import Unit
 from orchestrator.microbatch import Flat
 from orchestrator.plan import Plan
+from orchestrator.reporter import keep_logs
 from orchestrator.samefolder import check_same_storage
 from orchestrator.served import Restored
 from orchestrator.server_part import ServerPart
@@ -33,12 +34,7 @@ log = logging.getLogger("orchestrator.server")
 
 def _keep_logs(dispatcher: Any, _: int) -> None:
     """Of a checkpoint that is about to be whole, what was said of its steps is in storage."""
-    import ray
-
-    try:
-        ray.get(dispatcher.report.remote([], [], True))
-    except ray.exceptions.RayError:
-        log.warning("the logs are not in storage yet", exc_info=True)
+    keep_logs(dispatcher)
 
 
 class Server:
@@ -50,7 +46,7 @@ class Server:
         prepare_torch(plan.config.threads, same_bits=True)
         host = "127.0.0.1" if loopback else ray.util.get_node_ip_address()
         self._plan, self._number = plan, number
-        self._run = (uri, token, ray.util.get_node_ip_address())
+        self._run = (uri, token, ray.util.get_node_ip_address(), plan.config.storage_patience)
         self._workload = WORKLOADS[plan.workload].build(plan.config)
         folder = Folder(uri, patience_s=plan.config.storage_patience).child("checkpoints")
         told = functools.partial(_keep_logs, dispatcher)

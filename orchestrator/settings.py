@@ -44,7 +44,7 @@ def help_texts(config_type: type[Any]) -> dict[str, str]:
     """Field name -> the docstring under the field, joined to one line."""
     texts: dict[str, str] = {}
     for cls in reversed(config_type.__mro__):
-        if not (dataclasses.is_dataclass(cls) and cls is not object):
+        if not dataclasses.is_dataclass(cls):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(body, ast.ClassDef)

@@ -56,7 +56,7 @@ class SliceRooms(PlacementGroupHandle):  # type: ignore[misc]
         self._claimed = [
             SlicePlacementGroup(
                 shape.topology,
-                shape.generation,
+                shape.version,
                 resources_per_bundle=resources,
                 strategy="PACK",
                 bundle_label_selector=[label] * shape.chips,

@@ -17,9 +17,7 @@ from orchestrator.values import WorkerRange
 # Labels that Ray gives to TPU nodes.
 SLICE_NAME, HOST_NUMBER = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"
 TOPOLOGY, POD_TYPE = "ray.io/tpu-topology", "ray.io/tpu-pod-type"
-CHIPS_OF_A_HOST = (
-    4  # but small slices of the flat generations, which are one host of up to 8 (TPU_SINGLE_HOST_TOPOLOGIES)
-)
+CHIPS_OF_A_HOST = 4  # but small slices of the flat versions, which are one host of up to 8 (TPU_SINGLE_HOST_TOPOLOGIES)
 SMALL = ("1x1", "2x2", "2x4")
 FLAT = {"1x1", "2x2", "2x4", "2x8", "4x4", "4x8", "8x8", "8x16", "16x16"}
 DEEP = {"2x2x1", "2x2x2", "2x2x4", "2x4x4"}
@@ -29,11 +27,11 @@ TWO_DEVICES = ("v2", "v3", "v7x")  # a chip of these is two devices, and a worke
 BASE_PORT = 8476  # libtpu's, as torch_xla's configure_topology gives them out
 
 
-def topologies(generation: str) -> set[str]:
-    """What slices of a generation there are."""
-    if generation not in TORUS:
+def topologies(version: str) -> set[str]:
+    """What slices of a version there are."""
+    if version not in TORUS:
         return FLAT
-    x, y, z = (range(4, most + 1, 4) for most in TORUS[generation])
+    x, y, z = (range(4, most + 1, 4) for most in TORUS[version])
     return DEEP | {f"{i}x{j}x{k}" for i in x for j in y for k in z}
 
 
@@ -42,11 +40,11 @@ class SliceShape:
     """What every slice of a run is.
 
     Attributes:
-        generation: v4, v5p, v5litepod or v6e.
+        version: v4, v5p, v5litepod or v6e.
         topology: chips in each direction.
     """
 
-    generation: str
+    version: str
     topology: str
 
     @property
@@ -60,7 +58,7 @@ class SliceShape:
 
     @property
     def chips_per_host(self) -> int:
-        return self.chips if self.generation not in TORUS and self.topology in SMALL else CHIPS_OF_A_HOST
+        return self.chips if self.version not in TORUS and self.topology in SMALL else CHIPS_OF_A_HOST
 
     @property
     def hosts(self) -> int:
@@ -69,12 +67,12 @@ class SliceShape:
     @property
     def pod_type(self) -> str:
         """As nodes are labelled: v4-16."""
-        return f"{self.generation}-{self.chips * CORES[self.generation]}"
+        return f"{self.version}-{self.chips * CORES[self.version]}"
 
     @property
     def accelerator_type(self) -> str:
-        """As Ray names the generation: TPU-V4."""
-        return f"TPU-{self.generation.upper()}"
+        """As Ray names the version: TPU-V4."""
+        return f"TPU-{self.version.upper()}"
 
     def __str__(self) -> str:
         return f"{self.accelerator_type} {self.topology} ({self.hosts} host(s), {self.chips} workers)"
@@ -82,22 +80,22 @@ class SliceShape:
 
 def shape_of(accelerator_type: str, topology: str) -> SliceShape:
     """The slices that were asked for; raises UserError."""
-    generation, topology = accelerator_type.lower().removeprefix("tpu-"), topology.lower()
-    if generation in TWO_DEVICES:
+    version, topology = accelerator_type.lower().removeprefix("tpu-"), topology.lower()
+    if version in TWO_DEVICES:
         raise UserError(
             f"--accelerator-type {accelerator_type}: its chips are two devices each, and a worker drives one; use one "
             f"of {_known()}"
         )
-    if generation not in CORES:
+    if version not in CORES:
         raise UserError(f"--accelerator-type {accelerator_type}: not known; use one of {_known()}")
-    if topology not in (sizes := topologies(generation)):
+    if topology not in (sizes := topologies(version)):
         shown = ", ".join(sorted(sizes, key=lambda t: (math.prod(map(int, t.split("x"))), t))[:8])
         raise UserError(f"--topology {topology}: no slice of {accelerator_type}; there are {shown} and so on")
-    return SliceShape(generation, topology)
+    return SliceShape(version, topology)
 
 
 def _known() -> str:
-    return ", ".join(f"TPU-{generation.upper()}" for generation in CORES)
+    return ", ".join(f"TPU-{version.upper()}" for version in CORES)
 
 
 def find_shape(config: RunConfig, nodes: Sequence[Node]) -> SliceShape:

@@ -76,7 +76,7 @@ def spread(model: nn.Module, workload: Workload, inside: Group) -> frozenset[str
     # fully_shard takes contiguous parameters only; a convolution rounds otherwise where its weights lie otherwise.
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and lies_channels_last(module.weight):
-            module.forward = functools.partial(channels_last, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(forward_channels_last, module)  # type: ignore[method-assign]
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     mesh, whole = mesh_of(inside), {p for p in model.parameters() if stays_whole(p, inside.world)}
     for module in (*workload.layers(model), model):
@@ -103,7 +103,7 @@ def stays_whole(parameter: Tensor, workers: int) -> bool:
     return parameter.numel() <= SMALL and bool(parameter.numel() % VECTOR or piece % VECTOR)
 
 
-def channels_last(convolution: nn.Conv2d, hidden: Tensor) -> Tensor:
+def forward_channels_last(convolution: nn.Conv2d, hidden: Tensor) -> Tensor:
     """Its forward pass with weights in the layout that those of a whole model have, for the same bits.
 
     The backward pass makes that copy of them again, when they are gathered again: kept, it would take the memory that

@@ -90,7 +90,7 @@ class SplitWorker(Worker):
         self._state = state
         self._recorder.join(state, seat.rank < layout.size)
         if kept is not None and kept.step == seat.step:
-            self._take_over(kept, Holding(seat.rank % layout.size, layout.size))
+            self._take_over(kept, Holding(layout.part_of(seat.rank), layout.size))
         super()._restore(group, seat)
         if state.split:
             state.handing = {}

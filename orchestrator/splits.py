@@ -234,7 +234,7 @@ class SplitState(TrainingState):
                     squares[number] = torch.linalg.vector_norm(piece.grad) ** 2
                 else:
                     whole = gathered(as_cut(piece.grad, parameter))
-                    norm = torch.linalg.vector_norm(channels_last(whole) if parameter in self._last else whole)
+                    norm = _norm(channels_last(whole) if parameter in self._last else whole)
                     norms[number] = norm if self.speaks else 0.0
             both = torch.stack([squares, norms])
             self.seating.inside.sum(both)
@@ -273,3 +273,12 @@ class SplitEvaluation:
         """See Workload."""
         with self._group.others_wait():
             return self._workload.sums(model, batch)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """By the kernel that torch.nn.utils.get_total_norm has for a device: another one adds in another order."""
+    if gradient.device.type == "cuda":
+        norms: tuple[Tensor, ...] = torch._foreach_norm([gradient], 2.0)
+        return norms[0]
+    found: Tensor = torch.linalg.vector_norm(gradient)
+    return found

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from orchestrator.charts import anybodys, moment, spans, taken
-from orchestrator.history import Floats, History
+from orchestrator.history import STEP_PARTS, Floats, History
 
 NAMED = 12  # incidents in one sentence; all are in their table
 
@@ -62,6 +62,5 @@ def shards(history: History) -> str:
 
 def shares(history: History) -> str:
     """The parts of a step, each as it began, ended, and was at least and most."""
-    parts = {"data": "data_share", "forward and backward": "compute_share", "reduction": "reduce_share"}
     steps = history.column("step")
-    return " ".join(curve(name, steps, history.column(k)) for name, k in parts.items() if len(history.column(k)))
+    return " ".join(curve(name, steps, history.column(k)) for name, k in STEP_PARTS.items() if len(history.column(k)))

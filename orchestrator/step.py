@@ -1,4 +1,4 @@
-"""One step's gradients: the sharded way (same bits for any number of workers) and DistributedDataParallel."""
+"""One step's gradients, the sharded way: the same bits for any number of workers."""
 
 import time
 import zlib
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from orchestrator.batchnorm import RunningStatistics
 from orchestrator.devices import compute_now, seed, sent
-from orchestrator.errors import NonFiniteLossError, TrainingError
+from orchestrator.errors import NonFiniteLossError
 from orchestrator.feed import Fed, batches
 from orchestrator.group import Group
 from orchestrator.plan import Plan, Request
 from orchestrator.reduce import TreeReducer
 from orchestrator.shards import Placement, derive_seed
 from orchestrator.state import TrainingState
+from orchestrator.stepbook import seal
 from workloads.workload import Sums, Workload
 
 ROW = ("loss", "count", "stop", "samples", "ledger", "data_s")  # what each shard reports beside its gradients
@@ -69,12 +70,9 @@ def of_the_slowest(own_s: float, waits_s: Sequence[float], among_s: float) -> tu
     return own_s + for_others_s, among_s - for_others_s
 
 
-def seal(rows: Tensor, expected: int, step: int) -> str:
-    """The ledger of a step from its rows [., ROW]; raises TrainingError if not every sample was used once."""
-    samples = round(rows[:, 3].sum().item())
-    if samples != expected:
-        raise TrainingError(f"step {step}: {samples} samples were computed where {expected} belong")
-    return f"{zlib.crc32(rows[:, 4].to(torch.int64).numpy().tobytes()):08x}"
+def sealed_rows(rows: Tensor, expected: int, step: int) -> str:
+    """The ledger of a step from its rows [., ROW]; raises as seal."""
+    return seal(rows[:, 3].sum().item(), expected, rows[:, 4].to(torch.int64).numpy(), step)
 
 
 class GradientSource(Protocol):
@@ -143,7 +141,7 @@ class ShardedGradients:
         self._check_finite(step, rows[:, 0])
         count = rows[:, 1].sum().item() or 1.0  # a batch may have no masked token: nothing is learnt from it
         stopping = bool(rows[:, 2].sum() > 0)
-        ledger = seal(rows, self._samples, step)
+        ledger = sealed_rows(rows, self._samples, step)
         loss = rows[:, 0].sum().item() / count
         seconds = of_the_slowest(self._data_s, self._waits_of_all(rows), reduce_s)
         return StepTotals(loss, self._samples, nominal / count, stopping, ledger, seconds[0], compute_s, seconds[1])

@@ -1,25 +1,31 @@
 """A folder in storage: local or any URI that pyarrow.fs knows, with atomic writes."""
 
 import contextlib
-import errno
 import logging
 import os
-import time
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.errors import OrchestratorError, StorageError, UserError
-from orchestrator.uris import PASSING, local_path, one_line, open_uri, try_azure
+from orchestrator.errors import OrchestratorError, StorageError, UserError, one_line
+from orchestrator.patience import mount_is_away, patiently
+from orchestrator.uris import PASSING, local_path, open_uri, try_azure
 
 T = TypeVar("T")
 Pieces = Sequence[bytes | memoryview]  # of a file's content, one after the other
 PATIENCE_S = 60.0  # of a run that is going on; before it begins a user is told at once
-PAUSES_S = (0.5, 1.0, 2.0, 4.0)
-AWAY = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EAGAIN}  # the same, if mounted
+PUT_BYTES = 64 * 2**20  # of a large object, sent before more is taken
+BESIDE = re.compile(r"\.(.+)\.[0-9a-f]{8}")  # what Folder writes beside a file, to rename it then
 log = logging.getLogger("orchestrator.storage")
+
+
+def half_written(name: str) -> str:
+    """The name of the file that `name` was to become when its writer was killed, "" where it is no such file."""
+    found = BESIDE.fullmatch(name)
+    return found[1] if found else ""
 
 
 class Folder:
@@ -75,22 +81,24 @@ class Folder:
         """Do something, again and again while the server is away."""
         from pyarrow import ArrowException
 
-        until, pauses = time.monotonic() + (self._patience_s or 0.0), iter(PAUSES_S)
-        while True:
+        def as_oserror() -> T:
             try:
                 return do()
-            except (OSError, ArrowException) as raised:
-                error = raised if isinstance(raised, OSError) else OSError(one_line(raised))
-                is_away = (
-                    self.mounted and error.errno in AWAY if self.is_local else PASSING.search(str(error)) is not None
-                )
-                given_up = not is_away or self._patience_s is None or time.monotonic() > until
-                if isinstance(error, FileNotFoundError | NotADirectoryError) or (self.is_local and given_up):
-                    raise error from error.__cause__
-                if given_up:
-                    raise self._given_up(error, is_away) from error
-                log.warning("%s does not answer; asking again: %s", self.uri, one_line(error))
-                time.sleep(next(pauses, PAUSES_S[-1]))
+            except ArrowException as error:
+                raise error if isinstance(error, OSError) else OSError(one_line(error)) from error
+
+        try:
+            return patiently(as_oserror, self._is_away, self._patience_s or 0.0, self.uri)
+        except OSError as error:
+            if self.is_local or isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise
+            raise self._given_up(error, self._is_away(error)) from error
+
+    def _is_away(self, error: OSError) -> bool:
+        if self.is_local:
+            return self.mounted and mount_is_away(error)
+        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        return not missing and PASSING.search(str(error)) is not None
 
     def _given_up(self, error: OSError, is_away: bool) -> OrchestratorError:
         named, why = f"{self._flag} {self.uri}:", f"({one_line(error)})"
@@ -186,9 +194,16 @@ class Folder:
             pool.submit(self._put_whole, name, pieces).result()
 
     def _put_whole(self, name: str, pieces: Pieces) -> None:
+        held = 0
         with self._fs.open_output_stream(self.path(name)) as stream:
             for piece in pieces:
-                stream.write(piece)
+                for start in range(0, len(piece), PUT_BYTES):
+                    part = piece[start : start + PUT_BYTES]
+                    stream.write(part)
+                    held += len(part)
+                    if held >= PUT_BYTES:  # what it has not sent it keeps a copy of, and a failure shows at its end
+                        stream.flush()
+                        held = 0
 
     def append(self, name: str, text: str) -> None:
         """Add whole lines at the end; object stores cannot, so there the object is written anew."""
@@ -209,6 +224,12 @@ class Folder:
             except OSError:
                 file.truncate(before)
                 raise
+
+    def cut(self, name: str, count: int) -> None:
+        """Drop the last `count` bytes of a local file."""
+        path = self.path(name)
+        self._on_disk(lambda: os.truncate(path, os.path.getsize(path) - count))
+        self.sync(name)
 
     def sync(self, name: str) -> None:
         """Wait until the disk has a local file, if it is there."""

@@ -15,6 +15,7 @@ class Suspicion:
     _errors: dict[tuple[int, str], int] = field(default_factory=dict)
     _best: int = -1
     _deaths: list[tuple[int, range]] = field(default_factory=list)
+    _lost: Counter[int] = field(default_factory=Counter)  # workers, by generation
     _early: int = 0
     _early_s: float = -1.0
 
@@ -42,6 +43,18 @@ class Suspicion:
         return (
             f"{SILENT_DEATHS} workers died one after the other at about step {step}, each while it held shards "
             f"{deadly}: a sample there seems to crash its reader"
+        )
+
+    def lost(self, generation: int, allowed: int) -> str:
+        """A worker of a generation was lost; returns why the run should stop, or "": so many incidents are allowed.
+
+        Those of one generation are one incident: a node takes all its workers along, a switch all its nodes.
+        """
+        self._lost[generation] += 1
+        workers, incidents = self._lost.total(), len(self._lost)
+        often = "" if workers == incidents else f" in {incidents} incidents"
+        return (
+            f"{workers} workers were lost{often}, and --max-incidents allows {allowed}" if incidents > allowed else ""
         )
 
     def ended_early(self, came_s: float, now_s: float) -> bool:

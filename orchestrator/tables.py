@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from orchestrator.blocks import BlockOrder
 from orchestrator.config import RunConfig
-from orchestrator.errors import DataError, MachineError, OrchestratorError, UserError
+from orchestrator.errors import DataError, MachineError, OrchestratorError, UserError, one_line
 from orchestrator.filecache import MEND, FileCache, TableFile
 from orchestrator.storage import Folder, cache_folder
 
@@ -79,7 +79,7 @@ def read_manifest(uri: str, workload: str, patience_s: float | None = None) -> M
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--data parquet:{uri}: there is no {MANIFEST}; {advice}") from None
     except OSError as error:
-        raise UserError(f"--data parquet:{uri}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"--data parquet:{uri}: cannot be read ({one_line(error)})") from None
     try:
         return parse_manifest(data, workload)
     except ValueError as error:
@@ -131,7 +131,7 @@ def check_whole(uri: str, workload: str, config: RunConfig) -> None:
     try:
         sizes = Folder(uri, "--data").sizes()
     except OSError as error:
-        raise UserError(f"--data parquet:{uri}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(f"--data parquet:{uri}: cannot be read ({one_line(error)})") from None
     for file in (file for split in SPLITS for file in manifest.files[split]):
         if (size := sizes.get(file.name)) != file.bytes:
             problem = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sysconfig
 
+from orchestrator.errors import one_line
+
 # What torch's generated kernels include (torch/_inductor/codecache.py and cpp_prefix.h) beside torch's own headers.
 PROBE = "#include <Python.h>\n#include <omp.h>\n#include <cmath>\n"
 WHAT_TO_DO = "install one (apt install g++ libpython3-dev), name it in CXX, or leave --compile out"
@@ -25,7 +27,7 @@ def problem() -> str:
     try:
         done = subprocess.run(command, input=PROBE, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the C++ compiler {name()} cannot be run ({' '.join(str(error).split())[:200]}); {WHAT_TO_DO}"
+        return f"the C++ compiler {name()} cannot be run ({one_line(error, 200)}); {WHAT_TO_DO}"
     if done.returncode:
         said = " ".join((done.stderr.strip().splitlines() or ["it says nothing"])[0].split())[:200]
         return f"the C++ compiler {name()} cannot compile for Python ({said}); {WHAT_TO_DO}"

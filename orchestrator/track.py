@@ -23,42 +23,18 @@ from orchestrator.command import Parser, leave, refuse
 from orchestrator.digest import digest
 from orchestrator.errors import OrchestratorError, UserError
 from orchestrator.history import ALIVE_S, SLOW_STEPS
+from orchestrator.jsonlines import Growing
 from orchestrator.logbooks import BOOKS, Logbook, need
 from orchestrator.redact import redact
-from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder, loads
+from orchestrator.runfolder import ERRORS, EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
 from orchestrator.values import LOGGERS, Loggers
 
 EVERY_S = 1.0
-BLOCK_BYTES = 4 * 2**20  # of a log, read at once: about ten thousand steps
 UPLOAD_EVERY_S = 60.0
 PATIENCE_S = 600.0
+TRACKED = "another process is writing it to loggers; let it end"
 BEHIND = 10  # nice(2): training goes first
-
-
-class Growing:
-    """New records of a log that is appended to, and sometimes cut and continued (steps are taken again).
-
-    What was read last is looked at again: where it has changed, the log is read from its beginning.
-    """
-
-    def __init__(self, folder: Folder, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._offset, self._last = 0, b""
-        self.count = 0  # records read since the log's beginning
-
-    def new(self) -> list[dict[str, Any]]:
-        """The next records, at most a block of them; [] where there are none yet."""
-        data = self._folder.since(self._name, self._offset - len(self._last), BLOCK_BYTES)
-        if not data.startswith(self._last):
-            self._offset, self._last, self.count = 0, b"", 0
-            data = self._folder.since(self._name, 0, BLOCK_BYTES)
-        fresh = data[len(self._last) : data.rfind(b"\n") + 1]
-        lines = fresh.splitlines(keepends=True)
-        if lines:
-            self._offset, self._last = self._offset + len(fresh), lines[-1]
-            self.count += len(lines)
-        return [loads(line) for line in lines if b"\0" not in line]  # what another machine sees of a line to come
 
 
 class Follower:
@@ -219,7 +195,7 @@ def beside_a_command(run: RunFolder, loggers: Sequence[str], token: str) -> None
             break
     if run.owner() != token:
         return
-    with alone(run.uri, wait=True):
+    with alone("track", run.uri, TRACKED, wait=True):
         follow(
             run,
             loggers,
@@ -237,7 +213,7 @@ def by_hand(run: RunFolder, loggers: Sequence[str]) -> list[str]:
         silent_s = time.time() - (newest_s or began_s)
         return run.result() is not None or silent_s > max(ALIVE_S, SLOW_STEPS * run.last_seconds())
 
-    with alone(run.uri, wait=False):
+    with alone("track", run.uri, TRACKED):
         return follow(run, loggers, lambda line: print(line, file=sys.stderr, flush=True), over, time.sleep)
 
 
@@ -255,9 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = parser.parse_args(arguments)
         # Training goes on while its storage is away, and so does this beside it; a person is told at once.
         run = RunFolder(Folder(settings.run, flag="RUN", patience_s=PATIENCE_S if settings.owner else None))
-        config = run.config()
-        if config is None:
-            raise UserError(f"{run.uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")
+        config = run.settings()
         given = settings.log if settings.log is not None else str(config.get("log", ""))
         try:
             loggers = Loggers.parse(given).names

@@ -1,7 +1,7 @@
 """TorchTrainer.fit, in a thread: the main thread shows progress and takes signals."""
 
 import asyncio
-import contextlib
+import logging
 import os
 import tempfile
 import threading
@@ -17,6 +17,7 @@ from orchestrator.redact import redact
 from orchestrator.seats import Assignment
 
 GROUP_TIMEOUT_S = 3600.0  # lost and frozen workers are found by the coordinator, long before
+log = logging.getLogger("orchestrator.training")
 HALT_S = 8.0  # some times as long as it takes to see that it shall, and to ask the autoscaler for nothing more
 
 
@@ -56,8 +57,10 @@ class Training(threading.Thread):
             return  # halted
         except Exception as error:
             text = redact(f"{type(error).__name__}: {error}")
-            with contextlib.suppress(ray.exceptions.RayError):
+            try:
                 ray.get(self._coordinator.fail.remote(text.splitlines()[0], 1, text))
+            except ray.exceptions.RayError:  # it is started anew, and told of this thread's end by who follows the run
+                log.exception("the coordinator cannot be told why Ray Train failed")
 
     def halt(self) -> None:
         """End the thread before the connection to Ray is closed under it, if it has not ended by itself."""

@@ -3,17 +3,21 @@
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, one_line
 from orchestrator.redact import uri_has_keys
 
 ALLOWED = "give a folder or a URI such as s3://bucket/runs"
-# Google Cloud's client asks again for 15 minutes, and cannot be interrupted; whoever can wait asks again himself.
-GCS_RETRY_S = 8
+IN_ADDRESSES = "/:@%!$&'()*+,;=~"  # what pyarrow reads as it is; of white space and others it wants %20
+# Google Cloud's client asks again for 15 minutes, and cannot be interrupted; whoever can wait asks again himself. S3's
+# makes an upload in parts of every file, three requests and what is left of it where it fails, unless told to wait.
+GCS = {"retry_limit_seconds": "8"}
+OPTIONS = {"gs": GCS, "gcs": GCS, "s3": {"allow_delayed_open": "true"}}
 # What pyarrow says of a server that is down, overloaded or cut off (S3's words, then Google Cloud's and Azure's); not
 # of keys, buckets and files that are wrong.
 PASSING = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|"
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|NO_SUCH_UPLOAD|INTERNAL_FAILURE|REQUEST_TIMEOUT|curlCode|"
     r"HTTP status (?:429|5\d\d)|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CURL error|TransportException|"
     r"Azure Error: \[\w*\] (?:429|5\d\d)"
 )
@@ -41,7 +45,7 @@ def open_uri(uri: str, flag: str) -> tuple[Any, str]:
     """
     from pyarrow import ArrowException, fs
 
-    address, mark, query = uri.partition("?")
+    address, _, query = uri.partition("?")
     scheme, _, rest = address.partition("://")
     if uri_has_keys(uri):
         # The URI is written to the run folder and to logs.
@@ -50,11 +54,11 @@ def open_uri(uri: str, flag: str) -> tuple[Any, str]:
         raise UserError(f"{flag} {uri}: names no bucket; {ALLOWED}")
     if "#" in uri:  # pyarrow takes it for the beginning of a fragment, and would use what stands before it
         raise UserError(f"{flag} {uri}: a # cannot be in an address; {ALLOWED}")
-    asked = uri.rstrip("/")
-    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
-        asked += f"{'&' if mark else '?'}retry_limit_seconds={GCS_RETRY_S}"
+    options = [query.rstrip("/")] if query else []
+    options += [f"{name}={value}" for name, value in OPTIONS.get(scheme, {}).items() if name not in query]
     try:
-        found, root = fs.FileSystem.from_uri(asked)
+        asked = quote(address.rstrip("/"), safe=IN_ADDRESSES)
+        found, root = fs.FileSystem.from_uri("?".join([asked, "&".join(options)] if options else [asked]))
     except (ValueError, OSError, NotImplementedError, ArrowException) as error:
         if PASSING.search(str(error)):  # S3 is asked where a bucket is
             raise OSError(one_line(error)) from None
@@ -72,8 +76,3 @@ def try_azure(uri: str, file_system: Any, root: str) -> None:
     if scheme in ("abfs", "abfss") and account not in _tried:
         file_system.get_file_info(root)
         _tried.add(account)
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, cut off after 300 characters."""
-    return " ".join(str(error).split())[:300]

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.command import Parser, leave, refuse
 from orchestrator.errors import OrchestratorError, UserError
-from orchestrator.history import lines
+from orchestrator.jsonlines import Growing, records
 from orchestrator.liveview import Sight, draw
 from orchestrator.runfolder import CONFIG, EVENTS, METRICS, RunFolder
 from orchestrator.storage import Folder
@@ -28,27 +28,36 @@ def newest_run(storage: Path) -> str:
     return str(max(runs, key=lambda run: max(file.stat().st_mtime for file in run.iterdir())))
 
 
-def look(folder: RunFolder) -> Sight:
-    """The run as its folder shows it now; raises UserError where there is no run."""
-    config = folder.config()
-    if config is None:
-        raise UserError(f"{folder.uri}: no run is there (no config.toml); give a run's folder, such as runs/NAME")
-    tail = folder.folder.tail(METRICS, NEWEST_BYTES).decode(errors="replace")
-    if len(tail) >= NEWEST_BYTES:
-        tail = tail[tail.find("\n") + 1 :]  # it may begin in the middle of a record
-    return Sight(config, folder.result(), lines(folder.text(EVENTS) or ""), lines(tail), time.time())
+class View:
+    """A run as its folder shows it, look after look: of its events the new ones are read."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._new = folder, Growing(folder.folder, EVENTS)
+        self._events, self._begun = list[dict[str, Any]](), 1
+
+    def look(self) -> Sight:
+        """As it is now; raises UserError where there is no run."""
+        config = self._folder.settings()
+        while events := self._new.new():
+            before = self._events if self._new.begun == self._begun else []  # else it was cut, or is another's
+            self._events, self._begun = [*before, *events], self._new.begun
+        tail = self._folder.folder.tail(METRICS, NEWEST_BYTES).decode(errors="replace")
+        if len(tail) >= NEWEST_BYTES:
+            tail = tail[tail.find("\n") + 1 :]  # it may begin in the middle of a record
+        return Sight(config, self._folder.result(), self._events, records(tail), time.time())
 
 
 def follow(folder: RunFolder, every_s: float, console: Any) -> None:
     """Show the run until it has ended."""
     from rich.live import Live
 
-    sight, seen_s = look(folder), time.monotonic()
+    view = View(folder)
+    sight, seen_s = view.look(), time.monotonic()
     with Live(draw(sight), console=console, auto_refresh=False, transient=False) as live:
         while not sight.over:
             time.sleep(every_s)
             try:
-                sight, seen_s = look(folder), time.monotonic()
+                sight, seen_s = view.look(), time.monotonic()
             except (OSError, OrchestratorError):  # training waits for its storage, too
                 if time.monotonic() - seen_s > GIVE_UP_S:
                     raise
@@ -74,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = RunFolder(Folder(settings.run or newest_run(Path("runs")), flag="RUN"))
         console = Console()
         if settings.once:
-            console.print(draw(look(folder)))
+            console.print(draw(View(folder).look()))
         else:
             follow(folder, settings.every, console)
     except OrchestratorError as error:

@@ -16,7 +16,7 @@ from orchestrator.lastwords import tell_failure
 from orchestrator.nodewatch import actor_lost, all_stacks
 from orchestrator.plan import Plan
 from orchestrator.recovery import Holding, Member
-from orchestrator.seats import LEFT, NAMESPACE, OVER, Order, Seat
+from orchestrator.seats import LEFT, NAMESPACE, OVER, READ_BACK_S, Order, Seat
 from orchestrator.worker_device import Door, Spot, take_device
 
 log = logging.getLogger("orchestrator.worker")
@@ -105,7 +105,7 @@ class Worker:
         device, self._spot = take_device(self._plan.config)
         workload = WORKLOADS[self._plan.workload].build(self._plan.config)
         check_same_data(self._plan, workload, self._host)
-        check_same_storage(self._task["uri"], self._task["token"], self._host)
+        check_same_storage(self._task["uri"], self._task["token"], self._host, self._plan.config.storage_patience)
         self._plan = settle_loader(self._plan, workload)
         self._recorder = recorder_for(self._plan, self._task["uri"], self._coordinator, self._saboteur)
         kind, has_state = self._new_state(workload, device), False
@@ -127,7 +127,7 @@ class Worker:
         """Join the coordinator's wire; waits for a coordinator that is being restarted."""
         import ray
 
-        until = time.monotonic() + COORDINATOR_BACK_S
+        until = time.monotonic() + COORDINATOR_BACK_S + max(0, self.step) * READ_BACK_S
         while True:
             try:
                 found = ray.get(self._coordinator.enlist.remote(self.id), timeout=COORDINATOR_BACK_S)
@@ -253,7 +253,8 @@ class Worker:
         try:
             finished = train(plan, workload, state, group, seat.placement, recorder)
         except OrchestratorError:
-            recorder.broke_off(state)
+            with group.others_wait(), group.clock.away():
+                recorder.broke_off(state)
             raise
         if not finished:
             return False

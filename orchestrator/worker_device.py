@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.cluster_fit import Node
 from orchestrator.config import RunConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, one_line
 from orchestrator.nodewatch import interface_of
 from orchestrator.seats import Seat
 from orchestrator.slices import HOST_NUMBER, POD_TYPE, SLICE_NAME, SliceShape, chip_environment, shape_of
@@ -114,7 +114,7 @@ def torch_xla_problem() -> str:
     try:
         import torch_xla  # noqa: F401 it must have been built for this torch
     except (ImportError, OSError) as error:
-        return f"torch_xla does not load there ({' '.join(str(error).split())[:150]})"
+        return f"torch_xla does not load there ({one_line(error, 150)})"
     return ""
 
 

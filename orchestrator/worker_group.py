@@ -26,8 +26,9 @@ from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGro
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util.placement_group import PlacementGroup
 
+from orchestrator.errors import last_line
 from orchestrator.halting import wait
-from orchestrator.openings import Filled, Opening, last_line
+from orchestrator.openings import Filled, Opening, tell_ended
 from orchestrator.seats import NAMESPACE, OVER
 from orchestrator.strict import allows, node_wanted, waits_in_vain
 
@@ -56,8 +57,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         self._openings = [Opening() for _ in range(config.maximum - len(workers))]
         self._coordinator = ray.get_actor(config.coordinator, namespace=NAMESPACE)
         self._asked_over: Any = None
-        self._over_s = 0.0
-        self._next_rank = len(workers)
+        self._over_s, self._next_rank = 0.0, len(workers)
 
     def _start_first(self, builder: Any) -> None:
         """The first workers start; where one is lost, Ray Train asks for all of them again, if told in its own way.
@@ -72,7 +72,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             self._worker_group_state = None  # as of a group that did not start, so that those who did are ended
             if isinstance(error.__cause__, NO_START):  # Ray Train would ask for them again for ever
                 coordinator = ray.get_actor(self._train_run_context.backend_config.coordinator, namespace=NAMESPACE)
-                coordinator.process_ended.remote(began_s, last_line(error.__cause__))
+                tell_ended(coordinator, began_s, error.__cause__)
             raise
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             self._worker_group_state = None
@@ -168,7 +168,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
         if status.return_value == OVER:
             return
         if status.error:
-            self._coordinator.process_ended.remote(time.time() - lived_s, last_line(status.error))
+            tell_ended(self._coordinator, time.time() - lived_s, status.error)
         raised = status.error is not None and not isinstance(status.error, (ray.exceptions.RayError, TimeoutError))
         soon = lived_s < (RAISED_S if raised else LIVED_S)
         self._open(filled.failures + 1 if status.error and soon else 0, RAISED_BACKOFF_S if raised else BACKOFF_S)
@@ -204,7 +204,7 @@ class ElasticWorkerGroup(WorkerGroup):  # type: ignore[misc]
             self._fill(opening)
         except Exception as error:
             log.warning("a new worker did not start", exc_info=True)
-            self._coordinator.process_ended.remote(opening.asked_s, last_line(error))
+            tell_ended(self._coordinator, opening.asked_s, error)
             ray.kill(opening.actor)
             self._open(opening.failures + 1)
 

@@ -1,6 +1,7 @@
 """The protocol between the training loop and a workload: data, model, loss as sums, metrics, saving.
 
-The loop never sees images or tokens, and a workload never sees workers, shards or steps.
+The loop never sees images or tokens, and a workload never sees shards, steps or workers, but in how many parts to
+split a layer.
 """
 
 from collections.abc import Callable, Mapping

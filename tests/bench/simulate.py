@@ -93,7 +93,7 @@ def decisions(workers: int, shards: int, seed: int) -> dict[str, tuple[Callable[
     chance = random.Random(seed)
     # A few percent of spread, and one in a hundred is half as fast.
     seconds = [chance.gauss(1, 0.03) * (2 if number % 100 == 0 else 1) for number in range(workers)]
-    paces = [balance.Pace(s, 10.0) for s in seconds]
+    paces = [balance.ShardPace(s, 10.0) for s in seconds]
     even = [shards * (n + 1) // workers - shards * n // workers for n in range(workers)]
     later = START_GRACE_S + 2 * SETTLE_S
     return {

@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import UserError
-from workloads.bert import corpus
+from workloads.bert import corpus, wordpiece
 from workloads.bert.corpus import paragraphs
 
 LINES = ["a", "word", "", "", "longer line", " ", "\t", "\u00fc\u00df"]
@@ -78,3 +78,25 @@ def test_a_stretch_without_a_blank_line_is_read_once(tmp_path, start, stop):
     assert found == []
     assert count <= stop - start + 2 * io.DEFAULT_BUFFER_SIZE
     assert read(file, 0, 10) == ([("nine more\n" * 100_000).strip()], 1_000_000)
+
+
+LETTERS = st.sampled_from(
+    ["word", "\u00e9te\u0301", "\u732b", "un", "##a", "[MASK]", ".", " ", "  ", "\n", "\u3000", "\t"]
+)
+
+
+@settings(deadline=None)
+@given(st.lists(LETTERS, max_size=60).map("".join), st.integers(1, 30))
+def test_a_long_document_has_the_tokens_it_has_in_one_piece(text, letters):
+    """A line of a hundred megabytes takes no twenty gigabytes: it is cut where no word goes on."""
+    words = ["word", "ete", "\u732b", "un", "##a", "##un", ".", "#", "a"]
+    tokenizer = wordpiece.build_tokenizer([*wordpiece.SPECIAL, *words])
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    counted = wordpiece._count_words(tokenizer, [text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wordpiece, "LETTERS_AT_ONCE", letters)
+        assert list(wordpiece.token_ids(tokenizer, ["un", text, "word"]))[1] == whole
+        assert wordpiece._count_words(tokenizer, [text]) == counted
+        parts = list(wordpiece._stretches(text))
+        assert "".join(parts) == text
+        assert all(len(part) <= letters or not set(part[1:letters]) & set(" \n") for part in parts)

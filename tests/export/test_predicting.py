@@ -149,6 +149,10 @@ def test_folders_that_hold_no_exported_model(tmp_path, capsys):
     assert "cannot be used by this version" in refusal(capsys, str(tmp_path), "--input", "x")
     (tmp_path / "export.json").write_bytes(b'{"format": "\xff"}')
     assert "cannot be used by this version" in refusal(capsys, str(tmp_path), "--input", "x")
+    (tmp_path / "export.json").unlink()
+    (tmp_path / "export.json").mkdir()
+    assert "export.json: cannot be read" in refusal(capsys, str(tmp_path), "--input", "x")
+    (tmp_path / "export.json").rmdir()
     record = {"format": 1, "workload": "resnet", "output": "y", "about": {}, "files": [], "external_data": False}
     (tmp_path / "export.json").write_text(json.dumps(record))
     assert "model.onnx: cannot be read" in refusal(capsys, str(tmp_path), "--input", "x")

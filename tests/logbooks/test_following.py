@@ -11,7 +11,7 @@ import pytest
 from logbooks.test_logbooks import STEPS, agrees, losses, records, tensorboard
 from report.histories import write_run
 
-from orchestrator import clerk, track
+from orchestrator import clerk, jsonlines, track
 from orchestrator.runfolder import METRICS, RunFolder
 from orchestrator.storage import Folder
 
@@ -24,7 +24,7 @@ def lines(first: int, last: int, time_s: float = 0.0) -> str:
 
 def test_a_log_that_grows_is_cut_and_grows_again(tmp_path):
     file = tmp_path / METRICS
-    growing = track.Growing(Folder(str(tmp_path)), METRICS)
+    growing = jsonlines.Growing(Folder(str(tmp_path)), METRICS)
     new = lambda: [record["step"] for record in growing.new()]  # noqa: E731
     assert new() == []
     file.write_text(lines(1, 3) + '{"step": 4')
@@ -42,9 +42,9 @@ def test_a_log_that_grows_is_cut_and_grows_again(tmp_path):
 
 
 def test_a_log_longer_than_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(track, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(jsonlines, "BLOCK_BYTES", 100)
     (tmp_path / METRICS).write_text(lines(1, 40))
-    growing = track.Growing(Folder(str(tmp_path)), METRICS)
+    growing = jsonlines.Growing(Folder(str(tmp_path)), METRICS)
     found: list[int] = []
     while new := growing.new():
         found += [record["step"] for record in new]
@@ -96,7 +96,7 @@ def test_a_follower_with_a_bug_costs_a_line_too(tmp_path, capfd):
     """Here it meets a record that it does not know."""
     folder = write_run(tmp_path / "run", steps=20).folder
     with (folder / METRICS).open("a") as file:
-        file.write("[21]\n")
+        file.write("{}\n")
     with clerk.clerk("tensorboard", owned(folder), "mine"):
         pass
     said = capfd.readouterr().err

@@ -227,7 +227,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, part):
 
 def test_two_at_once_are_refused(tmp_path, capsys):
     folder = write_run(tmp_path / "run").folder
-    with track.alone(str(folder), wait=False):
+    with track.alone("track", str(folder), ""):
         assert track.main([str(folder), "--log", "tensorboard"]) == 2
     assert "another process is writing it" in capsys.readouterr().err
     assert "tensorboard" not in os.listdir(folder)

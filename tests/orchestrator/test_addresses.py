@@ -26,7 +26,7 @@ def test_who_asks_where_a_bucket_is_waits_too(monkeypatch, patience_s):
         return SimpleNamespace(), "bucket/x"
 
     monkeypatch.setattr("pyarrow.fs.FileSystem", SimpleNamespace(from_uri=opened))
-    monkeypatch.setattr("orchestrator.storage.PAUSES_S", (0.0,))
+    monkeypatch.setattr("orchestrator.patience.PAUSES_S", (0.0,))
     if patience_s is None:
         with pytest.raises(UserError, match=r"does not answer .*NETWORK_CONNECTION.*whether the server is up"):
             Folder("s3://bucket/x")
@@ -46,3 +46,12 @@ def test_who_asks_where_a_bucket_is_waits_too(monkeypatch, patience_s):
 )
 def test_what_passes(said, passes):
     assert bool(PASSING.search(said)) == passes
+
+
+@pytest.mark.parametrize("name", ["my data", "donn\u00e9es", "a[1]", "my%20data", "a+b=c,d@e"])
+def test_letters_that_an_address_cannot_have_are_put_into_words_that_it_can(name):
+    """pyarrow refuses a space; who writes %20 for it means a space."""
+    folder = Folder(f"s3://bucket/{name}?region=us-east-1")
+    for part in (folder, folder.child("below"), Folder(folder.uri)):
+        assert part.path("x").startswith(f"bucket/{name.replace('%20', ' ')}/")
+        assert part.path("x").endswith("/x")

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.balance import KNOWN_S, Pace, best_seconds, better, shares, speeds, step_seconds, stragglers
+from orchestrator.balance import KNOWN_S, ShardPace, best_seconds, better, shares, speeds, step_seconds, stragglers
 
 SPEEDS = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
 
 
-def known(*shard_s: float) -> list[Pace]:
-    return [Pace(seconds, KNOWN_S) for seconds in shard_s]
+def known(*shard_s: float) -> list[ShardPace]:
+    return [ShardPace(seconds, KNOWN_S) for seconds in shard_s]
 
 
 @given(speeds=SPEEDS, extra=st.integers(0, 200))
@@ -53,7 +53,7 @@ def test_equal_speeds_get_equal_shares():
 
 
 def test_a_pace_follows_the_machine():
-    pace = Pace()
+    pace = ShardPace()
     for _ in range(100):
         pace.measured(4, 0.4)
     assert pace.shard_s == pytest.approx(0.1)
@@ -84,7 +84,7 @@ def test_shards_move_only_when_that_pays(counts, shard_s, step_s, left, cost_s, 
 
 
 def test_nothing_moves_before_all_are_known():
-    assert better([8, 8], [Pace(0.1, KNOWN_S), Pace(0.2, KNOWN_S / 2)], 1.7, 1000, 0.1) is None
+    assert better([8, 8], [ShardPace(0.1, KNOWN_S), ShardPace(0.2, KNOWN_S / 2)], 1.7, 1000, 0.1) is None
     assert better([16], known(0.1), 1.7, 1000, 0.1) is None
 
 
@@ -111,13 +111,13 @@ def test_the_best_time_is_that_of_the_best_shares(more, shard_s):
 
 
 def test_who_is_not_known_is_taken_for_what_is_declared():
-    assert speeds([Pace(), Pace()], [1.0, 2.0]) == [1.0, 2.0]
-    assert speeds([Pace(0.1, KNOWN_S), Pace()], [1.0, 2.0]) == pytest.approx([10.0, 20.0])
+    assert speeds([ShardPace(), ShardPace()], [1.0, 2.0]) == [1.0, 2.0]
+    assert speeds([ShardPace(0.1, KNOWN_S), ShardPace()], [1.0, 2.0]) == pytest.approx([10.0, 20.0])
 
 
 def test_who_declares_nothing_is_taken_for_a_usual_one():
-    assert speeds([Pace()] * 4, [0.0, 312.0, 312.0, 989.0]) == [312.0, 312.0, 312.0, 989.0]
-    assert speeds([Pace()] * 2, [0.0, 0.0]) == [1.0, 1.0]
+    assert speeds([ShardPace()] * 4, [0.0, 312.0, 312.0, 989.0]) == [312.0, 312.0, 312.0, 989.0]
+    assert speeds([ShardPace()] * 2, [0.0, 0.0]) == [1.0, 1.0]
 
 
 def test_a_straggler_is_named_with_its_cost():
@@ -139,7 +139,7 @@ def test_ten_thousand_workers_can_be_planned():
 @pytest.mark.parametrize("wait_s", [3.0, 10.0, 40.0])
 def test_one_long_wait_makes_no_straggler(wait_s):
     """For storage, say: the pace is hardly another one, and what is slow for good is believed soon."""
-    paces = [Pace(), Pace()]
+    paces = [ShardPace(), ShardPace()]
     for _ in range(100):
         for pace in paces:
             pace.measured(4, 0.2)
@@ -157,7 +157,7 @@ def test_one_long_wait_makes_no_straggler(wait_s):
 
 def test_who_was_slow_for_a_while_is_soon_believed_to_be_quick_again():
     """Though it has few shards by then, and so computes for a small part of the time."""
-    pace = Pace()
+    pace = ShardPace()
     for _ in range(100):
         pace.measured(4, 0.02)
     for _ in range(40):

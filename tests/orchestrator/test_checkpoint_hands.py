@@ -50,7 +50,7 @@ def test_what_cannot_be_read_is_asked_for_again_and_is_no_reason_to_begin_anew(t
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return paths(folder, asked)
 
-    monkeypatch.setattr("orchestrator.storage.PAUSES_S", (0.01,))
+    monkeypatch.setattr("orchestrator.patience.PAUSES_S", (0.01,))
     monkeypatch.setattr(Folder, "path", path)
     with pytest.raises(StorageError, match=f"step-2: {name} unreadable .*Stale file handle"):
         kept.load_newest(reasons.append)

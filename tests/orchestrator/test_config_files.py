@@ -57,17 +57,18 @@ def test_a_mistake_in_a_file_names_the_file(content, part, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("content", "flags"),
+    ("content", "flags", "stays"),
     [
-        ('sync = "allreduce"\nstaleness = 2\n', ["--sync", "parameter-server"]),
-        ('resources_per_worker = "GPU=2"\n', ["--resources-per-worker", "GPU=1"]),
-        ("shards = 6\n", ["--shards", "8"]),
-        ("steps = 10\n", ["--epochs", "2"]),
-        ("steps = 10\nshards = 6\n", ["--epochs", "2", "--shards", "8"]),
+        ('sync = "allreduce"\nstaleness = 2\n', ["--sync", "parameter-server"], ["--staleness", "2"]),
+        ('resources_per_worker = "GPU=2"\n', ["--resources-per-worker", "GPU=1"], []),
+        ("shards = 6\n", ["--shards", "8"], []),
+        ("steps = 10\n", ["--epochs", "2"], []),
+        ("steps = 10\nshards = 6\n", ["--epochs", "2", "--shards", "8"], []),
     ],
 )
-def test_flags_win_over_the_file(content, flags, tmp_path):
+def test_flags_win_over_the_file(content, flags, stays, tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text(content)
     given, _, _ = read_settings("resnet", ["--config", str(file), *flags])
-    build(WORKLOADS["resnet"].config_type(), given)
+    plain, _, _ = read_settings("resnet", [*flags, *stays])
+    assert build(WORKLOADS["resnet"].config_type(), given) == build(WORKLOADS["resnet"].config_type(), plain)

@@ -10,6 +10,7 @@ from toys import toy_plan
 
 from orchestrator.crew import Crew
 from orchestrator.dispatcher import Dispatcher
+from orchestrator.errors import NonFiniteWeightsError, StorageError
 from orchestrator.keeper import MISSES, Keeper
 from orchestrator.served import Restored
 
@@ -211,3 +212,57 @@ def test_a_server_that_is_replaced_comes_to_who_has_the_data(nodes, monkeypatch)
     for instead in asked["fallback_strategy"] or []:
         assert node_labels_match_selector(labels("d4"), instead["label_selector"])
     assert bool(asked["fallback_strategy"]) == bool(nodes)
+
+
+def test_a_stop_while_servers_are_put_back_counts_what_is_kept():
+    """Steps after the newest checkpoint went with the server."""
+    done: list[object] = []
+    journal = SimpleNamespace(saved=50, go_back=done.append)
+    run: Any = SimpleNamespace(_handout=None, _members=SimpleNamespace(begun=True), _journal=journal)
+    run._end_by_members = done.append
+    asyncio.run(Dispatcher._stop(run))
+    assert done == [50, ""]
+    journal.saved = -1
+    asyncio.run(Dispatcher._stop(run))
+    assert done[2:] == [0, ""]
+    run._members.begun = False
+    asyncio.run(Dispatcher._stop(run))
+    assert done[4:] == [""], "nothing was trained yet"
+
+
+def test_without_a_checkpoint_servers_go_back_to_the_beginning():
+    """Not to a step before it: steps are counted from there."""
+    plan, back = toy_plan(sync="parameter-server"), list[int]()
+    members = SimpleNamespace(begun=True, notify=lambda: None)
+    run: Any = SimpleNamespace(_plan=plan, _members=members, _journal=SimpleNamespace(go_back=back.append), _book=set())
+    run._evaluation_due, run._regroup = lambda step: 0, lambda: None
+    Dispatcher._restart(run, Restored(-1), 0.1)
+    assert back == [0]
+    assert run._handout.oldest == 0
+
+
+def test_a_failure_is_named_after_what_a_server_says():
+    told: list[str] = []
+
+    async def fail(message: str, exit_status: int, text: str, kind: str) -> None:
+        told.append(kind)
+
+    run: Any = SimpleNamespace(fail=fail)
+    said = SimpleNamespace(cause=NonFiniteWeightsError("the weights are not finite"))
+    asyncio.run(Dispatcher._fail_for(run, said))  # type: ignore[arg-type]
+    asyncio.run(Dispatcher._fail_for(run, StorageError("away")))
+    asyncio.run(Dispatcher._fail_for(run, RuntimeError("ours")))
+    assert told == ["non_finite_weights_error", "storage_error", "ray_train"]
+
+
+def test_too_many_lost_servers_are_no_worker_s_fault():
+    ended: list[tuple[str, str]] = []
+    plan = toy_plan(sync="parameter-server", max_incidents=1)
+    journal, members = (
+        SimpleNamespace(break_off=lambda *given: None),
+        SimpleNamespace(roster=SimpleNamespace(seated={})),
+    )
+    run: Any = SimpleNamespace(_journal=journal, _members=members, _servers_lost=1, _plan=plan)
+    run._end_by_members = lambda *given: ended.append(given)
+    Dispatcher._miss_server(run, "server 1: its process ended")
+    assert ended == [("2 servers were lost, and --max-incidents allows 1", "server_lost")]

@@ -22,7 +22,7 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.errors import NonFiniteWeightsError, StorageError, UserError
 from orchestrator.events import GenerationStarted
 from orchestrator.faults import Fault
-from orchestrator.injector import Schedule
+from orchestrator.injector import FaultSchedule
 from orchestrator.journal import Journal
 from orchestrator.recorder import Recorder
 from orchestrator.recovery import Roster
@@ -217,10 +217,10 @@ def test_faults_that_a_resumed_run_has_behind_it_do_not_happen_again(resumed_at,
     faults = (Fault("kill", rank=0, step=10), Fault("drain", rank=0, step=20), Fault("kill", rank=0, time_s=3.0))
     for successor in (False, True):  # its journal's first step is read back
         journal = SimpleNamespace(fired=set(), first_step=resumed_at, recorded=90 * successor, saved=70 * successor)
-        schedule = Schedule(faults, journal, None)
+        schedule = FaultSchedule(faults, journal, None)
         schedule.begin()
         assert sorted({0, 1, 2} - schedule.fired) == left
-    fresh = Schedule(faults, SimpleNamespace(fired=set(), first_step=-1, recorded=0, saved=resumed_at), None)
+    fresh = FaultSchedule(faults, SimpleNamespace(fired=set(), first_step=-1, recorded=0, saved=resumed_at), None)
     assert sorted({0, 1, 2} - fresh.fired) == left, "before anything is loaded, which may be a fault's moment"
 
 

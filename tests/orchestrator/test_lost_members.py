@@ -148,6 +148,24 @@ def test_as_many_losses_as_are_allowed(tmp_path):
     play(story, tmp_path, workers=3, max_incidents=1)
 
 
+def test_what_a_generation_loses_together_is_one_incident(tmp_path):
+    """As where a node or a switch takes many workers along."""
+
+    async def story(run: Run) -> None:
+        a, b, c, d = await run.enlist("abcd")
+        c.die()
+        d.die()
+        await asyncio.gather(a.told(), b.told())
+        await run.seat(a, b, why="aborted")
+        assert not run.ended
+        b.die()
+        while await a.told() != ("end", 2):
+            pass  # the end of the first one was told twice
+        assert run.ended == ["3 workers were lost in 2 incidents, and --max-incidents allows 1"]
+
+    play(story, tmp_path, workers=4, max_incidents=1)
+
+
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_sample_that_kills_whoever_reads_it_ends_the_run(tmp_path, waiting):
     """Four deaths of the holders of shards 0 to 3; of those that were idle nothing is said."""

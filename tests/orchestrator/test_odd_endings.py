@@ -75,6 +75,9 @@ def test_logbooks_are_kept_apart_also_where_the_home_cannot_be_written(monkeypat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    refused = pytest.raises(UserError, match="/runs/a: another process is writing it to loggers")
-    with clerk.alone("/runs/a", wait=False), clerk.alone("/runs/b", wait=False), refused, clerk.alone("/runs/a", False):
-        pass
+    refused = pytest.raises(UserError, match="/runs/a: it is taken")
+    with clerk.alone("track", "/runs/a", "no"), clerk.alone("track", "/runs/b", "no"):
+        with refused, clerk.alone("track", "/runs/a", "it is taken"):
+            pass
+        with clerk.alone("prepare", "/runs/a", "no"):
+            pass

@@ -4,6 +4,11 @@ import asyncio
 import dataclasses
 import gc
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +27,10 @@ from orchestrator.journal import Journal
 from orchestrator.membership import Membership
 from orchestrator.recovery import Holding, Member
 from orchestrator.replicas import by_parts, seats
+from orchestrator.seats import Seat
+from orchestrator.shards import Placement
 from orchestrator.split_build import mesh_of
+from orchestrator.split_recorder import Pending, SplitRecorder
 
 
 def held(group: Group, kind: str, generations: int) -> list[tuple[int, int]]:
@@ -137,3 +145,104 @@ def test_nodes_that_go_are_left_by_one_pause(parallel, names, going, joiners, sa
     assert {m.step for m in order} <= ({-1} if saves else {5, -1}), "from what was written, or from who has it"
     assert saves or order[0].step == 5
     assert not r.wants_pause(LATER + 9999)
+
+
+class Table:
+    """Where the threads of a replica group lay down what they have to say."""
+
+    def __init__(self, world: int) -> None:
+        self.said, self.together = [None] * world, threading.Barrier(world, timeout=30)
+
+    def group(self, rank: int) -> Any:
+        def gather_objects(value: Any) -> list[Any]:
+            self.said[rank] = value
+            self.together.wait()
+            told = list(self.said)
+            self.together.wait()
+            return told
+
+        return SimpleNamespace(gather_objects=gather_objects, world=len(self.said))
+
+
+class Files:
+    """A checkpoint of step 5 in two parts, which is written once `go` is set; then what was made whole."""
+
+    def __init__(self, tmp_path: Any) -> None:
+        self.go, self.whole, self._path = threading.Event(), list[tuple[int, list[str]]](), tmp_path
+
+    def recorder(self, part: str = "") -> SplitRecorder:
+        """One that writes a part of it."""
+        found = SplitRecorder(toy_plan(shards=8), str(self._path), SimpleNamespace(), SimpleNamespace())
+        found.reporter._send = lambda: None
+        found.store = SimpleNamespace(finish=lambda step, entries: self.whole.append((step, sorted(entries))) or 1)
+        if part:
+            written = found._pool.submit(lambda: self.go.wait(30) and {part: "its sum"})
+            found._pending = Pending((5, "parts-a", 2), written, 0.1, time.perf_counter())
+        return found
+
+
+def sit_together(recorders: list[SplitRecorder], step: int) -> None:
+    """A generation begins that goes on from a step."""
+    table = Table(len(recorders))
+    for rank, recorder in enumerate(recorders):
+        recorder.take_seat(Seat(2, rank, Placement((0, 8)), ("h", 1), step, False, 0))
+        recorder.join(SimpleNamespace(split=True, seating=SimpleNamespace(inside=table.group(rank))), True)
+
+
+def exchange(recorders: list[SplitRecorder], due: str) -> set[str]:
+    """What they agree on when rank 0 has a checkpoint that is due."""
+    with ThreadPoolExecutor(len(recorders)) as pool:
+        names = [due, *[""] * (len(recorders) - 1)]
+        return set(pool.map(lambda recorder, name: recorder._exchange(name), recorders, names))
+
+
+def close(*recorders: SplitRecorder) -> None:
+    for recorder in recorders:
+        recorder.reporter.close()
+        recorder._pool.shutdown()
+
+
+def test_a_checkpoint_that_takes_longer_than_a_generation_is_finished_by_the_next(tmp_path):
+    """Else a run on slow storage that workers join again and again has none, and goes back to the first."""
+    files = Files(tmp_path)
+    newcomer, *writers = everyone = [files.recorder(), files.recorder("one"), files.recorder("two")]
+    sit_together(everyone, 7)
+    assert exchange(everyone, "parts-b") == {""}, "another one does not begin meanwhile"
+    assert newcomer.writing
+    assert newcomer.checkpoint_asked, "it was due, and will be"
+    files.go.set()
+    wait([recorder._pending.files for recorder in writers])
+    assert exchange(everyone, "") == {""}
+    newcomer._look_after_manifest(until_done=True)
+    assert files.whole == [(5, ["one", "two"])]
+    assert [recorder._saved_step for recorder in everyone] == [5, 5, 5]
+    assert not any(recorder.writing for recorder in everyone)
+    close(*everyone)
+
+
+def test_a_checkpoint_whose_writer_is_gone_is_none(tmp_path):
+    files = Files(tmp_path)
+    files.go.set()
+    everyone = [files.recorder(), files.recorder("one")]
+    sit_together(everyone, 7)
+    assert exchange(everyone, "parts-b") == {"parts-b"}
+    assert not files.whole
+    assert not any(recorder.writing for recorder in everyone)
+    close(*everyone)
+    leader, other = [files.recorder(), files.recorder("one")]
+    sit_together([leader, other], 7)
+    assert exchange([leader, other], "") == {""}
+    assert leader.checkpoint_asked, "the next step begins one"
+    close(leader, other)
+
+
+@pytest.mark.parametrize("step", [4, -1])
+def test_a_checkpoint_of_a_state_that_the_run_has_left_is_none(tmp_path, step):
+    files = Files(tmp_path)
+    files.go.set()
+    everyone = [files.recorder("one"), files.recorder("two")]
+    sit_together(everyone, step)
+    assert exchange(everyone, "") == {""}
+    assert not files.whole
+    assert all(recorder.checkpoint_asked for recorder in everyone)
+    close(*everyone)

@@ -105,6 +105,15 @@ def test_what_would_change_the_result_is_refused_by_name(tmp_path, name, value):
     assert "another --name" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("begun", "now", "was"), [("steps", "epochs", "--steps 40"), ("epochs", "steps", "--epochs 40")]
+)
+def test_the_other_way_to_give_a_length_is_named(tmp_path, begun, now, was):
+    folder = started(tmp_path, **{begun: "40"})
+    with pytest.raises(UserError, match=f"^--{now} 7: run .* was started with {was}, and another value changes its"):
+        again(folder, tmp_path, **{now: "7"})
+
+
 def test_the_same_value_again_and_auto_are_fine(tmp_path):
     folder = started(tmp_path, steps="40", lr="0.03", precision="bf16", threads="2")
     config = again(folder, tmp_path, lr="0.030", steps=40, precision="auto", threads="0")

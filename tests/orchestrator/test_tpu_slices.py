@@ -33,9 +33,9 @@ def config(**given: object) -> RunConfig:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_slices_are_what_ray_says_they_are(shape):
     kind, size = shape.accelerator_type, shape.topology
-    assert ray_tpu.TPUAcceleratorManager.is_valid_tpu_accelerator_topology(shape.generation, size)
+    assert ray_tpu.TPUAcceleratorManager.is_valid_tpu_accelerator_topology(shape.version, size)
     assert shape.pod_type == ray_tpu.infer_tpu_pod_type_from_topology(size, kind)
-    assert shape.chips_per_host == ray_tpu.get_chips_per_host(size, shape.generation)
+    assert shape.chips_per_host == ray_tpu.get_chips_per_host(size, shape.version)
     workers, each = get_tpu_worker_resources(size, kind)
     assert (workers, each["TPU"]) == (shape.hosts, shape.chips_per_host)
     workers, _ = get_tpu_worker_resources(size, kind, resources_per_worker={"TPU": 1})

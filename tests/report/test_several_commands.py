@@ -86,7 +86,7 @@ def test_before_the_first_record(tmp_path, capsys):
     assert history.worked_s == 0
     console = Console(width=120)
     with console.capture() as shown:
-        console.print(draw(watch.look(track.RunFolder(track.Folder(str(folder))))))
+        console.print(draw(watch.View(track.RunFolder(track.Folder(str(folder)))).look()))
     assert "nothing written for" not in shown.get()
 
 

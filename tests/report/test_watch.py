@@ -20,7 +20,7 @@ from orchestrator.storage import Folder
 
 def shown(folder) -> str:
     console = Console(file=io.StringIO(), width=110, force_terminal=False)
-    console.print(draw(watch.look(RunFolder(Folder(str(folder))))))
+    console.print(draw(watch.View(RunFolder(Folder(str(folder)))).look()))
     return console.file.getvalue()
 
 
@@ -51,7 +51,7 @@ def test_a_run_that_says_nothing(tmp_path):
 def test_a_long_run_is_not_read_whole(tmp_path, monkeypatch):
     write_run(tmp_path / "run", 20_000, status="")
     monkeypatch.setattr(watch, "NEWEST_BYTES", 10_000)
-    sight = watch.look(RunFolder(Folder(str(tmp_path / "run"))))
+    sight = watch.View(RunFolder(Folder(str(tmp_path / "run")))).look()
     assert 20 < len(sight.steps) < 100
     assert sight.steps[-1]["step"] == 20_000
 
@@ -67,18 +67,20 @@ def test_the_view_ends_with_the_run(tmp_path, capsys):
 def test_the_view_stays_while_storage_is_away(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "run", status="")
     write_run(tmp_path / "done")
-    look, answers = (
-        watch.look,
-        ["run", OSError(errno.ESTALE, "Stale file handle"), UserError("does not answer"), "done"],
-    )
+    view = watch.View
+    answers = ["run", OSError(errno.ESTALE, "Stale file handle"), UserError("does not answer"), "done"]
 
-    def seen(folder):
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return look(RunFolder(Folder(str(tmp_path / answer))))
+    class Away:
+        def __init__(self, folder):
+            pass
 
-    monkeypatch.setattr(watch, "look", seen)
+        def look(self):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return view(RunFolder(Folder(str(tmp_path / answer)))).look()
+
+    monkeypatch.setattr(watch, "View", Away)
     assert watch.main([str(tmp_path / "run"), "--every", "0.01"]) == 0
     assert "finished" in capsys.readouterr().out
     assert not answers
@@ -127,3 +129,19 @@ def test_sparklines(values, expected):
 
 def test_a_long_sparkline_is_thinned():
     assert len(sparkline(list(range(1000)), 20)) == 20
+
+
+def test_of_the_events_the_new_ones_are_read(tmp_path, monkeypatch):
+    """A run of hundreds of workers writes megabytes of them, and is looked at every second."""
+    write_run(tmp_path / "run", status="")
+    file = tmp_path / "run" / "events.jsonl"
+    view, read = watch.View(RunFolder(Folder(str(tmp_path / "run")))), []
+    first = view.look().events
+    since = Folder.since
+    monkeypatch.setattr(Folder, "since", lambda *given: read.append(since(*given)) or read[-1])
+    with file.open("a") as log:
+        log.write('{"time_s": 9.0, "event": "evaluated", "step": 7, "metrics": {}}\n')
+    assert [event["event"] for event in view.look().events] == [*(event["event"] for event in first), "evaluated"]
+    assert sum(map(len, read)) < file.stat().st_size / 2
+    file.write_text('{"time_s": 10.0, "event": "run_started"}\n')
+    assert [event["event"] for event in view.look().events] == ["run_started"]

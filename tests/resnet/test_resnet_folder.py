@@ -13,7 +13,7 @@ from preparing import do, job
 
 from orchestrator import tables
 from orchestrator.errors import DataError, StorageError, UserError
-from workloads.resnet import data, folder, preparing
+from workloads.resnet import data, preparing
 from workloads.resnet.config import ResnetConfig
 from workloads.resnet.folder import decode, without_ends
 
@@ -74,6 +74,7 @@ def test_image_folder_refusals(image_folder):
     assert f"{broken} is empty" in refusal(spec)
     assert "no folder val" in refusal(f"imagefolder:{_with_empty(folder, 'train')}")
     assert "no folder train" in refusal(f"imagefolder:{folder / 'train'}")
+    assert "is read from a folder, here or mounted" in refusal("imagefolder:s3://bucket/images")
 
 
 def _with_empty(folder, name):
@@ -178,7 +179,7 @@ def away(monkeypatch, times):
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", answer)
-    monkeypatch.setattr(folder, "PAUSES_S", (0.0,))
+    monkeypatch.setattr("orchestrator.patience.PAUSES_S", (0.0,))
     return asked
 
 
@@ -197,9 +198,8 @@ def test_a_server_that_is_away_for_a_moment_breaks_no_image(tmp_path, monkeypatc
 def test_a_server_that_stays_away_is_no_broken_image(monkeypatch, image_folder):
     images = image_folder("png")
     away(monkeypatch, 10**9)
-    monkeypatch.setattr(folder, "PATIENCE_S", 0.0)
     with pytest.raises(StorageError, match=r"0.png cannot be read for 0 s \(Stale file handle\); look at the disk"):
-        decode(str(images / "train" / "cat" / "0.png"))
+        decode(str(images / "train" / "cat" / "0.png"), patience_s=0.0)
 
 
 @pytest.mark.parametrize(("pixels", "grey"), [(b"\xff\xff\xff", 255), (b"\x80\x08\x00", 128), (b"\x00\x00\x00", 0)])

@@ -5,6 +5,8 @@ order of a randomly seeded hash table, and breaks ties between merges by these n
 single-character piece in a fixed order removes the one source of chance.
 """
 
+import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import UserError, one_line
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PREFIX = "##"  # of a piece that continues a word (Wu et al. 2016, as in Devlin et al. 2019)
+WORDS_OF_A_TEXT = 1000
 DOCUMENTS_AT_ONCE = 512  # bounds the memory of tokenization
 LETTERS_AT_ONCE = 2**20  # likewise: what is known of a text while it is cut takes up to 200 times its bytes
 RULES = {
@@ -106,7 +109,7 @@ def read_tokenizer(path: Path) -> tuple[Any, Vocabulary]:
         text = file.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
         tokenizer = load_tokenizer(text) if file.suffix == ".json" else _from_vocab(text, rules_beside(file))
     except (OSError, ValueError) as error:
-        raise UserError(f"--tokenizer {path}: {file.name} cannot be used ({_line(error)}); {_WANTED}") from None
+        raise UserError(f"--tokenizer {path}: {file.name} cannot be used ({one_line(error, 200)}); {_WANTED}") from None
     by_token = tokenizer.get_vocab(with_added_tokens=True)
     missing = [token for token in SPECIAL if token not in by_token]
     if missing:
@@ -125,10 +128,6 @@ def tokenizer_file(path: Path) -> Path:
 
 
 _WANTED = f"give a WordPiece vocab.txt with {' '.join(SPECIAL)}, or a folder with one or with a tokenizer.json"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def rules_beside(file: Path) -> dict[str, bool]:
@@ -176,26 +175,47 @@ def load_tokenizer(text: str) -> Any:
 
 def _count_words(tokenizer: Any, documents: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for document in documents:
-        normal = tokenizer.normalizer.normalize_str(document)
+    for text in itertools.chain.from_iterable(map(_stretches, documents)):
+        normal = tokenizer.normalizer.normalize_str(text)
         counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
     return counts
 
 
-def _repeated(words: Counter[str], chunk: int = 1000) -> Iterable[str]:
-    """Every word as often as it was counted, joined to texts of up to `chunk` words."""
+def _repeated(words: Counter[str]) -> Iterable[str]:
+    """Every word as often as it was counted, joined to texts of up to WORDS_OF_A_TEXT words."""
     for word in sorted(words):
         count = words[word]
         while count > 0:
-            yield " ".join([word] * min(count, chunk))
-            count -= chunk
+            yield " ".join([word] * min(count, WORDS_OF_A_TEXT))
+            count -= WORDS_OF_A_TEXT
 
 
 def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
     """The tokens of each text, without special ones."""
     for batch in _batches(texts):
+        if len(batch[0]) > LETTERS_AT_ONCE:  # it is alone
+            encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+            yield [number for text in _stretches(batch[0]) for number in encode(text).ids]
+            continue
         for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
             yield encoding.ids
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """A text in stretches of up to LETTERS_AT_ONCE letters, cut before white space: no token of WordPiece has any.
+
+    Where so many have no white space the stretch is longer.
+    """
+    start = 0
+    while len(text) - start > LETTERS_AT_ONCE:
+        stop = max(text.rfind(space, start + 1, start + LETTERS_AT_ONCE + 1) for space in " \n")
+        if stop < 0:
+            after = [text.find(space, start + LETTERS_AT_ONCE) for space in " \n"]
+            stop = min((at for at in after if at >= 0), default=len(text))
+        yield text[start:stop]
+        start = stop
+    if start < len(text):
+        yield text[start:]
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -140,6 +140,8 @@ def open_split(config: ResnetConfig, split: Split) -> ImageSet:
     if name == "parquet":
         return prepared.open_prepared(config, split, KINDS)
     with user_errors(config):
+        if "://" in folder:
+            raise UnusableDataError("is read from a folder, here or mounted; mount it, or prepare it where it is")
         path = Path(_absolute(folder))
         if folder and not path.exists():
             raise UnusableDataError(f"no folder {path}; give one that exists on every node")

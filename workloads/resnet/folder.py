@@ -1,10 +1,9 @@
 """Image files in one folder per class: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg; Pillow, no torch."""
 
 import io
-import itertools
 import os
 import re
-import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from orchestrator.errors import DataError, StorageError
-from orchestrator.storage import AWAY, PATIENCE_S, PAUSES_S
+from orchestrator.patience import mount_is_away, patiently
+from orchestrator.storage import PATIENCE_S
 from workloads.resnet.readers import ImageSet, Split, UnusableDataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
@@ -82,8 +82,9 @@ def check_headers(paths: list[str]) -> None:
     stride = -(-len(paths) // HEADERS_CHECKED)
     for path in paths[::stride]:
         try:
-            with Image.open(path):
-                pass
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of many pixels, with its source's lines
+                Image.open(path).close()
         except PermissionError:
             raise
         except Image.DecompressionBombError:
@@ -97,27 +98,25 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def read(path: str) -> bytes:
-    """A file's bytes; raises OSError, and StorageError where the server of a mounted folder stays away."""
-    until = time.monotonic() + PATIENCE_S
-    for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            if error.errno not in AWAY:
-                raise
-            if time.monotonic() > until:
-                told = f"{printable(path)} cannot be read for {PATIENCE_S:g} s ({error.strerror})"
-                raise StorageError(f"{told}; look at the disk or server that has it") from error
-        time.sleep(pause_s)
-    raise AssertionError("the pauses do not end")
+def read(path: str, patience_s: float = PATIENCE_S) -> bytes:
+    """A file's bytes; raises OSError, and StorageError where the server of a mounted folder stays away for so long."""
+    try:
+        return patiently(Path(path).read_bytes, mount_is_away, patience_s, printable(path))
+    except OSError as error:
+        if not mount_is_away(error):
+            raise
+        told = f"{printable(path)} cannot be read for {patience_s:g} s ({error.strerror})"
+        raise StorageError(f"{told}; look at the disk or server that has it") from error
 
 
-def decode(source: str | bytes, name: str = "", mode: str = "RGB") -> Image.Image:
-    """An image of a file or of encoded bytes; raises DataError naming it where it cannot be read or is truncated."""
+def decode(source: str | bytes, name: str = "", mode: str = "RGB", patience_s: float = PATIENCE_S) -> Image.Image:
+    """An image of a file or of encoded bytes; raises DataError naming it where it cannot be read or is truncated.
+
+    A file whose server is away is asked for again for `patience_s`, then StorageError is raised.
+    """
     named = printable(name or str(source))
     try:
-        with Image.open(io.BytesIO(read(source) if isinstance(source, str) else source)) as image:
+        with Image.open(io.BytesIO(read(source, patience_s) if isinstance(source, str) else source)) as image:
             return _eight_bits(image, named).convert(mode)
     except (DataError, StorageError):
         raise

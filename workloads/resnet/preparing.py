@@ -5,7 +5,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from orchestrator.errors import DataError, UserError
 from orchestrator.shards import derive_seed, sample_order
+from orchestrator.storage import encoded
 from orchestrator.tables import Table
 from workloads.preparation import Made, Part, changed
 from workloads.resnet import data
@@ -44,16 +45,21 @@ class ImagePreparation:
         for split in SPLITS:
             images = _open(self.config, split)
             with data.user_errors(self.config):
-                count, version = len(images), _version(images)
-                each = max(1, min(count, int(file_bytes / _bytes_each(images))))
-            files = -(-count // each)
-            bounds = [count * n // files for n in range(files + 1)]
-            for start, stop in itertools.pairwise(bounds):
-                order = sample_order(MIXING_SEED, 0, count, start, stop) if split == "train" else range(start, stop)
-                samples = [int(i) for i in order]
-                seen = _identity(images, samples)
-                found.append({"split": split, "of": version, "samples": samples, "seen": seen})
+                try:
+                    found += self._parts_of(split, images, file_bytes)
+                except FileNotFoundError:
+                    raise changed(self.config.data) from None
         return found
+
+    @staticmethod
+    def _parts_of(split: Split, images: ImageSet, file_bytes: int) -> Iterator[Part]:
+        count = len(images)
+        files = -(-count // max(1, min(count, int(file_bytes / _bytes_each(images)))))
+        for start, stop in itertools.pairwise(count * n // files for n in range(files + 1)):
+            order = sample_order(MIXING_SEED, 0, count, start, stop) if split == "train" else range(start, stop)
+            samples = [int(i) for i in order]
+            seen = _identity(images, samples)
+            yield {"split": split, "of": _version(images, samples), "samples": samples, "seen": seen}
 
     def things(self) -> int:
         return sum(len(_open(self.config, split)) for split in SPLITS)
@@ -103,16 +109,10 @@ class ImagePreparation:
         return []
 
 
-def _version(images: ImageSet) -> str:
-    """Changes when the images do: by names, sizes and times of files, or by pixels."""
-    digest = hashlib.sha256(images.labels.data)
-    if isinstance(images.images, list):
-        for path in images.images:
-            status = os.stat(path)
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    else:
-        digest.update(np.ascontiguousarray(images.images).data)
-    return digest.hexdigest()
+def _version(images: ImageSet, samples: Sequence[int]) -> str:
+    """Changes when these images do: by the times of files; by all else _identity does."""
+    times = [os.stat(images.images[i]).st_mtime_ns for i in samples] if isinstance(images.images, list) else []
+    return hashlib.sha256(np.asarray(times, np.int64).data).hexdigest()
 
 
 def _identity(images: ImageSet, samples: Sequence[int]) -> str:
@@ -148,7 +148,7 @@ def _encoded(images: ImageSet, index: int, root: str) -> tuple[bytes, str]:
         except OSError as error:
             raise DataError(f"{printable(path)} cannot be read ({error.strerror})") from None
         decode(raw, path)
-        return raw, printable(os.path.relpath(path, root))
+        return raw, encoded(os.path.relpath(path, root)).decode()
     assert not isinstance(images.images, Table)
     pixels: Any = images.images[index]
     out = io.BytesIO()

@@ -32,7 +32,7 @@ class ImageSamples:
 
     def __init__(self, images: ImageSet, split: Split, config: ResnetConfig) -> None:
         self.images, self.labels = images.images, images.labels
-        self.seed, self._train = config.seed, split == "train"
+        self.seed, self._train, self._patience_s = config.seed, split == "train", config.storage_patience
         kind = data.kind(config)
         self.mean, self.std, self._photos = kind.mean, kind.std, kind.photos
         self.size = data.image_size(config, images)
@@ -75,7 +75,7 @@ class ImageSamples:
 
     def _decoded(self, source: str | bytes, name: str = "") -> Tensor:
         """An image uint8 [C, H, W], ready for the augmentation; of any size if that resizes."""
-        image = decode(source, name, "RGB" if len(self.mean) == 3 else "L")
+        image = decode(source, name, "RGB" if len(self.mean) == 3 else "L", self._patience_s)
         resizes = self.augmentation.resizes
         if self._photos and not resizes:
             image = v2().functional.resize(without_ends(image), [round(self.size * RESIZE_RATIO)], antialias=True)
