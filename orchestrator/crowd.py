@@ -54,6 +54,9 @@ class Crowd(Membership):
     def pause(self, kind: str = "") -> None:
         """There is no step boundary at which all could pause."""
 
+    def _incident(self) -> int:  # each loss is one
+        return len(self._excluded)
+
     def _check_connections(self, now: float, limit_s: float) -> None:
         """Workers wait for servers, not for each other."""
 

@@ -63,4 +63,6 @@ class UnreadableError(CheckpointError):
 
 
 class StorageError(OrchestratorError):
-    """Storage could not be reached for as long as one waits for it: names it, and how long."""
+    """Storage could not be reached for as long as one waits for it, or refuses: names it, and how long."""
+
+    is_away = False  # else it has answered

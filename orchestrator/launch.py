@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 import signal
 import threading
 import time
@@ -123,7 +124,8 @@ def launch(
     except ray.exceptions.RayError as error:
         message = f"the run's coordinator was lost ({type(error).__name__})"
         if getattr(error, "actor_init_failed", False):
-            message = f"the run's coordinator could not begin: {last_line(error)}"
+            why = re.sub(r"^orchestrator\.errors\.\w+: ", "", last_line(error))
+            message = f"the run's coordinator could not begin: {why}"
         lost = dataclasses.replace(command_failed(error, folder, plan), kind="coordinator_lost", error=message)
         return Ending("failed", message, 1, write_end(assignment, folder, lost), lost)
     finally:

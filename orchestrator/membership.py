@@ -218,8 +218,11 @@ class Membership:
             slack = 1 + int(REPORTS_LATE_S / max(1e-3, min(seconds))) if seconds else 1
             shards = self.placement.range_of(member.rank // self.roster.size)
             reason = self._suspicion.died(self._journal.best, slack, shards, self._journal.recorded)
-        self._end_if(self._suspicion.lost(self.roster.generation, self._max_incidents) or reason)
+        self._end_if(self._suspicion.lost(self._incident(), self._max_incidents) or reason)
         self.seat()
+
+    def _incident(self) -> int:  # what the losses of one have in common
+        return self.roster.generation
 
     def failed(self, member_id: str, step: int, error: str) -> None:
         """A worker raised and ends; one that fails as another did before it is no accident."""

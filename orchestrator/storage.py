@@ -32,7 +32,7 @@ class Folder:
     """One folder; every write of a whole file is atomic: the old content or the new, never a part.
 
     A local file is written beside its place, flushed to the disk and renamed. Object stores put an object when its
-    stream is closed without error, which is atomic there.
+    stream is closed without error, which is atomic there; Azure empties the old one before.
 
     A server that refuses what it is asked for, or does not answer, raises UserError, and with `patience_s` StorageError
     (when that is over): one line. A file that is not there raises FileNotFoundError. A local folder raises OSError as
@@ -97,17 +97,17 @@ class Folder:
     def _is_away(self, error: OSError) -> bool:
         if self.is_local:
             return self.mounted and mount_is_away(error)
-        missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        return not missing and PASSING.search(str(error)) is not None
+        return not isinstance(error, FileNotFoundError | NotADirectoryError) and bool(PASSING.search(str(error)))
 
     def _given_up(self, error: OSError, is_away: bool) -> OrchestratorError:
         named, why = f"{self._flag} {self.uri}:", f"({one_line(error)})"
-        if self._patience_s is not None:
-            return StorageError(
-                f"{named} {f'does not answer for {self._patience_s:g} s' if is_away else 'refuses'} {why}"
-            )
-        rest = "the address, and whether the server is up" if is_away else "the address, the keys and their rights"
-        return UserError(f"{named} {'does not answer' if is_away else 'refuses'} {why}; look at {rest}")
+        said = "does not answer" if is_away else "refuses"
+        if self._patience_s is None:
+            rest = "the address, and whether the server is up" if is_away else "the address, the keys and their rights"
+            return UserError(f"{named} {said} {why}; look at {rest}")
+        told = StorageError(f"{named} {said}{f' for {self._patience_s:g} s' if is_away else ''} {why}")
+        told.is_away = is_away
+        return told
 
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
@@ -201,7 +201,8 @@ class Folder:
                     part = piece[start : start + PUT_BYTES]
                     stream.write(part)
                     held += len(part)
-                    if held >= PUT_BYTES:  # what it has not sent it keeps a copy of, and a failure shows at its end
+                    # S3's keeps a copy of what it has not sent, and fails at its end; Azure's would show a part of it.
+                    if held >= PUT_BYTES and self._fs.type_name == "s3":
                         stream.flush()
                         held = 0
 

@@ -15,7 +15,7 @@ class Suspicion:
     _errors: dict[tuple[int, str], int] = field(default_factory=dict)
     _best: int = -1
     _deaths: list[tuple[int, range]] = field(default_factory=list)
-    _lost: Counter[int] = field(default_factory=Counter)  # workers, by generation
+    _lost: Counter[int] = field(default_factory=Counter)  # workers, by incident
     _early: int = 0
     _early_s: float = -1.0
 
@@ -45,12 +45,12 @@ class Suspicion:
             f"{deadly}: a sample there seems to crash its reader"
         )
 
-    def lost(self, generation: int, allowed: int) -> str:
-        """A worker of a generation was lost; returns why the run should stop, or "": so many incidents are allowed.
+    def lost(self, incident: int, allowed: int) -> str:
+        """A worker was lost; returns why the run should stop, or "": so many incidents are `allowed`.
 
         Those of one generation are one incident: a node takes all its workers along, a switch all its nodes.
         """
-        self._lost[generation] += 1
+        self._lost[incident] += 1
         workers, incidents = self._lost.total(), len(self._lost)
         often = "" if workers == incidents else f" in {incidents} incidents"
         return (

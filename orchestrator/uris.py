@@ -10,10 +10,8 @@ from orchestrator.redact import uri_has_keys
 
 ALLOWED = "give a folder or a URI such as s3://bucket/runs"
 IN_ADDRESSES = "/:@%!$&'()*+,;=~"  # what pyarrow reads as it is; of white space and others it wants %20
-# Google Cloud's client asks again for 15 minutes, and cannot be interrupted; whoever can wait asks again himself. S3's
-# makes an upload in parts of every file, three requests and what is left of it where it fails, unless told to wait.
-GCS = {"retry_limit_seconds": "8"}
-OPTIONS = {"gs": GCS, "gcs": GCS, "s3": {"allow_delayed_open": "true"}}
+# Google Cloud's client asks again for 15 minutes, and cannot be interrupted; whoever can wait asks again himself.
+GCS_RETRY = "retry_limit_seconds=8"
 # What pyarrow says of a server that is down, overloaded or cut off (S3's words, then Google Cloud's and Azure's); not
 # of keys, buckets and files that are wrong.
 PASSING = re.compile(
@@ -55,7 +53,8 @@ def open_uri(uri: str, flag: str) -> tuple[Any, str]:
     if "#" in uri:  # pyarrow takes it for the beginning of a fragment, and would use what stands before it
         raise UserError(f"{flag} {uri}: a # cannot be in an address; {ALLOWED}")
     options = [query.rstrip("/")] if query else []
-    options += [f"{name}={value}" for name, value in OPTIONS.get(scheme, {}).items() if name not in query]
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        options.append(GCS_RETRY)
     try:
         asked = quote(address.rstrip("/"), safe=IN_ADDRESSES)
         found, root = fs.FileSystem.from_uri("?".join([asked, "&".join(options)] if options else [asked]))

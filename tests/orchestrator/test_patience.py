@@ -1,6 +1,7 @@
 """Servers that are away for a while, and who waits for them: a transfer may be long, and is given its time again."""
 
 import io
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ import torch
 from toys import toy_plan
 
 from orchestrator import patience, samefolder
-from orchestrator.errors import DataError, StorageError, UserError
+from orchestrator.errors import DataError, MachineError, StorageError, UserError
 from orchestrator.group import Group
 from orchestrator.latelogs import LateLogs
 from orchestrator.patience import patiently
+from orchestrator.runfolder import RunFolder
 from orchestrator.samefolder import check_same_storage
 from orchestrator.stepbook import step_record
 from orchestrator.storage import Folder
@@ -69,10 +71,13 @@ def test_a_large_object_is_sent_piece_by_piece(monkeypatch, pieces):
 
     made: list[bytes] = []
     folder = Folder("s3://bucket/x?region=us-east-1")
-    folder._fs = SimpleNamespace(open_output_stream=lambda path: Stream())
-    folder.write("y", pieces)
-    assert made == [b"".join(pieces)]
-    assert most[0] < 8
+    for kind, limit in (("s3", 8), ("abfs", 99)):
+        unsent[0] = most[0] = 0
+        folder._fs = SimpleNamespace(open_output_stream=lambda path: Stream(), type_name=kind)
+        folder.write("y", pieces)
+        assert made.pop() == b"".join(pieces)
+        assert most[0] < limit
+    assert most[0] == len(b"".join(pieces)), "Azure shows what it has at each flush"
 
 
 class Bucket:
@@ -80,12 +85,14 @@ class Bucket:
 
     is_local, uri = False, "s3://bucket/run"
 
-    def __init__(self, owner: str, refusal: str = "") -> None:
-        self.owner, self.refusal = owner, refusal
+    def __init__(self, owner: str, refusal: str = "", is_away: bool = False) -> None:
+        self.owner, self.error = owner, StorageError(refusal) if refusal else None
+        if self.error:
+            self.error.is_away = is_away
 
     def check_writable(self) -> None:
-        if self.refusal:
-            raise StorageError(self.refusal)
+        if self.error:
+            raise self.error
 
     def read_text(self, name: str) -> str:
         return self.owner
@@ -98,10 +105,21 @@ def test_a_machine_that_may_not_write_to_the_run_s_folder_does_not_join(monkeypa
     monkeypatch.setattr(samefolder, "Folder", lambda uri, patience_s: Bucket("mine", "refuses (ACCESS_DENIED)"))
     with pytest.raises(UserError, match=r"^h7 cannot use the run's folder \(refuses \(ACCESS_DENIED\)\); give its"):
         check_same_storage("s3://bucket/run", "mine", "h7")
-    monkeypatch.setattr(samefolder, "SEEN_WITHIN_S", 0.0)
-    monkeypatch.setattr(samefolder, "Folder", lambda uri, patience_s: Bucket("another's"))
-    with pytest.raises(UserError, match="h7 does not see this run's folder"):
+    monkeypatch.setattr(samefolder, "Folder", lambda uri, patience_s: Bucket("mine", "does not answer", True))
+    with pytest.raises(MachineError, match=r"^h7: does not answer$"):  # others may reach it
         check_same_storage("s3://bucket/run", "mine", "h7")
+    monkeypatch.setattr(samefolder, "THERE_WITHIN_S", 0.0)
+    monkeypatch.setattr(samefolder, "Folder", lambda uri, patience_s: Bucket("another's", "is never asked"))
+    with pytest.raises(UserError, match=r"h7 does not see this run's folder.*; its machine reaches another storage"):
+        check_same_storage("s3://bucket/run", "mine", "h7")
+
+
+def test_a_machine_that_mounts_the_run_s_folder_read_only_does_not_join(tmp_path, monkeypatch):
+    RunFolder(Folder(str(tmp_path))).take_ownership("mine")
+    check_same_storage(str(tmp_path), "mine", "h7")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
+    with pytest.raises(UserError, match=rf"^h7 cannot use the run's folder \(--storage {tmp_path}: may not be written"):
+        check_same_storage(str(tmp_path), "mine", "h7")
 
 
 def test_who_writes_a_last_checkpoint_does_not_stand_still(monkeypatch):
