@@ -35,11 +35,19 @@ JOBS = {
 }
 
 
-def prepare(workload: str, images: int, folder: Path) -> str:
+def prepare(settings: Namespace, workload: str, folder: Path) -> str:
     """What `--data` is to be."""
-    command = ["-m", "orchestrator.prepare", workload, "--out", str(folder / "prepared"), "--file-mb", "2"]
+    command = [
+        "-m",
+        "orchestrator.prepare",
+        workload,
+        "--out",
+        str(folder / "prepared"),
+        "--file-mb",
+        f"{settings.file_mb:g}",
+    ]
     if workload == "resnet":
-        command += ["--source", f"imagefolder:{commands.write_photos(folder, images)}"]
+        command += ["--source", f"imagefolder:{commands.write_photos(folder, settings.images)}"]
     else:
         command += ["--source", "docs", "--sequence-length", "16"]
     commands.run(command, folder)
@@ -49,7 +57,7 @@ def prepare(workload: str, images: int, folder: Path) -> str:
 def train(settings: Namespace, workload: str) -> tuple[Samples, int]:
     """Memory in MB, by seconds since the first step, of each worker with its loaders and of the command; and steps."""
     with commands.visit(alone=False) as folder:
-        data = prepare(workload, settings.images, folder)
+        data = prepare(settings, workload, folder)
         arguments = [
             *JOBS[workload], "--data", data, "--workers", "2", "--steps", NEVER, "--checkpoint-every", "60s",
             "--batch-size", str(settings.batch_size), "--shards", "4", "--resources-per-worker", "CPU=1",
@@ -131,6 +139,9 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=0.2, help="share of them left out [0.2]")
     parser.add_argument("--batch-size", type=int, default=64, help="global; smaller ones make quicker steps [64]")
     parser.add_argument("--images", type=int, default=5000, help="JPEG files of about 30 kB [5000]")
+    parser.add_argument(
+        "--file-mb", type=float, default=2.0, help="of a prepared file; smaller ones come and go more often"
+    )
     settings = parser.parse_args()
     report = paired.header("memory", settings)
     report["runs"] = []
