@@ -32,7 +32,7 @@ MEMORY_GROUPS = Path("/sys/fs/cgroup/memory")
 
 
 def command(storage: Path, *extra: str) -> list[str]:
-    settings = ["--steps", str(STEPS), "--checkpoint-every", "20", "--balance", "even"]
+    settings = ["--steps", str(STEPS), "--batch-size", "64", "--checkpoint-every", "20", "--balance", "even"]
     return ["resnet", *settings, *kept_in(storage), *extra]
 
 
