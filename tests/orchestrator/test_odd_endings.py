@@ -10,6 +10,7 @@ from orchestrator import clerk
 from orchestrator.coordinator import Coordinator
 from orchestrator.errors import UserError
 from orchestrator.server import _keep_logs
+from orchestrator.track import TRACKED
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -75,9 +76,9 @@ def test_logbooks_are_kept_apart_also_where_the_home_cannot_be_written(monkeypat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "file" / "below"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    refused = pytest.raises(UserError, match="/runs/a: it is taken")
+    refused = pytest.raises(UserError, match="/runs/a: another process is writing it to loggers")
     with clerk.alone("track", "/runs/a", "no"), clerk.alone("track", "/runs/b", "no"):
-        with refused, clerk.alone("track", "/runs/a", "it is taken"):
+        with refused, clerk.alone("track", "/runs/a", TRACKED):
             pass
         with clerk.alone("prepare", "/runs/a", "no"):
             pass

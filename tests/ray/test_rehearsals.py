@@ -58,7 +58,7 @@ def assert_passed(done: Done, folder: Path, *kinds: str, cadence: int = 0) -> No
         assert sum(incident[phase] for phase in phases) == pytest.approx(incident["recovery_s"], abs=0.01)
 
 
-RESNET_1500 = ("resnet", "--steps", "1500", "--checkpoint-every", "50", "--batch-size", "32")  # CI has 40 minutes
+RESNET_1500 = ("resnet", "--steps", "1500", "--checkpoint-every", "50")
 # Steps long enough for replacements to come between two faults.
 BERT_1500 = (*BERT, "--steps", "1500", "--checkpoint-every", "50", "--hidden-size", "64", "--sequence-length", "64")
 
